@@ -1,0 +1,139 @@
+"""The command `edgetrain`: which commands there are, and how an error becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from edgetrain_cli import __version__
+from edgetrain_cli.pipe import NoInput, Stopped
+from stages.errors import EdgeTrainError, TransferError
+
+COMMANDS: dict[str, str] = {
+    "pretrain-fsl": "pretrain_fsl:pretrain_fsl",
+    "profile": "profile:profile",
+    "score-layers": "score_layers:score_layers",
+    "filter": "filter_samples:filter_samples",
+    "select": "select_samples:select_samples",
+    "train-sparse": "train_sparse:train_sparse",
+    "evaluate": "evaluate:evaluate",
+    "predict": "predict:predict",
+    "pack": "pack:pack",
+    "import": "import_weights:import_weights",
+    "export": "export:export",
+    "inspect": "inspect_artifact:inspect_artifact",
+    "join": "join:join",
+    "run": "run:run",
+}
+"""Command -> `module:function` in `edgetrain_cli.commands`."""
+
+STAGES = ("pretrain-fsl", "profile", "score-layers", "filter", "select", "train-sparse")
+"""The six stages; the other commands are their companions."""
+
+app = typer.Typer(
+    name="edgetrain",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    help="Train neural networks on edge devices: which samples, which layers, which channels.\n\n"
+    "Stages exchange HDF5 artifacts through files or pipes:\n\n"
+    "  edgetrain filter < stream.h5 | edgetrain select | edgetrain train-sparse -o adapted.h5",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"edgetrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+def guarded(command: str, body: Callable[..., None]) -> Callable[..., None]:
+    """The command's function with every error turned into one line on stderr and its exit code."""
+
+    @functools.wraps(body)
+    def run(*args: Any, **arguments: Any) -> None:
+        try:
+            body(*args, **arguments)
+        except NoInput:
+            print(usage(command), file=sys.stderr)
+            fail(command, "nothing to read; name a file or pipe one in", 2)
+        except EdgeTrainError as error:
+            fail(command, str(error), error.exit_code)
+        except BrokenPipeError:
+            leave_by(signal.SIGPIPE)
+        except Stopped as stop:
+            fail(command, "interrupted", 128 + stop.signal)
+        except KeyboardInterrupt:
+            fail(command, "interrupted", 130)
+        except OSError as error:
+            fail(command, os_error_line(error), TransferError.exit_code)
+        except MemoryError:
+            fail(command, "out of memory; use a smaller --micro-batch or --block-length", 70)
+        except Exception as error:
+            if os.environ.get("EDGETRAIN_DEBUG"):
+                raise
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            fail(command, f"internal error: {text}; set EDGETRAIN_DEBUG=1 for the traceback and report it", 70)
+
+    return run
+
+
+def usage(command: str) -> str:
+    """The command's help text."""
+    found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    text: str = found.get_help(typer.Context(found, info_name=f"edgetrain {command}"))
+    return text
+
+
+def fail(command: str, message: str, code: int) -> None:
+    """One line on stderr, then the exit code."""
+    print(f"edgetrain {command}: {message}", file=sys.stderr, flush=True)
+    raise typer.Exit(code) from None
+
+
+def os_error_line(error: OSError) -> str:
+    """An operating system's error in the form of ours."""
+    what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what
+
+
+def leave_by(number: int) -> None:
+    """End as if the signal had not been handled, so that the shell sees 128 + number."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def register() -> None:
+    """Attach every command. Their modules import nothing heavy at the top."""
+    for command, target in COMMANDS.items():
+        module, function = target.split(":")
+        body = getattr(importlib.import_module(f"edgetrain_cli.commands.{module}"), function)
+        app.command(command)(guarded(command, body))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminated)
+    register()
+    app()
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise Stopped(number)

@@ -1,0 +1,1 @@
+"""Records, their HDF5 form, streams and files."""

@@ -1,0 +1,102 @@
+"""Writing files so that a crash leaves the old one or the new one, never half of either."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from stages.errors import EdgeTrainError, OutputError, TransferError
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write every byte to a file descriptor, however small the pieces it takes.
+
+    Raises:
+        BrokenPipeError: the reader left.
+        TransferError: a full disk or another failure half-way.
+    """
+    view = memoryview(data).cast("B")
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            message = f"writing failed ({error.strerror})"
+            raise TransferError("output", message, "", "free some space and run again") from error
+
+
+def atomic_write(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Replace a file in one step: write beside it, sync, rename."""
+    with AtomicFile(path, durable=durable) as file:
+        file.write(data)
+
+
+class AtomicFile:
+    """A file that appears under its name only when the `with` block ends without an exception.
+
+    Writing through a name that is not a regular file (a device, a fifo) goes straight there.
+
+    Raises:
+        OutputError: the file cannot be created.
+        TransferError: writing, syncing or renaming failed; the old file is intact.
+    """
+
+    def __init__(self, path: Path, *, durable: bool = True) -> None:
+        self.path = Path(os.path.realpath(path))
+        self.durable = durable
+        self.direct = self.path.exists() and not stat.S_ISREG(self.path.stat().st_mode)
+        self.temporary = self.path if self.direct else self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            if self.path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            self.file: BinaryIO = self.temporary.open("wb", buffering=0)
+        except OSError as error:
+            raise OutputError(str(path), f"cannot be created ({error.strerror})", "a writable place") from error
+
+    def __enter__(self) -> AtomicFile:
+        return self
+
+    def write(self, data: bytes) -> None:
+        write_all(self.file.fileno(), data)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            with contextlib.suppress(OSError):
+                self.file.close()
+            if not self.direct:
+                self.temporary.unlink(missing_ok=True)
+
+    def _commit(self) -> None:
+        try:
+            if self.durable and not self.direct:
+                os.fsync(self.file.fileno())
+            self.file.close()
+            if not self.direct:
+                if self.path.exists():
+                    self.temporary.chmod(stat.S_IMODE(self.path.stat().st_mode))
+                self.temporary.replace(self.path)
+        except OSError as error:
+            raise TransferError(str(self.path), f"writing failed ({error.strerror})") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise `OutputError` now if a file could not be created there later, so that no work is done in vain."""
+    target = Path(os.path.realpath(path))
+    folder = target.parent
+    problem: EdgeTrainError | None = None
+    if target.is_dir():
+        problem = OutputError(str(path), "a folder", "a file name")
+    elif not folder.is_dir():
+        problem = OutputError(str(path), f"no folder {folder}", "an existing folder", f"mkdir -p {folder}")
+    elif not os.access(target if target.exists() else folder, os.W_OK):
+        problem = OutputError(str(path), "no permission to write", "a writable place")
+    if problem is not None:
+        raise problem

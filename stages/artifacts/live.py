@@ -1,0 +1,135 @@
+"""The way back: versions of the weights that `train-sparse` publishes and `select` picks up.
+
+A live directory holds `<version>.h5`, version v being the weights after v updates. Each file has the changed tensors,
+the head and the hash of the model the run started from. Files appear by rename: a reader sees a whole version or none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.artifacts import hdf5
+from stages.artifacts.codec import head_from_tree, head_tree
+from stages.artifacts.files import atomic_write
+from stages.artifacts.records import Array, Group, Head
+from stages.errors import DataError, OutputError, UsageError
+
+POLL_S = 0.0005
+MAX_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Version:
+    """Weights after `number` updates: the tensors that differ from the start, and the head."""
+
+    number: int
+    tensors: Mapping[str, Array]
+    head: Head | None
+
+
+def version_for(round_number: int, lag: int) -> int:
+    """Which version chooses a round's batch: max(0, round - lag).
+
+    >>> [version_for(r, 1) for r in range(4)]
+    [0, 0, 1, 2]
+    """
+    return max(0, round_number - lag)
+
+
+class LiveDirectory:
+    """One run's versions in a directory. `run` is `history.model_hash` of the record that the run started from."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path, self.run = path, run
+
+    def prepare(self, *, keep_up_to: int | None = None) -> None:
+        """Make the directory ready for a trainer: empty, or on resuming without versions beyond `keep_up_to`.
+
+        Raises:
+            UsageError: it holds versions of an earlier run.
+            OutputError: it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(str(self.path), f"cannot be made ({error.strerror})", "a writable place") from error
+        numbers = self.numbers()
+        if keep_up_to is None and numbers:
+            raise UsageError(
+                str(self.path),
+                f"{len(numbers)} versions of an earlier run",
+                "an empty live directory",
+                "remove them, or continue that run with --resume",
+            )
+        for number in numbers:
+            if keep_up_to is not None and number > keep_up_to:
+                self._file(number).unlink(missing_ok=True)
+
+    def publish(self, number: int, tensors: Mapping[str, Array], head: Head | None, *, keep: int) -> None:
+        """Write version `number`, then drop all but the newest `keep` versions."""
+        groups = {"tensors": Group(arrays=dict(tensors))}
+        if head is not None:
+            groups["head"] = head_tree(head)
+        tree = Group({"edgetrain": "live", "schema": 1, "version": number, "run": self.run}, {}, groups)
+        atomic_write(self._file(number), hdf5.encode_tree(tree), durable=False)
+        for old in self.numbers():
+            if old <= number - keep:
+                self._file(old).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all versions: the run is complete and its result is in the run record."""
+        for number in self.numbers():
+            self._file(number).unlink(missing_ok=True)
+
+    def numbers(self) -> list[int]:
+        """The versions that are there, ascending."""
+        return sorted(int(file.stem) for file in self.path.glob("*.h5") if file.stem.isdecimal())
+
+    def read(self, number: int) -> Version | None:
+        """Version `number`, or None if it is not there.
+
+        Raises:
+            DataError: the file is corrupt or belongs to another run.
+        """
+        file = self._file(number)
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            return None
+        tree = hdf5.decode_tree(data, str(file))
+        if tree.attrs.get("edgetrain") != "live" or "tensors" not in tree.groups:
+            raise DataError(str(file), "not a version of a live directory", "a file of `train-sparse --live`")
+        if tree.attrs.get("run") != self.run:
+            raise DataError(
+                str(file),
+                "a version of another run",
+                f"one that started from model {self.run[:12]}",
+                "give each run its own live directory",
+            )
+        head = tree.groups.get("head")
+        return Version(
+            number, dict(tree.groups["tensors"].arrays), None if head is None else head_from_tree(head, str(file))
+        )
+
+    def newest(self) -> Version | None:
+        """The newest version that is there."""
+        for number in reversed(self.numbers()):
+            version = self.read(number)
+            if version is not None:
+                return version
+        return None
+
+    def wait(self, number: int, alive: Callable[[], None]) -> Version:
+        """Version `number` as soon as it is there; `alive` raises when waiting has become pointless."""
+        pause_s = POLL_S
+        while (version := self.read(number)) is None:
+            alive()
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_POLL_S)
+        return version
+
+    def _file(self, number: int) -> Path:
+        return self.path / f"{number}.h5"

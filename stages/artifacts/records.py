@@ -1,0 +1,293 @@
+"""What stages exchange, as frozen values: a `Run` (what is known) and `Block`s (batches of samples).
+
+Records are plain numpy and Python values; how they lie in HDF5 is `schema.py` and `hdf5.py`'s business. Every record
+class maps to one group of the schema, field by field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.errors import DataError, SchemaError
+
+Array: TypeAlias = NDArray[Any]
+Json: TypeAlias = Any
+
+
+class Samples(Protocol):
+    """What `Block.x` must offer: a numpy array, or a dataset of a regular file that is read slice by slice."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """A node of an artifact: attributes, datasets and sub-groups. The neutral form between records and HDF5."""
+
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, Group] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------------- the run record
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The input adapter: how raw samples become the model's input.
+
+    `kind` is `image` (shape C, H, W), `sound` (1, frames, mel bands) or `features` (D,). After conversion to float32,
+    channel c becomes value * scale[c] + offset[c]; a single entry stands for all channels.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    scale: tuple[float, ...] = (1.0,)
+    offset: tuple[float, ...] = (0.0,)
+    sample_rate_hz: int = 0
+    """Sound only: samples per second of the recordings."""
+    window_samples: int = 0
+    """Sound only: length of one analysis window."""
+    hop_samples: int = 0
+    """Sound only: distance between windows."""
+
+    def __post_init__(self) -> None:
+        ranks = {"image": 3, "sound": 3, "features": 1}
+        if self.kind not in ranks:
+            raise SchemaError("/model/input", f"kind {self.kind!r}", "one of " + ", ".join(ranks))
+        if len(self.shape) != ranks[self.kind] or min(self.shape) < 1:
+            raise SchemaError("/model/input", f"shape {self.shape}", f"{ranks[self.kind]} sizes > 0 for {self.kind}")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns features (N, D) into class scores (N, C).
+
+    `linear`: features @ weight.T + bias. `prototypes`: scale * cosine(features, weight), the rows being class means.
+    A linear row whose `known` is False has not been imprinted yet: nobody has seen the class.
+    """
+
+    kind: str
+    labels: Array
+    """int64 (C,): the class labels of the rows, ascending."""
+    weight: Array
+    """float32 (C, D)."""
+    bias: Array
+    """float32 (C,); zeros for prototypes."""
+    known: Array
+    """bool (C,)."""
+    names: tuple[str, ...] | None = None
+    scale: float = 10.0
+    """Cosine scale (PMF's initial value, arXiv:2204.07305); unused by `linear`."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A backbone with its weights, its input adapter and, once it has met classes, its head."""
+
+    arch: str
+    """A registry name, or `package.module:factory`."""
+    arch_args: Mapping[str, Json]
+    input: InputSpec
+    form: str
+    """`batchnorm` (the architecture's own state dict) or `deploy` (BatchNorm folded, `<layer>.weight|bias`)."""
+    tensors: Mapping[str, Array]
+    head: Head | None = None
+    version: int = 0
+    """Number of updates since the run began; train-sparse counts it up."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Cost per layer and of the whole model; the columns of `columns` have one entry per layer, in execution order."""
+
+    layer: tuple[str, ...]
+    columns: Mapping[str, Array]
+    """Names carry the unit: parameters, macs, input_gradient_macs, weight_gradient_macs, input_bytes, ..."""
+    totals: Mapping[str, Any]
+    """Scalars: totals, peak buffer, and the conditions of measurement (threads, repeats) where it was measured."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance of layers and channels for one task (TinyTrain Eq. 2 and 3)."""
+
+    criterion: str
+    layer: tuple[str, ...]
+    score: Array
+    """float64 (L,): what the planner maximises, by `criterion`."""
+    fisher: Array
+    """float64 (L,): Fisher potential of the layer, the sum over its output channels."""
+    output_fisher: tuple[Array, ...]
+    """Per layer float32 (C_out,): Fisher information of each output channel."""
+    input_fisher: tuple[Array, ...]
+    """Per layer float32 (C_in,): Fisher information of each input channel."""
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What trains in one layer."""
+
+    layer: str
+    axis: str
+    """`output` or `input`: which channels `channels` counts. A depthwise layer's channels are both."""
+    channels: tuple[int, ...]
+    """Live channels along the axis, ascending; empty when only biases train."""
+    axis_channels: int
+    """How many channels the layer has along the axis."""
+    bias: tuple[int, ...] = ()
+    """Output channels whose bias trains, ascending."""
+
+    @property
+    def ratio(self) -> float:
+        """Share of the channels that are live."""
+        return len(self.channels) / self.axis_channels
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers and channels train, and what that costs under the budgets it was made for."""
+
+    name: str
+    """The selector or the named plan: `greedy`, `knapsack`, `last-layer`, `mcunet-99kb`, ..."""
+    updates: tuple[LayerUpdate, ...]
+    """In execution order, at most one per layer."""
+    memory_bytes: int
+    memory_model: str
+    backward_macs: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Scalars worth keeping: budgets, score reached, optimum's score, predicted latency."""
+
+    def __getitem__(self, layer: str) -> LayerUpdate:
+        return next(update for update in self.updates if update.layer == layer)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(update.layer for update in self.updates)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry of the history: which stage ran, with what. No clock, no host name."""
+
+    command: str
+    version: str
+    arguments: Mapping[str, Json]
+    seed: int | None
+    inputs: Mapping[str, str]
+    """Base name -> SHA-256 of the run record and of each named file."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known about one training run; each stage adds its part and forwards the rest."""
+
+    model: Model
+    profile: Profile | None = None
+    scores: Scores | None = None
+    plan: Plan | None = None
+    metrics: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
+    """Stage -> column -> float64 (T,). Columns of one stage have one length."""
+    history: tuple[Step, ...] = ()
+    extra: Group = field(default_factory=Group)
+    """Attributes, datasets and groups of unknown name, carried through untouched."""
+
+    def with_metrics(self, stage: str, columns: Mapping[str, Any]) -> Run:
+        """The run with `columns` as that stage's metrics."""
+        table = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+        return replace(self, metrics={**self.metrics, stage: table})
+
+
+# -------------------------------------------------------------------------------------------------- the block record
+
+LAYOUTS: Mapping[str, int] = MappingProxyType({"NHW": 3, "NHWC": 4, "NCHW": 4, "NT": 2, "ND": 2})
+"""Meaning of a block's axes -> rank. NT is sound over time, ND a feature vector."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A batch of labelled samples.
+
+    `columns` has one entry per sample (index, score, weight, group, ...), `per_class` one per class (seen,
+    allocation, ...), `facts` are scalars (variance, strategy, ...). Unknown names in any of them are carried through.
+    """
+
+    x: Samples
+    """uint8, int16 or float32 (N, ...)."""
+    y: Array
+    """int64 (N,): class labels, >= 0."""
+    layout: str
+    columns: Mapping[str, Array] = field(default_factory=dict)
+    labels: Array | None = None
+    """int64 (C,), ascending: the classes that `per_class` counts and `names` names."""
+    names: tuple[str, ...] | None = None
+    per_class: Mapping[str, Array] = field(default_factory=dict)
+    round: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    extra: Group = field(default_factory=Group)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, rows: Array | slice) -> Block:
+        """The block with only these rows (indices, mask or slice); a slice of a file stays on disk only until here."""
+        if not isinstance(rows, slice):
+            rows = np.asarray(rows)
+            rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        x = self.x[rows] if isinstance(rows, slice) or isinstance(self.x, np.ndarray) else _rows_of_file(self.x, rows)
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return replace(self, x=x, y=self.y[rows], columns=columns)
+
+    def slices(self, size: int) -> Iterator[Block]:
+        """The block in pieces of at most `size` samples, read one at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
+
+    def name_of(self, label: int) -> str:
+        """The class's name, or its integer as text."""
+        if self.names is not None and self.labels is not None:
+            where = np.flatnonzero(self.labels == label)
+            if len(where):
+                return self.names[int(where[0])]
+        return str(label)
+
+
+@dataclass(frozen=True)
+class End:
+    """The mark that closes a stream of rounds: without it the producer died."""
+
+    rounds: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+Record: TypeAlias = Run | Block | End
+
+
+def _rows_of_file(x: Samples, rows: Array) -> Array:
+    """Rows of an on-disk dataset in any order and with repeats: HDF5 itself takes only ascending distinct ones."""
+    distinct, back = np.unique(rows, return_inverse=True)
+    return np.asarray(x[distinct])[back]
+
+
+def check_layout(layout: str, shape: Sequence[int], where: str) -> None:
+    """Raise `DataError` unless `layout` exists and has the rank of `shape`."""
+    if LAYOUTS.get(layout) != len(shape):
+        fitting = [name for name, rank in LAYOUTS.items() if rank == len(shape)]
+        expected = "one of " + (", ".join(fitting) or "none")
+        raise DataError(
+            where,
+            f"layout {layout!r} with shape {tuple(shape)}",
+            expected,
+            "state the layout with `edgetrain pack --layout`",
+        )

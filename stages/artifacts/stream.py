@@ -1,0 +1,148 @@
+"""Streams of records: HDF5 images back to back, from pipes (bounded, in memory) and regular files (sliced lazily)."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from stages.artifacts import hdf5
+from stages.artifacts.records import Record
+from stages.errors import DataError, InputMissing, StreamBroken
+
+DEFAULT_MAX_RECORD_BYTES = 1 << 30
+_PIECE_BYTES = 1 << 22
+
+
+def records(file: BinaryIO, where: str, *, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES) -> Iterator[Record]:
+    """The records of a stream, in order, each read only when it is asked for.
+
+    A regular file is opened lazily: a block's `x` stays on disk and is read in slices (`Block.slices`). From a pipe an
+    image is read whole, at most `max_record_bytes` of it.
+
+    Raises:
+        DataError: not a stream of records, an image longer than allowed, an empty stream.
+        StreamBroken: the stream ends inside an image.
+    """
+    lazy = is_regular(file)
+    source: Iterator[Any] = _windows(file, where) if lazy else _images(file, where, max_record_bytes)
+    for number, image in enumerate(source):
+        place = where if number == 0 else f"{where}[{number}]"
+        yield hdf5.decode(image, place, lazy=lazy, max_bytes=max_record_bytes)
+
+
+def open_records(path: str | Path, *, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES) -> Iterator[Record]:
+    """The records of a named file.
+
+    Raises:
+        InputMissing: no such file, or it cannot be opened.
+    """
+    try:
+        file = cast(BinaryIO, SharedFile(path))
+    except OSError as error:
+        raise InputMissing(str(path), error.strerror or "cannot be opened", "a file of records") from error
+    return records(file, os.path.basename(path), max_record_bytes=max_record_bytes)
+
+
+def is_regular(file: BinaryIO) -> bool:
+    """Whether the file can be sliced: a regular file on disk, or bytes in memory."""
+    if isinstance(file, io.BytesIO):
+        return True
+    try:
+        return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    except (OSError, AttributeError, io.UnsupportedOperation):
+        return False
+
+
+def _images(file: BinaryIO, where: str, max_record_bytes: int) -> Iterator[bytes]:
+    number = 0
+    while header := _read(file, hdf5.HEADER_BYTES):
+        place = where if number == 0 else f"{where}[{number}]"
+        length = hdf5.image_bytes(header.ljust(hdf5.HEADER_BYTES, b"\0"), place)
+        if len(header) < hdf5.HEADER_BYTES:
+            raise StreamBroken(place, f"{len(header)} bytes", "a whole record", "the producer stopped early")
+        if length > max_record_bytes:
+            raise DataError(
+                place,
+                f"a record of {length} bytes",
+                f"at most {max_record_bytes} from a pipe",
+                "raise --max-record, or pack with a smaller --block-length",
+            )
+        image = header + _read(file, length - len(header))
+        if len(image) != length:
+            raise StreamBroken(place, f"{len(image)} of {length} bytes", "a whole record", "the producer stopped early")
+        yield image
+        number += 1
+    if number == 0:
+        raise _empty(where)
+
+
+def _read(file: BinaryIO, wanted: int) -> bytes:
+    """Exactly `wanted` bytes unless the stream ends; memory grows with what arrives, not with what is promised."""
+    pieces, missing = [], wanted
+    while missing > 0 and (piece := file.read(min(missing, _PIECE_BYTES))):
+        pieces.append(piece)
+        missing -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _windows(file: BinaryIO, where: str) -> Iterator[BinaryIO]:
+    start, end = file.tell(), file.seek(0, os.SEEK_END)
+    if start == end:
+        raise _empty(where)
+    number = 0
+    while start < end:
+        place = where if number == 0 else f"{where}[{number}]"
+        file.seek(start)
+        header = file.read(hdf5.HEADER_BYTES)
+        length = hdf5.image_bytes(header.ljust(hdf5.HEADER_BYTES, b"\0"), place)
+        if start + length > end:
+            raise StreamBroken(place, f"{end - start} of {length} bytes", "a whole record", "the file is cut off")
+        yield Window(file, start, length)  # type: ignore[misc]
+        start += max(length, hdf5.HEADER_BYTES)
+        number += 1
+
+
+def _empty(where: str) -> DataError:
+    return DataError(where, "an empty stream", "HDF5 records", "the producer wrote nothing")
+
+
+class SharedFile(io.FileIO):
+    """A file that closes with the last lazy block that reads from it."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path, "rb")
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Window(io.RawIOBase):
+    """A part of a seekable file as a file of its own; several windows may share the file."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        self._file.seek(self._start + self._at)
+        count: int = self._file.readinto(view)  # type: ignore[attr-defined]
+        self._at += count
+        return count

@@ -1,0 +1,1 @@
+"""Architectures, tracing, the deploy form, input adapters and heads."""

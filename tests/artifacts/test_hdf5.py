@@ -1,0 +1,228 @@
+"""Images: what is written comes back, equal records are equal bytes, hostile and damaged content is refused."""
+
+import io
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from stages.artifacts import hdf5
+from stages.artifacts.records import Block, End, Group
+from stages.errors import DataError, SchemaError
+
+
+def image(fill, **options) -> bytes:
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", **options) as file:
+        fill(file)
+    return buffer.getvalue()
+
+
+def minimal(file) -> None:
+    file["x"] = np.zeros((3, 4, 4), np.uint8)
+    file["y"] = np.zeros(3, np.int64)
+
+
+@pytest.mark.parametrize("name", ["block", "run"])
+def test_a_record_comes_back_and_equal_records_are_equal_bytes(name, request):
+    data = hdf5.encode(request.getfixturevalue(name))
+    again = hdf5.encode(hdf5.decode(data))
+    assert again == data
+
+
+def test_every_part_of_a_run_survives(run):
+    back = hdf5.decode(hdf5.encode(run))
+    assert back.plan == run.plan
+    assert back.history == run.history
+    assert back.model.input == run.model.input
+    assert back.model.tensors["temperature"].shape == ()
+    assert back.model.head.names == ("yes", "no")
+    assert back.model.head.known.tolist() == [True, False]
+    assert [len(part) for part in back.scores.output_fisher] == [2, 3]
+    assert back.extra.attrs["lab"] == "B12"
+    assert back.extra.groups["notes"].arrays["page"][0] == b"text"
+    assert back.profile.totals["energy"] == "unavailable"
+
+
+def test_every_part_of_a_block_survives(block):
+    back = hdf5.decode(hdf5.encode(block))
+    assert back.names == block.names
+    assert back.round == 4
+    assert back.facts == {"variance": 0.5, "strategy": "titan"}
+    assert back.per_class["seen"].tolist() == [5, 6, 7]
+    assert back.per_class["allocation"].tolist() == [1, 2, 3]
+    assert back.columns["drawer"].tolist() == list(range(6))
+    assert back.extra.arrays["speakers"].tolist() == [b"x", b"yy"]
+
+
+def test_the_end_mark_is_a_block_without_samples():
+    data = hdf5.encode(End(5, {"dropped": 3}))
+    with h5py.File(io.BytesIO(data)) as file:
+        assert file.attrs["edgetrain"] == b"block"
+        assert file["x"].shape == (0,)
+        assert file.attrs["end"] == 5
+    assert hdf5.decode(data) == End(5, {"dropped": 3})
+
+
+def test_the_dialect(block):
+    data = hdf5.encode(block)
+    assert data[8] == 3  # superblock of libver v110
+    assert int.from_bytes(data[28:36], "little") == len(data)
+    with h5py.File(io.BytesIO(data)) as file:
+
+        def check(_, item):
+            if isinstance(item, h5py.Dataset):
+                assert item.fletcher32
+                assert h5py.check_string_dtype(item.dtype) is None or item.dtype.kind == "S"
+
+        file.visititems(check)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    x=hnp.arrays(
+        st.sampled_from([np.uint8, np.int16, np.float32]),
+        hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9),
+    ),
+    data=st.data(),
+)
+def test_any_block_comes_back(x, data):
+    y = data.draw(hnp.arrays(np.int64, len(x), elements=st.integers(0, 4)))
+    layout = "NT" if x.dtype == np.int16 else "ND"
+    back = hdf5.decode(hdf5.encode(Block(x, y, layout)))
+    assert back.x.tobytes() == x.tobytes()
+    assert back.x.dtype == x.dtype
+    assert back.y.tolist() == y.tolist()
+
+
+@pytest.mark.parametrize("libver", ["earliest", ("v108", "v108"), ("v110", "v110"), "latest"])
+def test_a_users_own_file_is_a_block(libver):
+    back = hdf5.decode(image(minimal, libver=libver))
+    assert isinstance(back, Block)
+    assert back.layout == "NHW"
+
+
+def test_text_of_variable_length_is_accepted_from_others():
+    def fill(file):
+        minimal(file)
+        file["classes"] = ["cat", "dög"]
+
+    assert hdf5.decode(image(fill)).names == ("cat", "dög")
+
+
+HOSTILE = {
+    "a soft link": lambda file: file.__setitem__("also", h5py.SoftLink("/x")),
+    "an external link": lambda file: file.__setitem__("passwd", h5py.ExternalLink("/etc/passwd", "/")),
+    "external storage": lambda file: file.create_dataset(
+        "raw", shape=(4,), dtype="u1", external=[("/etc/passwd", 0, 4)]
+    ),
+    "an object reference": lambda file: file.create_dataset("ref", data=np.array([file["x"].ref], h5py.ref_dtype)),
+    "a reference in an attribute": lambda file: file.attrs.create("ref", file["x"].ref, dtype=h5py.ref_dtype),
+    "a ragged dataset": lambda file: file.create_dataset("ragged", shape=(2,), dtype=h5py.vlen_dtype(np.int32)),
+    "a second link": lambda file: file.__setitem__("twice", file["x"]),
+    "a loop": lambda file: file.create_group("g").__setitem__("up", file["/"]),
+    "a named type": lambda file: file.__setitem__("type", np.dtype("f8")),
+}
+
+
+def virtual(file) -> None:
+    layout = h5py.VirtualLayout(shape=(4,), dtype="u1")
+    layout[:] = h5py.VirtualSource("/etc/passwd", "data", shape=(4,))
+    file.create_virtual_dataset("virtual", layout)
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "virtual storage"])
+def test_what_reaches_outside_is_refused(name):
+    def fill(file):
+        minimal(file)
+        (HOSTILE.get(name) or virtual)(file)
+
+    with pytest.raises(SchemaError):
+        hdf5.decode(image(fill))
+    hdf5.decode(image(minimal))  # the same file without it is fine
+
+
+def test_a_small_image_cannot_claim_a_huge_dataset():
+    def fill(file):
+        minimal(file)
+        file.create_dataset("huge", shape=(1 << 40,), dtype="u1", chunks=(1 << 16,), compression="gzip")
+
+    with pytest.raises(SchemaError, match="max-record"):
+        hdf5.decode(image(fill), max_bytes=1 << 20)
+
+
+def test_deep_nesting_is_refused():
+    def fill(file):
+        minimal(file)
+        file.create_group("/".join("g" * 40))
+
+    with pytest.raises(SchemaError, match="nesting"):
+        hdf5.decode(image(fill))
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 40, 100, 0.5, 0.9])
+def test_a_truncated_image_is_refused(block, kept):
+    data = hdf5.encode(block)
+    cut = int(kept if isinstance(kept, int) else kept * len(data))
+    with pytest.raises(DataError):
+        hdf5.decode(data[:cut])
+
+
+def test_a_flipped_bit_is_never_silently_wrong(block):
+    """Every byte that HDF5 stores is under some checksum: a flip is an error or changes nothing that is read."""
+    data = hdf5.encode(block)
+    rng = np.random.default_rng(0)
+    caught = 0
+    for at, bit in zip(rng.integers(0, len(data), 300), rng.integers(0, 8, 300), strict=True):
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << bit
+        try:
+            same = hdf5.encode(hdf5.decode(bytes(damaged))) == data
+        except DataError:
+            caught += 1
+        else:
+            assert same, f"bit {bit} of byte {at}"
+    assert caught > 50
+
+
+@pytest.mark.parametrize(
+    ("datasets", "attributes", "words"),
+    [
+        ({"x": np.zeros((3, 4, 4))}, {}, "f4"),
+        ({"y": np.zeros(3)}, {}, "integers"),
+        ({"y": np.zeros(4, np.int64)}, {}, "N=3"),
+        ({"y": np.array([0, -1, 0])}, {}, "label -1"),
+        ({"y": np.array([0, 1, 5]), "classes": np.array([b"a", b"b"])}, {}, "label 5"),
+        ({"x": np.zeros((3, 4, 4, 4), np.uint8)}, {}, "layout"),
+        ({}, {"edgetrain": "cake"}, "'run' or 'block'"),
+        ({}, {"edgetrain": "block", "schema": 99}, "update EdgeTrain"),
+    ],
+)
+def test_malformed_blocks_say_what_is_wrong(datasets, attributes, words):
+    def fill(file):
+        for name, array in {"x": np.zeros((3, 4, 4), np.uint8), "y": np.zeros(3, np.int64), **datasets}.items():
+            file[name] = array
+        file.attrs.update(attributes)
+
+    with pytest.raises(DataError, match=words):
+        hdf5.decode(image(fill))
+
+
+def test_a_tree_of_any_kind_can_be_read(tmp_path):
+    path = tmp_path / "weights.h5"
+    with h5py.File(path, "w") as file:
+        file["blocks/00/expand/weight"] = np.ones((2, 3), np.float32)
+        file["blocks/00"].attrs["residual"] = True
+    with path.open("rb") as stream:
+        tree = hdf5.read_tree(stream, "weights.h5")
+        weight = tree.groups["blocks"].groups["00"].groups["expand"].arrays["weight"]
+        assert np.asarray(weight).shape == (2, 3)
+        assert tree.groups["blocks"].groups["00"].attrs["residual"]
+
+
+def test_unknown_dtypes_are_not_written():
+    with pytest.raises(SchemaError):
+        hdf5.encode_tree(Group(arrays={"objects": np.array([object()])}))

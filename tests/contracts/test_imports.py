@@ -1,0 +1,115 @@
+"""The direction of imports (docs/decisions.md, "Layout"), and what the library must never touch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAGES = ROOT / "stages"
+FILES = sorted(STAGES.rglob("*.py"))
+COMMANDS = sorted((ROOT / "edgetrain_cli" / "commands").glob("*.py"))
+
+MAY_IMPORT = {
+    "artifacts": {"errors"},
+    "models": {"errors", "artifacts"},
+    "cost": {"errors", "artifacts", "models.graph"},
+    "planning": {"errors", "artifacts", "models.graph", "cost"},
+    "data": {"errors", "artifacts", "randomness"},
+    "fsl": {"errors", "artifacts", "data", "randomness"},
+    "importance": {"errors", "artifacts", "models", "fsl", "randomness"},
+    "sparse": {"errors", "artifacts", "models", "randomness"},
+    "valuation": {"errors", "artifacts", "data", "models", "sparse", "randomness"},
+}
+"""Domain package -> what of `stages` it may import besides itself. Stage modules may import every package."""
+
+NO_TORCH = [*(STAGES / "artifacts").glob("*.py"), *(STAGES / "planning").glob("*.py"), STAGES / "cost" / "ops.py"]
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> list[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_there_is_something_to_check():
+    assert len(FILES) > 40
+    assert len(COMMANDS) > 10
+    assert {path.parent.name for path in FILES} >= set(MAY_IMPORT)
+    assert all(path.exists() for path in NO_TORCH)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_stages_do_not_know_the_command_line(path):
+    roots = {module.split(".")[0] for module in imports(path)}
+    assert roots.isdisjoint({"typer", "rich", "tqdm", "edgetrain_cli", "argparse", "matplotlib"})
+    if path != STAGES / "artifacts" / "hdf5.py":
+        assert "h5py" not in roots
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_packages_import_along_the_arrows(path):
+    used = {module.removeprefix("stages.") for module in imports(path) if module.startswith("stages.")}
+    package = path.relative_to(STAGES).parts[0]
+    if package in MAY_IMPORT:
+        allowed = MAY_IMPORT[package] | {package}
+        wrong = {module for module in used if not any((module + ".").startswith(way + ".") for way in allowed)}
+        assert not wrong
+    elif path.stem not in ("pipeline", "errors", "randomness", "__init__"):
+        stage_modules = {file.stem for file in STAGES.glob("*.py")} - {"errors", "randomness", "__init__"}
+        assert stage_modules.isdisjoint(module.split(".")[0] for module in used), "a stage imports a stage"
+
+
+@pytest.mark.parametrize("path", NO_TORCH, ids=name)
+def test_planning_and_artifacts_need_no_torch(path):
+    assert "torch" not in {module.split(".")[0] for module in imports(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_stages_touch_neither_streams_nor_arguments_nor_environment(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("print", "input"), f"line {node.lineno}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            pair = f"{node.value.id}.{node.attr}"
+            assert pair not in ("sys.stdin", "sys.stdout", "sys.stderr", "sys.argv", "os.environ", "os.getenv"), pair
+            assert pair not in ("np.random.seed", "torch.manual_seed", "random.seed"), pair
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_module_is_named_like_the_standard_library(path):
+    if path.stem != "__init__":
+        assert path.stem not in sys.stdlib_module_names
+        assert path.stem != "utils"
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=name)
+def test_commands_import_nothing_heavy_at_the_top(path):
+    roots = {module.split(".")[0] for module in imports(path, top_level_only=True)}
+    assert roots.isdisjoint({"torch", "numpy", "h5py", "matplotlib", "scipy", "PIL", "rich", "tqdm"})
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["filter", "--help"], ["--version"]], ids=" ".join)
+def test_help_imports_no_torch(arguments):
+    code = (
+        "import sys, runpy; sys.argv = ['edgetrain', *sys.argv[1:]]\n"
+        "try: runpy.run_module('edgetrain_cli', run_name='__main__')\n"
+        "finally: print('heavy:', sorted({'torch', 'numpy', 'h5py', 'scipy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "heavy: []" in result.stdout
