@@ -33,6 +33,11 @@ NOT_IN_HISTORY = frozenset(
         "history",
         "max_record",
         "live",
+        "live_keep",
+        "resume",
+        "replayed",
+        "support",
+        "cache_file",
         "checkpoint",
         "checkpoint_every",
         "source",
@@ -129,9 +134,8 @@ class Stage:
 
     def read_samples(self, path: str) -> Block:
         """The samples of a named file as one block; a file of one block stays on disk until it is sliced."""
-        from stages.data.blocks import join_blocks
-
         from stages.artifacts.records import Run
+        from stages.data.blocks import join_blocks
 
         self.named(path)
         _, blocks = self.read_stream(path)
@@ -139,6 +143,10 @@ class Stage:
         if not found or any(isinstance(block, Run) for block in found):
             raise DataError(_where(path), "no sample blocks", "samples", "make them with `edgetrain pack`")
         return found[0] if len(found) == 1 else join_blocks(found)
+
+    def read_records(self, source: str = STDIO) -> Iterator[Record]:
+        """Every record of a stream as it comes, the end mark too; for looking at it."""
+        return self._records(source)
 
     def named(self, path: str) -> Path:
         """A named input file: it exists, and its hash enters the history."""
@@ -197,9 +205,12 @@ class Stage:
 
     def write_text(self, text: str, out: str = STDIO) -> None:
         """Write text as the command's result."""
+        self.write_bytes(text.encode(), out)
+
+    def write_bytes(self, data: bytes, out: str = STDIO) -> None:
+        """Write a file of another format as the command's result."""
         from stages.artifacts.files import AtomicFile
 
-        data = text.encode()
         if out == STDIO:
             write_stdout(data)
             return
@@ -264,6 +275,10 @@ class Writer:
         from stages.artifacts.records import Run
 
         self._put(encode(self._owner.stamped(record) if isinstance(record, Run) else record))
+
+    def write_text(self, text: str) -> None:
+        """Write a piece of text."""
+        self._put(text.encode())
 
 
 class Watched(io.RawIOBase):

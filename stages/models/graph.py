@@ -15,7 +15,20 @@ from math import prod
 Shape = tuple[int, ...]
 
 KINDS = frozenset(
-    "input conv linear batchnorm relu relu6 add concat flatten max_pool avg_pool global_pool".split()
+    {
+        "input",
+        "conv",
+        "linear",
+        "batchnorm",
+        "relu",
+        "relu6",
+        "add",
+        "concat",
+        "flatten",
+        "max_pool",
+        "avg_pool",
+        "global_pool",
+    }
 )
 """Every operator kind a graph may hold. `batchnorm` is folded away in deploy form."""
 
@@ -25,7 +38,7 @@ WEIGHTED = frozenset({"conv", "linear"})
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operator. Shapes are per sample (no batch dimension); `kernel` and friends have one entry per spatial axis."""
+    """One operator. Shapes are per sample (no batch dimension); `kernel` and friends have an entry per spatial axis."""
 
     name: str
     kind: str

@@ -1,0 +1,50 @@
+"""The command `inspect`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from edgetrain_cli import pipe
+from edgetrain_cli.options import In, Json, MaxRecord
+
+
+def inspect_artifact(
+    source: In = "-",
+    rounds: Annotated[
+        bool, typer.Option("--rounds", help="One row per round: what selection gained, and its allocation.")
+    ] = False,
+    as_json: Json = False,
+    max_record: MaxRecord = "1GiB",
+) -> None:
+    """Show what is in an artifact or a stream: every record, and what each stage added.
+
+    Everything is read once, so damage shows as an error (exit code 65) after what could be read.
+
+      edgetrain inspect adapted.h5
+
+      edgetrain filter < stream.h5 | edgetrain select | edgetrain inspect --rounds
+    """
+    with pipe.stage("inspect", locals(), writes="text") as io:
+        import json
+
+        from edgetrain_cli import describe_tables
+        from stages.errors import DataError
+        from stages.inspecting import describe
+        from stages.inspecting import rounds as rounds_of
+
+        found, failure = [], None
+        try:
+            for record in io.read_records(source):
+                found.append(describe(record))
+        except DataError as error:
+            failure = error
+        if found and as_json:
+            result = {"rounds": rounds_of(found)} if rounds else {"records": found}
+            io.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        elif found:
+            table = describe_tables.rounds_table(rounds_of(found)) if rounds else describe_tables.tables(found)
+            io.show(table)
+        if failure is not None:
+            raise failure

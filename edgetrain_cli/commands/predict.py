@@ -1,0 +1,104 @@
+"""The command `predict`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgetrain_cli import pipe
+from edgetrain_cli.options import Arch, Cpus, In, MaxRecord, Out, Quiet, RunFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from stages.artifacts.records import Head
+    from stages.predicting import Predictions
+
+
+def predict(
+    source: In = "-",
+    samples: Annotated[
+        str | None,
+        typer.Argument(metavar="SAMPLES", help="Sample blocks or a folder of images; default: the stream after IN."),
+    ] = None,
+    out: Out = "-",
+    format: Annotated[
+        str | None,
+        typer.Option("--format", metavar="table|csv|jsonl|hdf5", help="Default: by the output's name, else a table."),
+    ] = None,
+    support: Annotated[
+        str | None, typer.Option("--support", metavar="FILE", help="Labelled samples whose classes to tell apart.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Most rows of a table.")] = 40,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", min=1, help="Samples computed at once.")] = 64,
+    arch: Arch = None,
+    run_file: RunFile = None,
+    max_record: MaxRecord = "1GiB",
+    cpus: Cpus = None,
+    quiet: Quiet = False,
+) -> None:
+    """Labels and probabilities for sample blocks or a folder of images.
+
+    HDF5 output is the samples with the columns `predicted` and `probability`.
+
+    Example: edgetrain predict adapted.h5 photos/ -o answers.csv
+    """
+    from stages.predicting import format_of
+
+    form = format_of(out, format)
+    with pipe.stage("predict", locals(), writes="records" if form == "hdf5" else "text") as io:
+        from stages import predicting
+        from stages.models.deploy import deploy
+
+        if samples is None:
+            run, blocks = io.read_stream(source, run_file)
+            run = predicting.known(run)
+        else:
+            run, blocks = io.read_run(source, run_file), iter(())
+        backbone = deploy(run.model, allow=arch)
+        shown = None if support is None else io.read_samples(support)
+        head = predicting.head_for(run.model, backbone, shown, micro_batch)
+        if samples is None:
+            chunks = predicting.chunks_of_blocks(blocks, micro_batch)
+        elif (path := io.named(samples)).is_dir():
+            chunks = predicting.chunks_of_images(path, backbone.input, micro_batch)
+        else:
+            chunks = predicting.chunks_of_blocks(io.read_stream(samples)[1], micro_batch)
+        answers = predicting.predict(backbone, head, chunks, on_step=io.progress("samples"))
+        if form == "table":
+            _show(io, answers, head, rows)
+        else:
+            _write(io, answers, head, form, out)
+
+
+def _write(io: pipe.Stage, answers: Iterable[Predictions], head: Head, form: str, out: str) -> None:
+    """All answers, piece by piece as they come."""
+    from stages.predicting import csv_header, csv_lines, json_lines, with_columns
+
+    with io.writer(out) as writer:
+        if form == "csv":
+            writer.write_text(csv_header(head))
+        for answer in answers:
+            if form == "hdf5":
+                writer.write(with_columns(answer))
+            else:
+                writer.write_text(csv_lines(answer, head) if form == "csv" else json_lines(answer, head))
+
+
+def _show(io: pipe.Stage, answers: Iterable[Predictions], head: Head, most: int) -> None:
+    """A table of the first `most` answers; the rest are only counted."""
+    from rich.table import Table
+
+    from stages import predicting
+
+    table = Table("sample", "predicted", "label", "probability")
+    total = 0
+    for answer in answers:
+        for sample, name, true, probability in predicting.rows(answer, head):
+            total += 1
+            if total <= most:
+                table.add_row(sample, name, true, f"{probability:.3f}")
+    io.show(table)
+    if total > most:
+        io.note(f"{total} samples, the first {most} shown; --rows shows more, --format csv all")

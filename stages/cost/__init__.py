@@ -1,0 +1,1 @@
+"""What a forward and a backward pass cost, in MACs and bytes."""

@@ -1,0 +1,195 @@
+"""What training costs when only the updates of a plan are live: backward MACs, and memory by a named model.
+
+Memory is never a bare number. The models in `MEMORY_MODELS`:
+
+* `paper`: TinyTrain's accounting (appendix A.4), which reproduces its Tables 2, 7 and 8: live weights (biases are not
+  counted), their gradients and optimiser state, plus the larger of the inference peak and what is kept for backward,
+  because the saved tensors reuse the inference buffers.
+* `saved`: what this project's engine keeps: tensors for backward, gradients and optimiser state of everything live.
+* `peak`: `saved` and the inference peak beside it.
+
+MB in the papers means 2^20 bytes; everything here is bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import NamedTuple
+
+from stages.artifacts.records import LayerUpdate
+from stages.cost.model import inference_peak_bytes, paper_peak_bytes
+from stages.cost.ops import ELEMENT_BYTES, input_gradient_macs, kept_bytes
+from stages.cost.ops import weight_gradient_macs as whole_weight_gradient_macs
+from stages.errors import UsageError
+from stages.models.graph import Graph, Op
+
+OPTIMIZER_STATE: Mapping[str, int] = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
+"""Values of state per live value."""
+
+HEAD = "head"
+"""Name of the linear classifier that `with_head` appends."""
+
+
+def live_weights(op: Op, update: LayerUpdate) -> int:
+    """Weights that train: an equal share of the layer's weights per live channel, along either axis."""
+    return op.weights * len(update.channels) // update.axis_channels
+
+
+def weight_gradient_macs(op: Op, update: LayerUpdate) -> int:
+    """MACs per sample of the live channels' weight gradient: r_i * M_i with r_i exact (TinyTrain A.4)."""
+    return whole_weight_gradient_macs(op) * len(update.channels) // update.axis_channels
+
+
+def kept_input(graph: Graph, update: LayerUpdate, batch: int) -> tuple[str | None, int]:
+    """What a live layer keeps of its input: (name of the kept tensor, bytes); no name where the copy is its own.
+
+    Output channels need the whole input, which layers reading the same tensor share. Some of the input channels, or of
+    a depthwise layer's channels, need only the live slice; all of them are the whole input again. Biases need nothing.
+    """
+    op = graph[update.layer]
+    if not update.channels:
+        return None, 0
+    if (op.is_depthwise or update.axis == "input") and len(update.channels) < update.axis_channels:
+        return None, ELEMENT_BYTES * batch * len(update.channels) * prod(op.in_shape[1:])
+    source = graph[op.inputs[0]]
+    while source.kind == "flatten":  # a view of the same storage
+        source = graph[source.inputs[0]]
+    return source.name, ELEMENT_BYTES * batch * op.in_elements
+
+
+def reached(graph: Graph, updates: Iterable[LayerUpdate]) -> frozenset[str]:
+    """Operators whose output depends on a live value: gradients flow back to these."""
+    return graph.downstream({update.layer for update in updates})
+
+
+def plan_backward_macs(graph: Graph, updates: Iterable[LayerUpdate]) -> int:
+    """MACs of one backward pass of one sample (TinyTrain appendix A.4).
+
+    The live share of each live layer's weight gradient, and the input gradient of every layer behind the earliest
+    live one; the earliest live layer itself passes no gradient on.
+    """
+    updates = tuple(updates)
+    open_ops = reached(graph, updates)
+    passed_on = sum(input_gradient_macs(op) for op in graph.layers if op.inputs[0] in open_ops)
+    return passed_on + sum(weight_gradient_macs(graph[update.layer], update) for update in updates)
+
+
+def saved_activation_bytes(graph: Graph, updates: Iterable[LayerUpdate], batch: int = 1) -> int:
+    """Bytes of activations that the engine keeps for one batch's backward pass: live layers' inputs (a shared tensor
+    once), and a bit per activation output and a byte per max-pool output wherever gradients flow."""
+    updates = tuple(updates)
+    shared: dict[str, int] = {}
+    own_bytes = 0
+    for update in updates:
+        name, size_bytes = kept_input(graph, update, batch)
+        if name is None:
+            own_bytes += size_bytes
+        else:
+            shared[name] = size_bytes
+    open_ops = reached(graph, updates)
+    flow_bytes = sum(kept_bytes(op, batch) for op in graph.ops if op.name in open_ops)
+    return own_bytes + sum(shared.values()) + flow_bytes
+
+
+def live_values(graph: Graph, updates: Iterable[LayerUpdate], *, biases: bool = True) -> int:
+    """Number of values that train."""
+    return sum(live_weights(graph[u.layer], u) + (len(u.bias) if biases else 0) for u in updates)
+
+
+def _no_buffer(graph: Graph) -> int:
+    return 0
+
+
+class Term(NamedTuple):
+    """One candidate for a memory model's activation term: saved activations (or not) plus an inference buffer."""
+
+    saved: bool
+    buffer_bytes: Callable[[Graph], int] = _no_buffer
+    """Per sample."""
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Named accounting: 4 bytes * live values * copies, plus the largest of `terms`.
+
+    Every term is linear in what a plan adds, so a budget on the model is one linear constraint per term.
+    """
+
+    weight_copies: int
+    """1 where the live values themselves are counted, 0 where only gradient and state are."""
+    biases: bool
+    terms: tuple[Term, ...]
+
+    def bytes_per_value(self, optimizer: str) -> int:
+        """Bytes per live value: itself where counted, its gradient, its optimiser state."""
+        return ELEMENT_BYTES * (self.weight_copies + 1 + optimizer_state(optimizer))
+
+
+MEMORY_MODELS: Mapping[str, MemoryModel] = {
+    "paper": MemoryModel(1, False, (Term(saved=True), Term(saved=False, buffer_bytes=paper_peak_bytes))),
+    "saved": MemoryModel(0, True, (Term(saved=True),)),
+    "peak": MemoryModel(0, True, (Term(saved=True, buffer_bytes=inference_peak_bytes),)),
+}
+
+
+def memory_model(name: str) -> MemoryModel:
+    """The memory model of that name. Raises UsageError that lists the names there are."""
+    if name not in MEMORY_MODELS:
+        raise UsageError("memory model", repr(name), "one of " + ", ".join(MEMORY_MODELS))
+    return MEMORY_MODELS[name]
+
+
+def optimizer_state(name: str) -> int:
+    """Values of state per live value. Raises UsageError that lists the optimisers there are."""
+    if name not in OPTIMIZER_STATE:
+        raise UsageError("optimizer", repr(name), "one of " + ", ".join(OPTIMIZER_STATE))
+    return OPTIMIZER_STATE[name]
+
+
+def memory_bytes(
+    graph: Graph, updates: Iterable[LayerUpdate], *, model: str = "paper", batch: int = 1, optimizer: str = "adam"
+) -> int:
+    """Bytes that training the updates takes by the named memory model, for a batch of `batch` samples.
+
+    Raises:
+        UsageError: no such memory model or optimiser.
+    """
+    updates = tuple(updates)
+    accounting = memory_model(model)
+    values = live_values(graph, updates, biases=accounting.biases)
+    saved = saved_activation_bytes(graph, updates, batch)
+    activations = max(term.saved * saved + batch * term.buffer_bytes(graph) for term in accounting.terms)
+    return values * accounting.bytes_per_value(optimizer) + activations
+
+
+def full_training_bytes(graph: Graph, batch: int, optimizer: str = "adam") -> int:
+    """What training everything costs in a stock framework, as TinyTrain charges FullTrain (Table 2).
+
+    Kept for backward, all in float32: the input of every layer, of its BatchNorm (the layer's output) and of every
+    ReLU. Plus parameters (BatchNorm's scale and shift included), gradients and optimiser state. `graph` is in deploy
+    form: a layer with a bias stands for a layer and its BatchNorm.
+    """
+    normalised = [op for op in graph.layers if op.bias]
+    kept = sum(op.in_elements for op in graph.layers) + sum(op.elements for op in normalised)
+    kept += sum(op.in_elements for op in graph.ops if op.kind in ("relu", "relu6"))
+    parameters = sum(op.weights for op in graph.layers) + sum(2 * op.out_channels for op in normalised)
+    return ELEMENT_BYTES * (batch * kept + parameters * (2 + optimizer_state(optimizer)))
+
+
+def with_head(graph: Graph, classes: int) -> Graph:
+    """The graph with a linear classifier of `classes` rows behind its features, named `head`.
+
+    In streams the linear head always trains: cost it by adding `whole_update(with_head(graph, C)["head"])`.
+    """
+    last = graph.ops[-1]
+    features = (prod(last.shape),)
+    head = Op(HEAD, "linear", (last.name,), (classes,), in_shape=features, bias=True)
+    return replace(graph, ops=(*graph.ops, head))
+
+
+def whole_update(op: Op, *, bias: bool = True) -> LayerUpdate:
+    """The update that trains all of a layer: every output channel, and every bias if it has them."""
+    channels = tuple(range(op.out_channels))
+    return LayerUpdate(op.name, "output", channels, op.out_channels, channels if bias and op.bias else ())

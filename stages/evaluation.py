@@ -1,0 +1,234 @@
+"""The command `evaluate`: accuracy of a run record on labelled samples, and of adaptation methods over many tasks.
+
+On samples: the record's head answers, or class means of a support set do. Over tasks: every method adapts the same
+backbone to the same tasks, so that methods are compared by paired differences; one row per task and method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from stages.artifacts.records import Array, Block, Head, Run
+from stages.cost.training import live_values, memory_bytes, plan_backward_macs
+from stages.errors import DataError, UsageError, require
+from stages.fsl.episodes import Episode, Shape, VariousShape, check_pool, draw_episodes, pool_of
+from stages.fsl.intervals import Interval, wilson
+from stages.methods.registry import find_method
+from stages.methods.results import Row
+from stages.methods.task import Answer, make_task
+from stages.models import heads
+from stages.models.deploy import Backbone, deploy
+from stages.models.graph import Graph
+from stages.models.inputs import adapt
+from stages.randomness import generator
+from stages.sparse.adaptation import Adapting
+
+# ------------------------------------------------------------------------------------------------ accuracy on samples
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """One class's share of right answers."""
+
+    label: int
+    name: str
+    samples: int
+    hits: int
+
+    @property
+    def interval(self) -> Interval:
+        return wilson(self.hits, self.samples)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers on labelled samples, by class."""
+
+    classes: tuple[ClassAccuracy, ...]
+    loss: float
+    """Mean cross-entropy."""
+
+    @property
+    def samples(self) -> int:
+        return sum(each.samples for each in self.classes)
+
+    @property
+    def hits(self) -> int:
+        return sum(each.hits for each in self.classes)
+
+    @property
+    def interval(self) -> Interval:
+        """Share of right answers with Wilson's 95 % interval."""
+        return wilson(self.hits, self.samples)
+
+
+def evaluate(
+    run: Run,
+    blocks: Iterable[Block],
+    *,
+    support: Block | None = None,
+    chunk: int = 256,
+    on_step: Callable[[int], None] = lambda done: None,
+    allow: str | None = None,
+) -> Accuracy:
+    """Accuracy on labelled samples, `chunk` of them in memory at a time; `on_step` gets the number done.
+
+    With `support` its class means answer, instead of the record's head.
+
+    Raises:
+        DataError: no samples, samples that the model cannot read, or a class that the head does not know.
+        UsageError: no head and no support.
+    """
+    backbone = deploy(run.model, allow=allow)
+    head = _support_head(backbone, run.model.head, support, chunk) if support is not None else run.model.head
+    if head is None or not len(head.labels):
+        fix = "adapt it with `edgetrain train-sparse`, or name labelled samples with --support"
+        raise UsageError("/model/head", "the model knows no class", "classes to tell apart", fix)
+    counts = {int(label): np.zeros(2, np.int64) for label in head.labels}
+    names: dict[int, str] = {}
+    loss, done = 0.0, 0
+    for block in (part for whole in blocks for part in whole.slices(chunk)):
+        rows, scores = _scores(backbone, head, block)
+        loss += float(torch.nn.functional.cross_entropy(scores, rows, reduction="sum"))
+        for row, right in zip(rows.tolist(), (scores.argmax(dim=1) == rows).tolist(), strict=True):
+            counts[int(head.labels[row])] += (1, right)
+        names.update(heads.class_names(block) or {})
+        done += len(block)
+        on_step(done)
+    if not done:
+        raise DataError("samples", "none", "labelled samples to evaluate on")
+    return Accuracy(tuple(_class_rows(head, counts, names)), loss / done)
+
+
+def _scores(backbone: Backbone, head: Head, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Head rows (N,) of the samples' classes, and class scores (N, C)."""
+    features = backbone.features(adapt(np.asarray(block.x), block.layout, backbone.input))
+    return torch.from_numpy(heads.rows(head, block.y, heads.class_names(block))), heads.logits(head, features)
+
+
+def _support_head(backbone: Backbone, known: Head | None, support: Block, chunk: int) -> Head:
+    """Class means of a support set, with the cosine scale that the record has learned."""
+    if not len(support):
+        raise DataError("support", "no samples", "at least one per class")
+    parts = [adapt(np.asarray(part.x), part.layout, backbone.input) for part in support.slices(chunk)]
+    features = torch.cat([backbone.features(part) for part in parts])
+    scale = known.scale if known is not None and known.kind == "prototypes" else 10.0
+    return heads.prototype_head(features, support.y, heads.class_names(support), scale=scale)
+
+
+def _class_rows(head: Head, counts: Mapping[int, Array], names: Mapping[int, str]) -> Iterator[ClassAccuracy]:
+    for row, (label, (samples, hits)) in enumerate(sorted(counts.items())):
+        name = head.names[row] if head.names else names.get(label, str(label))
+        if samples:
+            yield ClassAccuracy(label, name, int(samples), int(hits))
+
+
+# ---------------------------------------------------------------------------------------------------- methods on tasks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tasks:
+    """Which tasks, which methods, and how they adapt."""
+
+    tasks: int = 200
+    methods: tuple[str, ...] = ("none", "last-layer", "full", "tinytrain")
+    shape: Shape = field(default_factory=VariousShape)
+    group: str | None = None
+    """Column whose groups never stand on both sides of a task."""
+    hierarchical: bool = False
+    """Draw each task from one family of classes (names alphabet/character)."""
+    skip_small: bool = False
+    """Leave classes with too few samples out, instead of refusing them."""
+    adapting: Adapting = field(default_factory=lambda: Adapting(micro_batch=100))
+    shard: tuple[int, int] = (0, 1)
+    """This run does every n-th task from the i-th on, of (i, n)."""
+    measure: bool = True
+    """Record seconds per task; the rows of two runs are equal only without."""
+
+    def __post_init__(self) -> None:
+        require(self.tasks > 0, "--tasks", str(self.tasks), "at least 1")
+        require(len(self.methods) > 0, "--methods", "none", "at least one")
+        require(len(set(self.methods)) == len(self.methods), "--methods", "a method twice", "each once")
+        first, step = self.shard
+        require(0 <= first < step, "--shard", f"{first}/{step}", "i/n with 0 <= i < n")
+        for name in self.methods:
+            find_method(name)
+
+    @property
+    def numbers(self) -> range:
+        """The tasks of this shard."""
+        return range(self.tasks)[self.shard[0] :: self.shard[1]]
+
+
+def evaluate_tasks(
+    run: Run,
+    block: Block,
+    config: Tasks,
+    *,
+    seed: int,
+    dataset: str = "",
+    episodes: Sequence[Episode] | None = None,
+    on_row: Callable[[Row], None] = lambda row: None,
+    allow: str | None = None,
+) -> list[Row]:
+    """Every method on every task of the shard; `on_row` gets each row as it is done.
+
+    Task t of a seed, and the random numbers that methods draw on it, are the same for all methods, in every shard and
+    on every machine. `episodes` gives the tasks instead of drawing them.
+
+    Raises:
+        DataError: too few classes or samples for the tasks, or samples that the model cannot read.
+        UsageError: a method that this backbone cannot be adapted with.
+        BudgetError: a method's budget that nothing fits.
+    """
+    backbone = deploy(run.model, allow=allow)
+    scale = run.model.head.scale if run.model.head is not None else config.adapting.scale
+    config = replace(config, adapting=replace(config.adapting, scale=scale))
+    methods = {name: find_method(name) for name in config.methods}
+    drawn = draw_tasks(block, config, seed) if episodes is None else (episodes[i] for i in config.numbers)
+    rows = []
+    for number, episode in zip(config.numbers, drawn, strict=True):
+        task = make_task(block, episode, backbone)
+        for name, method in methods.items():
+            started = perf_counter()
+            answer = method(backbone, task, config.adapting, generator(seed, "adapt", number))
+            seconds = perf_counter() - started if config.measure else 0.0
+            row = _row(backbone.graph, dataset, number, name, episode, answer, seconds)
+            rows.append(row)
+            on_row(row)
+    return rows
+
+
+def draw_tasks(block: Block, config: Tasks, seed: int) -> Iterator[Episode]:
+    """The tasks of the shard. Raises `DataError` where the samples do not suffice."""
+    pool = pool_of(block, group=config.group, hierarchical=config.hierarchical)
+    pool, _ = check_pool(pool, config.shape, skip=config.skip_small)
+    return draw_episodes(pool, config.shape, seed, config.numbers)
+
+
+def _row(graph: Graph, dataset: str, number: int, method: str, episode: Episode, answer: Answer, seconds: float) -> Row:
+    right = answer.predicted.numpy() == episode.query_labels
+    updates = answer.updates
+    trains = bool(updates)
+    macs = plan_backward_macs(graph, updates) if trains else 0
+    return Row(
+        dataset=dataset,
+        task=number,
+        method=method,
+        accuracy=float(right.mean()),
+        ways=episode.ways,
+        support=len(episode.support),
+        query=len(episode.query),
+        learning_rate=answer.learning_rate,
+        layers=len(updates),
+        live_values=live_values(graph, updates) + answer.extra_values,
+        backward_macs=macs if answer.extra_macs is None else answer.extra_macs,
+        memory_bytes=memory_bytes(graph, updates, model="paper") if trains else 0,
+        saved_bytes=memory_bytes(graph, updates, model="saved") if trains else 0,
+        seconds=seconds,
+    )

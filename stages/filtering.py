@@ -1,0 +1,134 @@
+"""`filter`: a stream of samples -> one block of candidates per round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stages.artifacts.records import Array, Block, End
+from stages.data.blocks import join_blocks
+from stages.errors import UsageError, require
+from stages.models.deploy import Backbone
+from stages.models.inputs import adapt
+from stages.valuation.buffer import CandidateBuffer, Features
+from stages.valuation.coarse import FILTERS
+
+CHUNK = 256
+"""Samples scored at once: bounds memory for windows of any length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filtering:
+    """How candidates are chosen."""
+
+    window: int = 100
+    """Samples per round (Titan section 4.1)."""
+    keep: int = 30
+    """Candidates per round (Titan section 4.1)."""
+    strategy: str = "quota"
+    decay: float = 0.99
+    """Running statistics: weight of a sample falls by this factor for every newer one of its class."""
+
+    def __post_init__(self) -> None:
+        require(self.strategy in FILTERS, "--strategy", f"{self.strategy!r}", "one of " + ", ".join(FILTERS))
+        require(self.window >= 1, "--window", f"{self.window}", "at least 1")
+        require(1 <= self.keep <= self.window, "--keep", f"{self.keep}", f"1 to the window's {self.window}")
+        require(0.0 < self.decay <= 1.0, "--decay", f"{self.decay}", "above 0, at most 1")
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether `filter_stream` must be given `features`."""
+        return FILTERS[self.strategy].needs in ("features", "directions")
+
+
+def filter_stream(
+    blocks: Iterable[Block],
+    config: Filtering,
+    *,
+    features: Features | None = None,
+    seed: int = 0,
+    on_note: Callable[[str], None] = lambda text: None,
+    on_step: Callable[[int], None] = lambda round: None,
+) -> Iterator[Block | End]:
+    """Candidates of every `config.window` samples, the last window perhaps shorter, then the end mark.
+
+    Each block holds at most `config.keep` samples in order of arrival, with `round`, their `index` in the stream, the
+    `weight` that makes them stand for the whole window, and `seen`, the samples per class of the window. Samples are
+    taken as they come: how the input is cut into blocks changes nothing.
+
+    Args:
+        features: samples -> shallow features (n, F), for strategies that need them (`shallow_features`).
+        on_note: gets one line when the strategy deserves a warning.
+        on_step: gets the number of rounds closed so far.
+
+    Raises:
+        UsageError: the strategy needs features and there are none.
+        DataError: unlabelled samples, features that are not finite, blocks that do not fit each other.
+    """
+    if config.needs_model and features is None:
+        raise UsageError(
+            "--strategy",
+            f"{config.strategy!r} without a model",
+            "a run record for its features",
+            "put the run record first in the stream, or give --run FILE",
+        )
+    warning = FILTERS[config.strategy].warning
+    if warning:
+        on_note(warning)
+    buffer = CandidateBuffer(config.strategy, config.keep, features=features, decay=config.decay, seed=seed)
+    for chunk, closes in arrivals(blocks, config.window):
+        buffer.add(chunk)
+        if closes:
+            yield buffer.close_round()
+            on_step(buffer.round)
+    if buffer.arrived:
+        yield buffer.close_round()
+        on_step(buffer.round)
+    yield End(buffer.round)
+
+
+def arrivals(blocks: Iterable[Block], window: int) -> Iterator[tuple[Block, bool]]:
+    """The stream in chunks of at most `CHUNK` samples that never cross a window's end, and whether one ends there.
+
+    Large blocks are read slice by slice, small ones are joined; the chunks are the same however the input is cut.
+    """
+    pieces: list[Block] = []
+    waiting = position = 0
+    for block in blocks:
+        start = 0
+        while start < len(block):
+            room = min(CHUNK, window - position) - waiting
+            piece = block.take(slice(start, start + room))
+            pieces.append(piece)
+            start, waiting = start + len(piece), waiting + len(piece)
+            if len(piece) == room:
+                position = (position + waiting) % window
+                yield _joined(pieces), position == 0
+                pieces, waiting = [], 0
+    if waiting:
+        yield _joined(pieces), False
+
+
+def _joined(pieces: list[Block]) -> Block:
+    return pieces[0] if len(pieces) == 1 else join_blocks(pieces, where="stream")
+
+
+def shallow_features(backbone: Backbone, depth: int) -> Features:
+    """Samples -> output of the backbone's first `depth` blocks, flat: float32 (n, F) (Titan footnote 3).
+
+    Raises `UsageError` when the model has fewer blocks.
+    """
+    graph = backbone.graph
+    there = len(graph.blocks)
+    require(1 <= depth <= there, "--blocks", f"{depth}", f"1 to {there}, the model's blocks")
+    last = max((op for op in graph.ops if op.block == depth - 1), key=lambda op: graph.position[op.name])
+
+    def features(block: Block) -> Array:
+        with torch.inference_mode():
+            shallow = backbone.until(adapt(np.asarray(block.x), block.layout, backbone.input), last.name)
+        return np.asarray(shallow.flatten(1).numpy())
+
+    return features

@@ -1,0 +1,218 @@
+"""The loop of meta-training: units of work (episodes or batches), steps over several of them, validation.
+
+A unit is a number: everything random about it comes from the generator of (seed, stage, number). A step sums the
+gradients of `per_step` units; processes share them out. Each unit sees the running statistics of BatchNorm as they were
+before the step, and their mean over the units is kept: so N processes do what one process does, up to the order of
+summation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stages.artifacts.records import Array
+from stages.errors import DataError
+from stages.fsl.episodes import Episode, Pool, Shape
+from stages.fsl.intervals import half_width
+from stages.fsl.protonet import accuracy, cosine_logits, episode_loss, prototypes
+from stages.fsl.schedule import WarmCosine
+from stages.fsl.team import Team
+from stages.randomness import generator, torch_generator
+
+Inputs = Callable[[Array], Tensor]
+"""Positions in a data set -> model inputs float32 (n, *input)."""
+Distort = Callable[[Tensor, torch.Generator], Tensor]
+"""Model inputs -> augmented model inputs."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Samples as model inputs, and what tasks are drawn from."""
+
+    inputs: Inputs
+    pool: Pool
+
+
+class Units(Protocol):
+    """A source of losses by number."""
+
+    def loss(self, number: int) -> Tensor:
+        """The loss of one unit, with its graph."""
+
+
+class Learner(nn.Module):
+    """What trains: the backbone, the cosine scale and, for a supervised phase, one row per class (C, D).
+
+    Without a supervised phase `rows` has no rows.
+    """
+
+    def __init__(self, backbone: nn.Module, scale: float, rows: Tensor) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.rows = nn.Parameter(rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Model inputs (N, *input) -> features (N, D)."""
+        features: Tensor = self.backbone(x.to(self.device, non_blocking=True))
+        return features
+
+
+@dataclass(frozen=True)
+class EpisodeUnits:
+    """Tasks drawn from the data sets, each set with the same probability (as Meta-Dataset mixes its sources)."""
+
+    learner: Learner
+    sets: Sequence[DataSet]
+    shape: Shape
+    distort: Distort
+    seed: int
+
+    def loss(self, number: int) -> Tensor:
+        """ProtoNet's loss of one augmented task (Snell et al., with P>M>F's cosine)."""
+        rng = generator(self.seed, "pretrain-episode", number)
+        data = self.sets[int(rng.integers(len(self.sets)))]
+        task = self.shape.draw(data.pool, rng)
+        x = data.inputs(np.concatenate([task.support, task.query]))
+        x = self.distort(x, torch_generator(self.seed, "pretrain-distortion", number))
+        features = self.learner(x)
+        count = len(task.support)
+        support, query = (
+            torch.from_numpy(labels).to(self.learner.device) for labels in (task.support_labels, task.query_labels)
+        )
+        return episode_loss(features[:count], support, features[count:], query, task.ways, self.learner.scale)
+
+
+@dataclass(frozen=True)
+class BatchUnits:
+    """Batches over all classes of all data sets, against the learner's row of each class."""
+
+    learner: Learner
+    sets: Sequence[DataSet]
+    batch: int
+    distort: Distort
+    seed: int
+
+    def loss(self, number: int) -> Tensor:
+        """Cross-entropy of the cosine classifier over one augmented batch."""
+        rng = generator(self.seed, "pretrain-batch", number)
+        counts = [len(data.pool.classes) for data in self.sets]
+        drawn = rng.integers(sum(counts), size=self.batch)
+        pieces, first = [], 0
+        for data, count in zip(self.sets, counts, strict=True):
+            mine = drawn[(drawn >= first) & (drawn < first + count)] - first
+            rows = np.array([rng.choice(data.pool.members[c]) for c in mine], np.int64)
+            pieces += [(data.inputs(rows), mine + first)] if len(mine) else []
+            first += count
+        x = self.distort(torch.cat([x for x, _ in pieces]), torch_generator(self.seed, "pretrain-distortion", number))
+        labels = torch.from_numpy(np.concatenate([y for _, y in pieces])).to(self.learner.device)
+        logits = cosine_logits(self.learner(x), self.learner.rows, self.learner.scale)
+        return nn.functional.cross_entropy(logits, labels)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch is."""
+
+    number: int
+    steps: int
+    per_step: int
+    schedule: WarmCosine
+    batchnorm_trains: bool
+
+
+def train_epoch(
+    learner: Learner,
+    units: Units,
+    optimizer: torch.optim.Optimizer,
+    epoch: Epoch,
+    team: Team,
+    on_step: Callable[[int], None],
+) -> float:
+    """One epoch of steps; the mean loss. `on_step` gets the number of steps done, from the first epoch's start.
+
+    Raises `DataError` for a loss that is not finite.
+    """
+    learner.train(epoch.batchnorm_trains)
+    total = 0.0
+    for step in range(epoch.number * epoch.steps, (epoch.number + 1) * epoch.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = epoch.schedule.at(step / epoch.steps)
+        numbers = range(step * epoch.per_step, (step + 1) * epoch.per_step)
+        loss = _gradients(learner, units, numbers, team)
+        if not isfinite(loss):
+            raise DataError(f"step {step}", f"a loss of {loss}", "a finite loss", "lower the learning rate")
+        optimizer.step()
+        total += loss
+        on_step(step + 1)
+    return total / epoch.steps
+
+
+def _gradients(learner: Learner, units: Units, numbers: range, team: Team) -> float:
+    """Mean loss over the step's units; gradients and running statistics are left where they belong."""
+    statistics = [buffer for buffer in learner.buffers() if buffer.is_floating_point()]
+    before = [buffer.clone() for buffer in statistics]
+    after = [torch.zeros_like(buffer) for buffer in statistics]
+    parameters = list(learner.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    total = torch.zeros((), device=learner.device)
+    for number in team.share(numbers):
+        _copy(before, statistics)
+        loss = units.loss(number) / len(numbers)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+        for mean, buffer in zip(after, statistics, strict=True):
+            mean += buffer / len(numbers)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    team.sum([*gradients, *after, total])
+    _copy(after, statistics)
+    return float(total)
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Accuracy over tasks."""
+
+    mean: float
+    half_width: float
+    """Of the 95 % interval of the mean (Student's t over tasks); NaN for a single task."""
+
+
+def validate(learner: Learner, tasks: Sequence[tuple[DataSet, Episode]], team: Team) -> Measured:
+    """Accuracy of the prototypes on tasks, samples as they are, BatchNorm in evaluation mode."""
+    learner.eval()
+    found = torch.zeros(len(tasks), dtype=torch.float64, device=learner.device)
+    with torch.no_grad():
+        for number in team.share(range(len(tasks))):
+            found[number] = _task_accuracy(learner, *tasks[number])
+    team.sum([found])
+    values = found.cpu().numpy()
+    return Measured(float(values.mean()), half_width(values))
+
+
+def _task_accuracy(learner: Learner, data: DataSet, task: Episode) -> float:
+    features = learner(data.inputs(np.concatenate([task.support, task.query])))
+    count = len(task.support)
+    means = prototypes(features[:count], torch.from_numpy(task.support_labels).to(features.device), task.ways)
+    logits = cosine_logits(features[count:], means, 1.0)
+    return accuracy(logits, torch.from_numpy(task.query_labels).to(features.device))

@@ -1,0 +1,196 @@
+"""Meta-training as a state that advances by epochs: phases, validation, the best weights, and checkpoints of it all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from stages.artifacts.records import Array, Group
+from stages.errors import DataError
+from stages.fsl.episodes import Episode
+from stages.fsl.meta_training import DataSet, Epoch, Learner, Measured, Units, train_epoch, validate
+from stages.fsl.schedule import WarmCosine
+from stages.fsl.team import Team
+
+Weights = Mapping[str, Array]
+"""The module's floating-point state by name."""
+
+COLUMNS = ("epoch", "learning_rate", "loss", "scale", "validation_accuracy", "validation_half_width")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Epochs of one kind of work."""
+
+    units: Units
+    epochs: int
+    schedule: WarmCosine
+    batchnorm_trains: bool
+    competes: bool = True
+    """Whether patience counts its epochs."""
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """What all epochs have in common."""
+
+    steps: int
+    per_step: int
+    momentum: float
+    weight_decay: float
+    patience: int
+    """Competing epochs without a better validation after which training ends; 0 never ends it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands, for whoever watches."""
+
+    steps: int = 0
+    loss: float = float("nan")
+    """Mean over the last epoch."""
+    accuracy: float = float("nan")
+    """On the validation tasks, after the last epoch."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The weights that training will return."""
+
+    weights: Weights
+    """Of the learner: backbone, scale and rows."""
+    epoch: int
+    """-1 before the first."""
+    accuracy: float
+    """NaN without validation tasks: then the last weights are kept."""
+
+
+class Trainer:
+    """Trains epoch after epoch; `kept` is the result so far, `state` and `load` carry everything over a restart."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        phases: Sequence[Phase],
+        rhythm: Rhythm,
+        tasks: Sequence[tuple[DataSet, Episode]],
+        team: Team,
+    ) -> None:
+        self.learner, self.rhythm, self.tasks, self.team = learner, rhythm, tasks, team
+        self.phases = [phase for phase in phases if phase.epochs]
+        self.done = 0
+        self.progress = Progress()
+        self.kept = Kept(weights(learner), -1, float("nan"))
+        self.table: dict[str, list[float]] = {name: [] for name in COLUMNS}
+        self.optimizer = self._optimizer()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or patience is at an end."""
+        idle = sum(phase.epochs for phase in self.phases if not phase.competes)
+        waited = self.done - max(self.kept.epoch + 1, idle)
+        out_of_patience = 0 < self.rhythm.patience <= waited and bool(self.tasks)
+        return self.done >= sum(phase.epochs for phase in self.phases) or out_of_patience
+
+    def epoch(self, on_step: Callable[[Progress], None]) -> None:
+        """Train one epoch, then validate."""
+        phase, number = self._position()
+        if number == 0:
+            self.optimizer = self._optimizer()
+        steps = self.rhythm.steps
+        epoch = Epoch(number, steps, self.rhythm.per_step, phase.schedule, phase.batchnorm_trains)
+        before = (self.done - number) * steps
+
+        def count(done: int) -> None:
+            on_step(replace(self.progress, steps=before + done))
+
+        loss = train_epoch(self.learner, phase.units, self.optimizer, epoch, self.team, count)
+        measured = validate(self.learner, self.tasks, self.team) if self.tasks else Measured(*[float("nan")] * 2)
+        self._record(phase.schedule.at(number + (steps - 1) / steps), loss, measured)
+        on_step(self.progress)
+
+    def _position(self) -> tuple[Phase, int]:
+        """The phase of the coming epoch, and the epoch's number in it."""
+        number = self.done
+        for phase in self.phases:
+            if number < phase.epochs:
+                return phase, number
+            number -= phase.epochs
+        raise IndexError("no epoch left")
+
+    def _optimizer(self) -> torch.optim.SGD:
+        how = self.rhythm
+        return torch.optim.SGD(self.learner.parameters(), lr=0.0, momentum=how.momentum, weight_decay=how.weight_decay)
+
+    def _record(self, rate: float, loss: float, measured: Measured) -> None:
+        scale = self.learner.scale.item()
+        row = (float(self.done), rate, loss, scale, measured.mean, measured.half_width)
+        for name, value in zip(COLUMNS, row, strict=True):
+            self.table[name].append(value)
+        # NaN compares as false: without validation, and for the first epoch, the new weights are kept
+        if not measured.mean <= self.kept.accuracy:
+            self.kept = Kept(weights(self.learner), self.done, measured.mean)
+        self.done += 1
+        self.progress = Progress(self.done * self.rhythm.steps, loss, measured.mean)
+
+    # -- over a restart
+
+    def state(self) -> Group:
+        """Everything that the coming epochs depend on."""
+        momentum = {
+            name: self.optimizer.state[parameter]["momentum_buffer"].cpu().numpy()
+            for name, parameter in self.learner.named_parameters()
+            if self.optimizer.state[parameter].get("momentum_buffer") is not None
+        }
+        kept = {"epoch": self.kept.epoch, "accuracy": self.kept.accuracy}
+        groups = {
+            "weights": _group(weights(self.learner)),
+            "kept": replace(_group(self.kept.weights), attrs=kept),
+            "momentum": _group(momentum),
+            "table": Group(arrays={name: np.array(values) for name, values in self.table.items()}),
+        }
+        return Group({"done": self.done}, groups=groups)
+
+    def load(self, state: Group) -> None:
+        """Go on from what `state` returned. Raises `DataError` for a state that does not fit."""
+        try:
+            self._load(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            found = " ".join(f"a checkpoint that does not fit: {error}".split())
+            raise DataError("--resume", found, "one of this very training") from error
+
+    def _load(self, state: Group) -> None:
+        shapes = {name: array.shape for name, array in weights(self.learner).items()}
+        current, kept = state.groups["weights"], state.groups["kept"]
+        tensors = {name: torch.from_numpy(array) for name, array in _arrays(current, shapes).items()}
+        self.learner.load_state_dict(tensors, strict=False)  # all but BatchNorm's counters, which nothing reads
+        for name, parameter in self.learner.named_parameters():
+            if name in state.groups["momentum"].arrays:
+                array = _arrays(state.groups["momentum"], {name: shapes[name]})[name]
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.from_numpy(array).to(parameter.device)
+        self.kept = Kept(_arrays(kept, shapes), int(kept.attrs["epoch"]), float(kept.attrs["accuracy"]))
+        self.table = {name: [float(value) for value in state.groups["table"].arrays[name]] for name in COLUMNS}
+        self.done = int(state.attrs["done"])
+        self.progress = Progress(self.done * self.rhythm.steps, self.table["loss"][-1], self.kept.accuracy)
+
+
+def weights(module: nn.Module) -> dict[str, Array]:
+    """The module's parameters and running statistics, copied; BatchNorm's batch counters are left out."""
+    return {
+        name: value.detach().cpu().numpy().copy()
+        for name, value in module.state_dict().items()
+        if value.is_floating_point()
+    }
+
+
+def _group(arrays: Weights) -> Group:
+    """Arrays as datasets, which have at least one dimension."""
+    return Group(arrays={name: np.atleast_1d(array) for name, array in arrays.items()})
+
+
+def _arrays(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    return {name: np.array(group.arrays[name]).reshape(shape) for name, shape in shapes.items()}

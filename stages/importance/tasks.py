@@ -1,0 +1,120 @@
+"""The samples and the loss that a task's Fisher potentials are computed from: one builder per kind of head.
+
+`prototypes` (few-shot): the loss of the pseudo-query, which is the support set augmented, against class means of the
+support set itself (TinyTrain section 2.1, after P>M>F). The means are detached: a gradient through them would tie the
+samples together, and none would have a gradient of its own.
+`linear` (streams): the cross-entropy of the linear head on the samples as they are, which is the loss that training
+will reduce; classes that the head has not met are imprinted from these samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stages.artifacts.records import Block, Head
+from stages.errors import DataError, UsageError
+from stages.fsl.augment import PSEUDO_QUERY, augment
+from stages.importance.fisher import SampleLoss
+from stages.models.deploy import Backbone
+from stages.models.heads import class_names, empty_head, extend, imprint, logits, prototype_head, rows
+from stages.models.inputs import adapt
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a Fisher pass needs besides the backbone."""
+
+    inputs: Tensor
+    """float32 (N, *input shape)."""
+    targets: Tensor
+    """int64 (N,): rows of the head."""
+    head: Head
+
+    @property
+    def loss(self) -> SampleLoss:
+        """Each sample's own cross-entropy under the head."""
+        return head_loss(self.head)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Micro-batches of at most `size` samples."""
+        return zip(torch.split(self.inputs, size), torch.split(self.targets, size), strict=True)
+
+
+def head_loss(head: Head) -> SampleLoss:
+    """Features (n, D) and head rows (n,) -> cross-entropy per sample (n,)."""
+
+    def loss(features: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(logits(head, features), targets, reduction="none")
+
+    return loss
+
+
+TaskBuilder = Callable[[Backbone, Block, Head | None, int, np.random.Generator], Task]
+"""Backbone, support, the run's head, micro-batch size and randomness -> task. Raises `DataError` for a support without
+samples, or where there is but one class: every answer is right then, and no layer matters."""
+
+
+def pseudo_query(
+    backbone: Backbone, support: Block, head: Head | None, micro_batch: int, rng: np.random.Generator
+) -> Task:
+    """The augmented support against its own prototypes; a `prototypes` head in the run lends its cosine scale.
+
+    One coin per sample decides whether it is augmented: with P>M>F's single coin per batch, one seed in ten would score
+    the layers on the support set itself.
+    """
+    inputs = _inputs(backbone, support)
+    scale = {"scale": head.scale} if head is not None and head.kind == "prototypes" else {}
+    means = prototype_head(_features(backbone, inputs, micro_batch), support.y, class_names(support), **scale)
+    seed = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    views = augment(inputs, backbone.input, seed, replace(PSEUDO_QUERY, coin="sample"))
+    return _task(views, support, means)
+
+
+def stream_samples(
+    backbone: Backbone, support: Block, head: Head | None, micro_batch: int, rng: np.random.Generator
+) -> Task:
+    """The samples as they are under the run's linear head; classes it does not know are imprinted from them."""
+    inputs, names = _inputs(backbone, support), class_names(support)
+    if head is None or head.kind != "linear":
+        head = empty_head(support.y, names, backbone.graph.feature_dim)
+    head = extend(head, support.y, names)
+    targets = rows(head, support.y, names)
+    if not head.known[targets].all():
+        features = _features(backbone, inputs, micro_batch)
+        head = imprint(head, features, targets, np.ones(len(targets)))
+    return _task(inputs, support, head)
+
+
+TASKS: Mapping[str, TaskBuilder] = {"prototypes": pseudo_query, "linear": stream_samples}
+
+
+def build_task(
+    kind: str, backbone: Backbone, support: Block, head: Head | None, micro_batch: int, rng: np.random.Generator
+) -> Task:
+    """The task for that kind of head. Raises `UsageError` for another kind, and what a `TaskBuilder` raises."""
+    if kind not in TASKS:
+        raise UsageError("--head", repr(kind), "one of " + ", ".join(TASKS))
+    return TASKS[kind](backbone, support, head, micro_batch, rng)
+
+
+def _task(inputs: Tensor, support: Block, head: Head) -> Task:
+    if len(head.labels) < 2:
+        raise DataError("support", f"a single class ({support.name_of(int(head.labels[0]))})", "at least two",
+                        "with one class every answer is right, and no layer matters")  # fmt: skip
+    return Task(inputs, torch.from_numpy(rows(head, support.y, class_names(support))), head)
+
+
+def _inputs(backbone: Backbone, support: Block) -> Tensor:
+    if not len(support):
+        raise DataError("support", "no samples", "at least one of each of two classes")
+    return adapt(support.x[:], support.layout, backbone.input)
+
+
+def _features(backbone: Backbone, inputs: Tensor, micro_batch: int) -> Tensor:
+    return torch.cat([backbone.features(piece) for piece in torch.split(inputs, micro_batch)])

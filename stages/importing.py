@@ -1,0 +1,280 @@
+"""`import`: weights from .h5, .safetensors or .pth, or a random initialisation, as a run record."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from stages.artifacts import hdf5
+from stages.artifacts.records import Array, Group, Head, InputSpec, Model, Run
+from stages.errors import DataError, UsageError, require
+from stages.models import registry
+from stages.models.deploy import deploy, final_linear, state
+from stages.models.matching import Matched, match
+from stages.models.trace import Traced, trace_module
+
+CLASSIFIERS = ("keep", "drop", "features")
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Keys under which checkpoints keep their state dict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importing:
+    """What to make of the weights."""
+
+    arch: str
+    """A registry name, or `package.module:factory`: naming it here permits its import."""
+    arch_args: Mapping[str, Any] = field(default_factory=dict)
+    input: InputSpec | None = None
+    """Needed for user models; registry names know their own."""
+    scale: tuple[float, ...] = ()
+    offset: tuple[float, ...] = ()
+    """Input scaling other than the architecture's, one entry or one per channel."""
+    classifier: str = "drop"
+    """What becomes of a linear classifier: the record's head, nothing, or a part of the features."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classifier's rows."""
+    seed: int = 0
+    """Initialises what no weights are given for."""
+
+    def __post_init__(self) -> None:
+        require(self.classifier in CLASSIFIERS, "--classifier", repr(self.classifier), ", ".join(CLASSIFIERS))
+        require(
+            self.classes is None or self.classifier == "keep",
+            "--classes",
+            f"--classifier {self.classifier}",
+            "--classifier keep",
+        )
+        require(
+            self.input is None or ":" in self.arch,
+            "--input",
+            f"an input shape for {self.arch}",
+            "one for user models only",
+            "use --size or --arg",
+        )
+        require(
+            self.classes is None or len(set(self.classes)) == len(self.classes),
+            "--classes",
+            "a name twice",
+            "different names",
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file's tensors under its own names."""
+
+    tensors: dict[str, Array]
+    """float32."""
+    ordered: bool
+    """Whether the file keeps the order in which layers were registered."""
+
+
+def import_model(settings: Importing, weights: Weights | None = None) -> Run:
+    """A run record of the architecture with these weights, or initialised from the seed.
+
+    Raises `DataError` when the weights do not fit, `UsageError` for settings that cannot be honoured.
+    """
+    spec = _input(settings)
+    module = registry.build(settings.arch, settings.arch_args, allow=settings.arch, seed=settings.seed)
+    traced = trace_module(module, spec.shape)
+    last = final_linear(module, traced)
+    if weights is None:
+        matched = Matched("batchnorm", state(module), None)
+    else:
+        matched = match(module, traced, weights.tensors, ordered=weights.ordered)
+    if settings.classifier != "features":
+        matched = _without_layer(matched, traced, last)
+    elif not last:
+        raise UsageError("--classifier", f"features, but {settings.arch} ends before its classifier", "keep or drop")
+    head = None
+    if settings.classifier == "keep":
+        if matched.classifier is None or weights is None:
+            raise UsageError("--classifier", "keep, but there are no weights of a classifier", "drop or features")
+        head = _head(*matched.classifier, settings.classes)
+    model = Model(settings.arch, dict(settings.arch_args), spec, matched.form, matched.tensors, head)
+    deploy(model, allow=settings.arch)  # what cannot be folded or is not finite is found here, not three stages later
+    return Run(model)
+
+
+def _input(settings: Importing) -> InputSpec:
+    spec = settings.input or registry.input_spec(settings.arch, settings.arch_args)
+    channels = spec.shape[0]
+    for option, values in (("--scale", settings.scale), ("--offset", settings.offset)):
+        require(len(values) in (0, 1, channels), option, f"{len(values)} values", f"1 or {channels}")
+        require(all(np.isfinite(values)), option, str(values), "finite numbers")
+    return replace(spec, scale=settings.scale or spec.scale, offset=settings.offset or spec.offset)
+
+
+def _without_layer(matched: Matched, traced: Traced, last: str) -> Matched:
+    """The linear layer `last`, if any, taken out of the tensors: it is the classifier."""
+    if not last:
+        return matched
+    names = {what: traced.names.get(f"{last}.{what}") for what in ("weight", "bias")}
+    weight = matched.tensors[str(names["weight"])]
+    bias = matched.tensors[names["bias"]] if names["bias"] else np.zeros(len(weight), np.float32)
+    rest = {name: value for name, value in matched.tensors.items() if name not in names.values()}
+    return Matched(matched.form, rest, (weight, bias))
+
+
+def _head(weight: Array, bias: Array, names: tuple[str, ...] | None) -> Head:
+    count = len(weight)
+    if names is not None and len(names) != count:
+        raise DataError("--classes", f"{len(names)} names", f"{count}, one per row of the classifier")
+    return Head("linear", np.arange(count), weight, bias, np.ones(count, bool), names)
+
+
+def arguments(pairs: Sequence[str], size: int | None = None) -> dict[str, Any]:
+    """Architecture arguments from `key=value` texts; values are JSON where they can be, else text.
+
+    >>> arguments(["mix=true", "width=0.5", "name=a"], 96)
+    {'mix': True, 'width': 0.5, 'name': 'a', 'size': 96}
+    """
+    found: dict[str, Any] = {}
+    for pair in (*pairs, *([] if size is None else [f"size={size}"])):
+        key, equals, value = pair.partition("=")
+        require(bool(key and equals), "--arg", repr(pair), "key=value")
+        require(key not in found, "--arg", f"{key} twice", "each argument once")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def numbers(text: str | None, option: str) -> tuple[float, ...]:
+    """Comma-separated numbers; none for None.
+
+    >>> numbers("0.5,1", "--scale")
+    (0.5, 1.0)
+    """
+    try:
+        return () if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(option, repr(text), "numbers joined by commas") from None
+
+
+def class_list(path: Path) -> tuple[str, ...]:
+    """Class names from a text file, one per line. Raises `DataError` for an empty line or file."""
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise DataError(path.name, "not UTF-8 text", "one class name per line") from error
+    if not names or not all(names):
+        raise DataError(path.name, "an empty line" if names else "no names", "one class name per line")
+    return names
+
+
+def input_from_text(text: str) -> InputSpec:
+    """The input of a user model: `3x32x32` (image), `900` (features), `49x40@16000` (log-mel frames, bands, Hz).
+
+    Images are scaled to 2 * (pixel / 255) - 1.
+
+    >>> input_from_text("3x32x32").shape
+    (3, 32, 32)
+    """
+    if re.fullmatch(r"\d+", text):
+        return InputSpec("features", (int(text),))
+    if found := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text):
+        return registry.image_input(int(found[1]), int(found[2]), int(found[3]))
+    if found := re.fullmatch(r"(\d+)x(\d+)@(\d+)", text):
+        return registry.sound_input(int(found[1]), int(found[2]), int(found[3]))
+    raise UsageError("--input", repr(text), "3x32x32 (image), 900 (features) or 49x40@16000 (frames, bands, Hz)")
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def read_weights(path: Path) -> Weights:
+    """The tensors of an .h5, .safetensors or .pth file, told apart by content. Nothing in it is executed.
+
+    Raises `DataError` for anything else, and for what only unpickling code could read.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(hdf5.SIGNATURE):
+        return _read_hdf5(path)
+    if start.startswith((b"PK", b"\x80")):
+        return _read_torch(path)
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    raise DataError(path.name, "not a file of weights", ".h5, .safetensors or a state dict saved by torch")
+
+
+def _read_hdf5(path: Path) -> Weights:
+    with path.open("rb") as file:
+        tree = hdf5.read_tree(file, path.name)
+        if "edgetrain" in tree.attrs:
+            raise DataError(
+                path.name, f"an EdgeTrain {tree.attrs['edgetrain']}", "weights alone", "it is imported already"
+            )
+        found = _flat(tree, "")
+        return Weights({name: _float32(np.asarray(value[...]), path, name) for name, value in found.items()}, False)
+
+
+def _flat(tree: Group, prefix: str) -> dict[str, Any]:
+    found = {f"{prefix}{name}": array for name, array in tree.arrays.items()}
+    for name, child in tree.groups.items():
+        found |= _flat(child, f"{prefix}{name}.")
+    return found
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        found = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise DataError(path.name, f"broken: {error}", "a .safetensors file") from error
+    return Weights(_named(found, path), False)
+
+
+def _read_torch(path: Path) -> Weights:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old storage formats: of no concern to users of the weights
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise DataError(
+            path.name,
+            "not a plain state dict",
+            "tensors by name, saved by torch.save",
+            "save model.state_dict(), not the model",
+        ) from error
+    for key in WRAPPERS:
+        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
+    if not isinstance(found, dict) or not found:
+        raise DataError(path.name, f"a {type(found).__name__}", "a state dict", "save model.state_dict()")
+    return Weights(_named(found, path), True)
+
+
+def _named(found: Mapping[str, Any], path: Path) -> dict[str, Array]:
+    """Tensors as float32 arrays; without BatchNorm's counters, and without the prefix of torch's DataParallel."""
+    odd = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise DataError(f"{path.name}: {odd}", f"a {type(found[odd]).__name__}", "a tensor", "save model.state_dict()")
+    parallel = all(name.startswith("module.") for name in found)
+    arrays = {name.removeprefix("module.") if parallel else name: value for name, value in found.items()}
+    return {
+        name: _float32(value.detach().to(torch.float32).numpy(), path, name)
+        for name, value in arrays.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def _float32(array: Array, path: Path, name: str) -> Array:
+    if array.dtype.kind not in "fiu":
+        raise DataError(f"{path.name}: {name}", f"dtype {array.dtype}", "numbers")
+    if not np.isfinite(array).all():
+        raise DataError(f"{path.name}: {name}", "a value that is not finite", "finite weights")
+    return np.array(array, dtype=np.float32)

@@ -1,0 +1,67 @@
+"""Transductive fine-tuning (Dhillon et al., arXiv:1909.02729): the unlabelled query takes part in training.
+
+Full network, cross-entropy of the support plus the Shannon entropy of the predictions on the query, Adam at a fixed
+small rate. Changed: the classifier is cosine prototypes, recomputed at each step, as for every method here, where the
+paper trains a linear one that starts from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stages.errors import require
+from stages.fsl.protonet import cosine_logits, prototypes
+from stages.methods.task import Answer, Task
+from stages.models.deploy import Backbone
+from stages.planning.baselines import named_plan
+from stages.sparse.adaptation import Adapting
+from stages.sparse.engine import SparseNet
+from stages.sparse.optimizers import checked_step, learning_rate, make_optimizer
+from stages.sparse.updates import features_of, gradient_update
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transductive:
+    """The published settings: Adam at 5e-5, 25 passes."""
+
+    rate: float = 5e-5
+    passes: int = 25
+
+    def __post_init__(self) -> None:
+        require(self.rate > 0, "transductive", f"rate {self.rate}", "more than 0")
+        require(self.passes >= 1, "transductive", f"{self.passes} passes", "at least 1")
+
+    def __call__(self, backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Answer:
+        """Train on support and query together, then answer. Nothing is drawn at random."""
+        updates = named_plan("full", backbone.graph)
+        net = SparseNet(backbone, updates)
+        settings = replace(how.optimizing, learning_rate=self.rate)
+        optimizer = make_optimizer(net.parameters(), settings)
+        inputs, size = [task.support_x, task.query_x], how.micro_batch
+
+        def loss(features: Tensor) -> Tensor:
+            return transductive_loss(features, task.support_y, task.ways, how.scale)
+
+        for number in range(self.passes):
+            value = gradient_update(net, inputs, loss, micro_batch=size)
+            rate = learning_rate(number, settings)
+            checked_step(optimizer, value, rate=rate, clip_norm=settings.clip_norm, where=f"pass {number}")
+        features = features_of(net, inputs, micro_batch=size)
+        count = len(task.support_y)
+        means = prototypes(features[:count], task.support_y, task.ways)
+        predicted = cosine_logits(features[count:], means, how.scale).argmax(dim=1)
+        return Answer(predicted, updates, self.rate)
+
+
+def transductive_loss(features: Tensor, labels: Tensor, ways: int, scale: float) -> Tensor:
+    """Mean cross-entropy of the support plus mean entropy of the query; features of [support; query] (S + Q, D)."""
+    count = len(labels)
+    logits = cosine_logits(features, prototypes(features[:count], labels, ways), scale)
+    logs = functional.log_softmax(logits[count:], dim=1)
+    entropy = -(logs.exp() * logs).sum(dim=1).mean()
+    return functional.cross_entropy(logits[:count], labels) + torch.nan_to_num(entropy)

@@ -1,0 +1,188 @@
+"""Heads: what turns features into class scores, and how classes find their rows.
+
+Rows are indices into `Head.labels`. Class labels become rows by name where both sides have names, else by integer
+(`rows`); everything else here speaks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.artifacts.records import Array, Block, Head
+from stages.errors import DataError
+
+Names = Mapping[int, str]
+"""Class label -> class name."""
+
+
+def logits(head: Head, features: Tensor) -> Tensor:
+    """Class scores (N, C) of features (N, D); their softmax are the probabilities.
+
+    A linear row that nobody has seen yet counts as probability 1 / C (design section 6): with u such rows its logit is
+    logsumexp(known logits) - ln(C - u). Raises `DataError` for features of another width.
+    """
+    weight, bias = torch.tensor(head.weight), torch.tensor(head.bias)
+    if features.shape[1] != weight.shape[1]:
+        raise DataError("/model/head", f"rows of {weight.shape[1]} features", f"{features.shape[1]}, the backbone's")
+    if head.kind == "prototypes":
+        return head.scale * F.normalize(features, dim=1) @ F.normalize(weight, dim=1).T
+    return even_unknown(F.linear(features, weight, bias), torch.tensor(head.known))
+
+
+def even_unknown(scores: Tensor, known: Tensor) -> Tensor:
+    """Scores (N, C) with the columns that are not `known` (C,) set so that their softmax is 1 / C each."""
+    if bool(known.all()):
+        return scores
+    if not bool(known.any()):
+        return torch.zeros_like(scores)
+    share = torch.log(known.sum().to(scores.dtype))
+    return torch.where(known, scores, torch.logsumexp(scores[:, known], 1, keepdim=True) - share)
+
+
+def probabilities(head: Head, features: Tensor) -> Tensor:
+    """Class probabilities (N, C): the softmax of `logits`."""
+    return torch.softmax(logits(head, features), 1)
+
+
+def empty_head(labels: Array, names: Names | None, dim: int) -> Head:
+    """A linear head over these class labels that has seen none of them."""
+    distinct = np.unique(np.asarray(labels, dtype=np.int64))
+    shape = (len(distinct), dim)
+    return Head(
+        "linear",
+        distinct,
+        np.zeros(shape, np.float32),
+        np.zeros(len(distinct), np.float32),
+        np.zeros(len(distinct), bool),
+        _names_of(distinct, names),
+    )
+
+
+def imprint(head: Head, features: Tensor, rows: Array, weights: Array) -> Head:
+    """The linear head with a row for each class among `rows` that had none, from its weighted mean feature.
+
+    features (N, D), rows (N,) head rows of the samples, weights (N,) > 0. Row c = scale * m_c / (|m_c| * r), m_c the
+    weighted mean feature of the class and r the weighted mean norm of all features: a feature of ordinary length then
+    scores scale * cosine, as with prototypes. After weight imprinting (arXiv:1712.07136); changed: the backbone's
+    features are not normalised, so r is divided out. Rows already known stay as they are.
+    """
+    x = features.detach().to(torch.float64).numpy()
+    w = np.asarray(weights, dtype=np.float64)
+    radius = float((w * np.linalg.norm(x, axis=1)).sum() / w.sum()) if w.sum() > 0 else 0.0
+    weight, bias, known = head.weight.copy(), head.bias.copy(), head.known.copy()
+    for row in np.unique(rows[~head.known[rows]]):
+        mine = rows == row
+        mean = w[mine] @ x[mine]
+        length = float(np.linalg.norm(mean))
+        weight[row] = head.scale * mean / (length * radius) if length * radius > 0 else 0.0
+        bias[row], known[row] = 0.0, True
+    return replace(head, weight=weight, bias=bias, known=known)
+
+
+def prototype_head(features: Tensor, labels: Array, names: Names | None, *, scale: float = 10.0) -> Head:
+    """Class means of features (N, D) as a `prototypes` head over the distinct class labels."""
+    distinct, row = np.unique(np.asarray(labels, dtype=np.int64), return_inverse=True)
+    sums = np.zeros((len(distinct), features.shape[1]))
+    np.add.at(sums, row, features.detach().to(torch.float64).numpy())
+    means = (sums / np.bincount(row)[:, None]).astype(np.float32)
+    count = len(distinct)
+    return Head(
+        "prototypes",
+        distinct,
+        means,
+        np.zeros(count, np.float32),
+        np.ones(count, bool),
+        _names_of(distinct, names),
+        scale,
+    )
+
+
+def rows(head: Head, y: Array, names: Names | None = None) -> Array:
+    """Head row (N,) of each class label, by name where both sides have names, else by integer.
+
+    Raises `DataError` for a class that the head does not have, and where integers agree but names do not.
+    """
+    distinct, back = np.unique(np.asarray(y, dtype=np.int64), return_inverse=True)
+    known = _rows_by_key(head, names)
+    found = np.array([known.get(_key(int(label), head, names), -1) for label in distinct], dtype=np.int64)
+    if (found < 0).any():
+        label = int(distinct[np.flatnonzero(found < 0)[0]])
+        raise DataError(
+            "y",
+            f"class {_shown(label, names)}",
+            f"one of the {len(head.labels)} classes of the head",
+            "are names and labels those the model was trained with?",
+        )
+    return found[back]
+
+
+def extend(head: Head, y: Array, names: Names | None = None) -> Head:
+    """The head with an unknown row for each class of `y` that it lacks; labels stay ascending.
+
+    Names are kept while both sides have them. Raises `DataError` where a new class would take the integer of another.
+    """
+    distinct = np.unique(np.asarray(y, dtype=np.int64))
+    known = _rows_by_key(head, names)
+    new = np.array([int(c) for c in distinct if _key(int(c), head, names) not in known], dtype=np.int64)
+    taken = np.intersect1d(new, head.labels)
+    if len(taken):
+        there = head.names[int(np.flatnonzero(head.labels == taken[0])[0])] if head.names else "?"
+        raise DataError(
+            "y",
+            f"class {_shown(int(taken[0]), names)}",
+            f"{there!r}, the head's class {taken[0]}",
+            "give the new class a label of its own",
+        )
+    labels = np.concatenate([head.labels, new])
+    order = np.argsort(labels)
+    blank = np.zeros((len(new), head.weight.shape[1]), np.float32)
+    both = head.names is not None and (names is not None or not len(new))
+    all_names = [*(head.names or ()), *(_name(int(c), names) for c in new)]
+    return replace(
+        head,
+        labels=labels[order],
+        weight=np.concatenate([head.weight, blank])[order],
+        bias=np.concatenate([head.bias, np.zeros(len(new), np.float32)])[order],
+        known=np.concatenate([head.known, np.zeros(len(new), bool)])[order],
+        names=tuple(all_names[i] for i in order) if both else None,
+    )
+
+
+def class_names(block: Block) -> Names | None:
+    """Names of a block's classes by label; None when it has none."""
+    if block.names is None or block.labels is None:
+        return None
+    return {int(label): name for label, name in zip(block.labels, block.names, strict=True)}
+
+
+def _rows_by_key(head: Head, names: Names | None) -> dict[int | str, int]:
+    """Row by name when both sides have names, else by integer."""
+    if head.names is None or names is None:
+        return {int(label): row for row, label in enumerate(head.labels)}
+    return {name: row for row, name in enumerate(head.names)}
+
+
+def _key(label: int, head: Head, names: Names | None) -> int | str:
+    return label if head.names is None or names is None else _name(label, names)
+
+
+def _name(label: int, names: Names | None) -> str:
+    if names is None:
+        return str(label)
+    if label not in names:
+        raise DataError("y", f"class {label} without a name", "a name for every class, or none")
+    return names[label]
+
+
+def _names_of(labels: Array, names: Names | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(_name(int(label), names) for label in labels)
+
+
+def _shown(label: int, names: Names | None) -> str:
+    return f"{label} ({names[label]})" if names and label in names else str(label)

@@ -1,0 +1,115 @@
+"""The input adapter: raw samples of a block -> the float32 tensor that a model reads.
+
+Images: channels repeated (1 to 3) or mixed to luma (3 to 1, ITU-R BT.601), resized by bilinear interpolation with
+antialiasing where they shrink, then value * scale + offset. Sound: log-mel energies. Features: as they are.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.artifacts.records import Array, InputSpec, check_layout
+from stages.errors import DataError
+
+LUMA = (0.299, 0.587, 0.114)
+"""ITU-R BT.601 weights of red, green and blue."""
+
+LAYOUTS_OF_KIND = {"image": ("NHW", "NHWC", "NCHW"), "sound": ("NT",), "features": ("ND",)}
+DTYPES = ("uint8", "int16", "float32")
+INT16_FULL_SCALE = 32768.0
+LOG_FLOOR = 1e-6
+"""Added to mel energies before the logarithm: silence is ln(1e-6), about -13.8."""
+
+
+def adapt(x: Array, layout: str, spec: InputSpec) -> Tensor:
+    """Samples (N, ...) of uint8, int16 or float32 -> float32 (N, *spec.shape), contiguous.
+
+    Raises `DataError` for a dtype, layout or shape that the model cannot read, and for values that are not finite
+    (with the index of the first such sample).
+    """
+    x = np.asarray(x)
+    _check(x, layout, spec)
+    raw = torch.from_numpy(np.array(x, order="C"))
+    if spec.kind == "image":
+        values = _image(raw, layout, spec)
+    elif spec.kind == "sound":
+        values = log_mel(raw.float() / INT16_FULL_SCALE if raw.dtype == torch.int16 else raw.float(), spec)[:, None]
+    else:
+        values = raw.float()
+    return _scale(values, spec).contiguous()
+
+
+def _check(x: Array, layout: str, spec: InputSpec) -> None:
+    if layout not in LAYOUTS_OF_KIND[spec.kind]:
+        raise DataError("x", f"layout {layout}", f"{' or '.join(LAYOUTS_OF_KIND[spec.kind])} for {spec.kind} input")
+    check_layout(layout, x.shape, "x")
+    if x.dtype.name not in DTYPES:
+        raise DataError("x", f"dtype {x.dtype}", ", ".join(DTYPES), "convert it with `edgetrain pack`")
+    if spec.kind == "features" and x.shape[1:] != spec.shape:
+        raise DataError("x", f"{x.shape[1]} features per sample", f"{spec.shape[0]}, as the model was built for")
+    if min(x.shape[1:]) < 1:
+        raise DataError("x", f"shape {x.shape}", "at least one value per sample")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        bad = int(np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))[0])
+        raise DataError(f"x, sample {bad}", "a value that is not finite", "finite numbers")
+
+
+def _scale(values: Tensor, spec: InputSpec) -> Tensor:
+    axes = (1,) * (values.dim() - 2)
+    return values * torch.tensor(spec.scale).view(-1, *axes) + torch.tensor(spec.offset).view(-1, *axes)
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def _image(raw: Tensor, layout: str, spec: InputSpec) -> Tensor:
+    """(N, H, W), (N, H, W, C) or (N, C, H, W) -> float32 (N, *spec.shape), not scaled yet."""
+    images = raw[:, None] if layout == "NHW" else raw.permute(0, 3, 1, 2) if layout == "NHWC" else raw
+    found, wanted = images.shape[1], spec.shape[0]
+    values = images.float()
+    if found != wanted and (found, wanted) == (3, 1):
+        values = torch.tensordot(values, torch.tensor(LUMA), dims=([1], [0]))[:, None]
+    elif found not in (wanted, 1):
+        accepted = "1 or 3" if wanted == 1 else f"1 or {wanted}"
+        raise DataError("x", f"{found} channels in layout {layout}", accepted)
+    if values.shape[2:] != spec.shape[1:] and len(values):
+        values = F.interpolate(values, spec.shape[1:], mode="bilinear", align_corners=False, antialias=True)
+    elif not len(values):
+        values = values.new_zeros(0, values.shape[1], *spec.shape[1:])
+    return values.expand(-1, wanted, -1, -1)
+
+
+# ------------------------------------------------------------------------------------------------------------- sound
+
+
+def log_mel(waves: Tensor, spec: InputSpec) -> Tensor:
+    """Log-mel energies: waves (N, T) in -1..1 -> (N, frames, bands) = ln(mel power + 1e-6).
+
+    Frame f covers samples f * hop .. f * hop + window, weighted by a periodic Hann window; its power spectrum
+    |rfft|^2 / window is summed by triangular filters, equally spaced on the HTK mel scale
+    mel(f) = 2595 log10(1 + f / 700) from 20 Hz to half the sample rate. Recordings are padded with silence or cut at
+    the end to the model's frames.
+    """
+    _, frames, bands = spec.shape
+    window, hop = spec.window_samples, spec.hop_samples
+    length = window + (frames - 1) * hop
+    waves = F.pad(waves, (0, length - waves.shape[1]))  # a negative amount cuts
+    pieces = waves.unfold(1, window, hop) * torch.hann_window(window)
+    power = torch.fft.rfft(pieces).abs().square() / window
+    return torch.log(power @ mel_filters(bands, window, spec.sample_rate_hz) + LOG_FLOOR)
+
+
+@lru_cache(maxsize=8)
+def mel_filters(bands: int, window: int, sample_rate_hz: int) -> Tensor:
+    """Triangular filters (window // 2 + 1, bands) of peak 1 at their centres, HTK mel scale from 20 Hz to Nyquist."""
+    low, high = (2595.0 * np.log10(1.0 + f / 700.0) for f in (20.0, sample_rate_hz / 2.0))
+    edges = 700.0 * (10.0 ** (np.linspace(low, high, bands + 2) / 2595.0) - 1.0)
+    bins = np.fft.rfftfreq(window, 1.0 / sample_rate_hz)[:, None]
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
+    return torch.from_numpy(np.clip(np.minimum(rising, falling), 0.0, None).astype(np.float32))

@@ -1,0 +1,1 @@
+"""Which layers and channels train under a budget."""

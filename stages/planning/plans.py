@@ -1,0 +1,172 @@
+"""Plans as records: costing a set of updates, checking one against a model, and reading one that a user wrote.
+
+A hand-made plan is a TOML or JSON file that lists layers:
+
+    name = "my-plan"            # optional
+
+    [[layer]]
+    layer = "blocks.12.expand"
+    ratio = 0.5                 # a share of the channels, chosen as `score-layers --channel-rule` says ...
+    axis = "input"              # optional: output (default) or input
+
+    [[layer]]
+    layer = "blocks.13.project"
+    channels = [0, 3, 17]       # ... or the channels themselves
+    bias = true                 # optional: the biases of the layer train too
+
+    [[layer]]
+    layer = "mix"
+    bias = true                 # neither ratio nor channels: the biases alone
+
+In JSON the same: {"name": "my-plan", "layer": [{"layer": "blocks.12.expand", "ratio": 0.5}, ...]}.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from stages.artifacts.records import Array, LayerUpdate, Plan
+from stages.cost.training import memory_bytes, plan_backward_macs
+from stages.errors import DataError
+from stages.models.graph import Graph, Op
+from stages.planning.channels import AXES, axis_of, make_update
+
+Ranking = Callable[[Op, str], Array]
+"""(layer, axis) -> importance of its channels along the axis (C,)."""
+
+KEYS = frozenset({"layer", "ratio", "channels", "axis", "bias"})
+
+
+def make_plan(
+    name: str,
+    updates: Iterable[LayerUpdate],
+    graph: Graph,
+    *,
+    memory_model: str = "paper",
+    batch: int = 1,
+    optimizer: str = "adam",
+    facts: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan record of these updates, sorted into execution order, with its cost; the accounting joins the facts.
+
+    Raises:
+        DataError: the updates do not fit the model (see `check_plan`).
+        UsageError: no such memory model or optimiser.
+    """
+    ordered = tuple(sorted(updates, key=lambda update: graph.position.get(update.layer, -1)))
+    check_updates(ordered, graph)
+    memory = memory_bytes(graph, ordered, model=memory_model, batch=batch, optimizer=optimizer)
+    accounting = {"batch": batch, "optimizer": optimizer}
+    return Plan(
+        name, ordered, memory, memory_model, plan_backward_macs(graph, ordered), {**accounting, **(facts or {})}
+    )
+
+
+def check_plan(plan: Plan, graph: Graph) -> None:
+    """Raise `DataError` unless the plan is one for this model."""
+    check_updates(plan.updates, graph)
+
+
+def check_updates(updates: Sequence[LayerUpdate], graph: Graph) -> None:
+    """Raise `DataError` unless the updates name layers of the model in execution order, each once, and their channels.
+
+    There must be something to train.
+    """
+    fix = "make a plan for this model with `edgetrain score-layers`"
+    if not any(update.channels or update.bias for update in updates):
+        raise DataError("/plan", "nothing trains", "at least one live channel or bias", fix)
+    for update in updates:
+        _check_update(update, graph, fix)
+    positions = [graph.position[update.layer] for update in updates]
+    if any(a >= b for a, b in pairwise(positions)):
+        raise DataError("/plan/layer", "layers repeated or out of order", "each layer once, in execution order", fix)
+
+
+def _check_update(update: LayerUpdate, graph: Graph, fix: str) -> None:
+    where = f"/plan ({update.layer})"
+    if update.layer not in graph.by_name or not graph[update.layer].is_layer:
+        raise DataError("/plan/layer", repr(update.layer), "a layer of this model", fix)
+    op = graph[update.layer]
+    if update.axis not in AXES:
+        raise DataError(where, f"axis {update.axis!r}", " or ".join(AXES), fix)
+    channels = op.out_channels if update.axis == "output" else op.in_channels
+    if update.axis_channels != channels:
+        raise DataError(where, f"{update.axis_channels} {update.axis} channels", f"{channels}", fix)
+    _check_indices(where, update.channels, channels, fix)
+    _check_indices(f"{where} bias", update.bias, op.out_channels if op.bias else 0, fix)
+
+
+def _check_indices(where: str, indices: tuple[int, ...], count: int, fix: str) -> None:
+    ascending = all(a < b for a, b in pairwise(indices))
+    if indices and not (ascending and indices[0] >= 0 and indices[-1] < count):
+        raise DataError(where, f"channels {indices[0]}..{indices[-1]}", f"ascending numbers from 0 to {count - 1}", fix)
+
+
+# ------------------------------------------------------------------------------------------------- hand-made plans
+
+
+def parse_plan(text: str, where: str, graph: Graph, ranking: Ranking) -> tuple[str, tuple[LayerUpdate, ...]]:
+    """Name and updates (execution order) of a hand-made plan; `where` is its file name, `.json` or TOML.
+
+    Raises:
+        DataError: not TOML or JSON, an unknown key, layer or channel, or a value of the wrong kind.
+    """
+    document = _load(text, where)
+    unknown = document.keys() - {"name", "layer"}
+    rows = document.get("layer")
+    if unknown or not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        found = f"keys {sorted(document)}" if unknown or rows is None else "an empty or malformed list `layer`"
+        raise DataError(where, found, "`name` and a list of tables `layer`")
+    updates = [_row_update(row, f"{where} layer {i}", graph, ranking) for i, row in enumerate(rows, start=1)]
+    updates.sort(key=lambda update: graph.position[update.layer])
+    check_updates(updates, graph)
+    name = document.get("name", "hand-made")
+    if not isinstance(name, str) or not name:
+        raise DataError(where, f"name {name!r}", "a word")
+    return name, tuple(updates)
+
+
+def _load(text: str, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text) if where.endswith(".json") else tomllib.loads(text)
+    except ValueError as error:
+        raise DataError(where, str(error), "TOML or JSON", "see the plan file's format in the manual") from error
+    if not isinstance(document, dict):
+        raise DataError(where, type(document).__name__, "a table with a list `layer`")
+    return document
+
+
+def _row_update(row: Mapping[str, Any], where: str, graph: Graph, ranking: Ranking) -> LayerUpdate:
+    unknown = sorted(row.keys() - KEYS)
+    if unknown:
+        raise DataError(where, f"key {unknown[0]!r}", "one of " + ", ".join(sorted(KEYS)))
+    name = row.get("layer")
+    if not isinstance(name, str) or name not in graph.by_name or not graph[name].is_layer:
+        raise DataError(where, f"layer {name!r}", "a layer of this model", "`edgetrain inspect` lists them")
+    op = graph[name]
+    axis, bias = row.get("axis", "output"), row.get("bias", False)
+    if axis not in AXES or not isinstance(bias, bool):
+        raise DataError(where, f"axis {axis!r}, bias {bias!r}", "axis output or input; bias true or false")
+    weights = _weights(row, where, op, axis, ranking)
+    return replace(weights, bias=tuple(range(op.out_channels)) if bias and op.bias else ())
+
+
+def _weights(row: Mapping[str, Any], where: str, op: Op, axis: str, ranking: Ranking) -> LayerUpdate:
+    """The live weights of one row: by list, by ratio, or none."""
+    if "ratio" in row and "channels" in row:
+        raise DataError(where, "both ratio and channels", "one of them")
+    axis, count = axis_of(op, axis)
+    if "ratio" in row:
+        ratio = row["ratio"]
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+            raise DataError(where, f"ratio {ratio!r}", "a number above 0, at most 1")
+        return make_update(op, axis, None if ratio == 1 else ranking(op, axis), ratio)
+    channels = row.get("channels", [])
+    if not isinstance(channels, list) or not all(type(channel) is int for channel in channels):
+        raise DataError(where, f"channels {channels!r}", "a list of channel numbers")
+    return LayerUpdate(op.name, axis, tuple(sorted(channels)), count)

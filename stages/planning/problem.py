@@ -1,0 +1,221 @@
+"""The planning problem: which layers, at which channel ratios, under which budget, worth what.
+
+The worth of a layer at ratio r is its score times the share of its Fisher information that the live channels hold:
+the whole score at r = 1, and more than r * score where the best channels are chosen. (Where a layer has no Fisher
+information at all, the share is the live channels' part of the channels.) A plan is worth the sum over its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import fsum
+
+import numpy as np
+
+from stages.artifacts.records import Array, LayerUpdate, Scores
+from stages.cost.latency import Durations, predicted_latency_ns
+from stages.cost.training import memory_bytes, plan_backward_macs
+from stages.errors import BudgetError, DataError, require
+from stages.models.graph import Graph, Op
+from stages.planning.budget import Budget, format_bytes
+from stages.planning.channels import ChannelEvidence, axis_of, channel_rule, make_update
+
+RATIOS = (1.0, 0.5, 0.25, 0.125)
+"""The channel ratios that TinyTrain studies (Figures 3, 4, 7-10)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to train one layer, and what it is worth."""
+
+    update: LayerUpdate
+    score: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that may train: its score as a whole, and one option per ratio."""
+
+    score: float
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Candidates in execution order; every candidate has as many options, one per ratio."""
+
+    graph: Graph
+    candidates: tuple[Candidate, ...]
+    budget: Budget
+    fixed: tuple[LayerUpdate, ...] = ()
+    """Updates that every plan contains, outside the candidates: a linear head that always trains."""
+    measured: Durations | None = None
+    """What a latency budget is predicted from."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.budget.latency_s is None or self.measured is not None,
+            "latency budget",
+            "no measurements",
+            "a measured profile",
+            "run `edgetrain profile` on this device first",
+        )
+
+    def fits(self, updates: Sequence[LayerUpdate]) -> bool:
+        """Whether the updates, with the fixed ones, keep within every budget, to the byte and the MAC."""
+        return within(self.usage(updates), self.budget.limits)
+
+    def usage(self, updates: Sequence[LayerUpdate]) -> tuple[int, int, int]:
+        """Memory (bytes, by the budget's model), backward MACs and predicted nanoseconds (0 without measurements)."""
+        graph, budget, updates = self.graph, self.budget, (*updates, *self.fixed)
+        memory = memory_bytes(graph, updates, model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer)
+        latency_ns = predicted_latency_ns(graph, self.measured, updates) if self.measured else 0
+        return memory, plan_backward_macs(graph, updates), latency_ns
+
+
+def within(costs: Sequence[int], limits: Sequence[int | None]) -> bool:
+    """Whether every cost keeps its limit; None is no limit."""
+    return all(limit is None or cost <= limit for cost, limit in zip(costs, limits, strict=True))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a selector found: updates in execution order, and what they are worth together."""
+
+    updates: tuple[LayerUpdate, ...] = ()
+    score: float = 0.0
+
+
+def choice(options: Sequence[Option]) -> Choice:
+    """The choice of these options (execution order); its score does not depend on the order of summation."""
+    return Choice(tuple(option.update for option in options), fsum(option.score for option in options))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Channels:
+    """How channels are chosen inside a layer, and in which portions.
+
+    Raises:
+        UsageError: no ratios, or one outside (0, 1]; an unknown axis or rule.
+    """
+
+    ratios: tuple[float, ...] = RATIOS
+    axis: str = "output"
+    rule: str = "fisher"
+    bias: bool = False
+    """Whether the biases of live channels train too."""
+
+    def __post_init__(self) -> None:
+        require(len(self.ratios) > 0, "channel ratios", "none", "at least one")
+        for ratio in self.ratios:
+            require(0 < ratio <= 1, "channel ratio", f"{ratio}", "more than 0 and at most 1")
+        require(self.axis in ("output", "input"), "channel axis", repr(self.axis), "output or input")
+        channel_rule(self.rule)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What options are made from besides the scores."""
+
+    weights: Mapping[str, Array] = field(default_factory=dict)
+    """`<layer>.weight` -> array, for channel rule `l2`."""
+    rng: np.random.Generator | None = None
+    """For channel rule `random`."""
+
+
+def pose(
+    graph: Graph,
+    scores: Scores,
+    budget: Budget,
+    how: Channels,
+    evidence: Evidence,
+    *,
+    fixed: Sequence[LayerUpdate] = (),
+    measured: Durations | None = None,
+) -> Problem:
+    """The planning problem over the scored layers. Layers whose score is 0 cannot help and are left out.
+
+    Raises:
+        DataError: scores of another model, not finite or negative, or all 0.
+    """
+    _check_scores(graph, scores)
+    candidates = tuple(
+        _candidate(graph[name], scores, i, how, evidence) for i, name in enumerate(scores.layer) if scores.score[i] > 0
+    )
+    return Problem(graph, candidates, budget, tuple(fixed), measured)
+
+
+def _check_scores(graph: Graph, scores: Scores) -> None:
+    unknown = [name for name in scores.layer if name not in graph.by_name or not graph[name].is_layer]
+    if unknown:
+        raise DataError("/scores/layer", f"{unknown[0]!r}", "layers of this model", "score this model again")
+    if not np.all(np.isfinite(scores.score)) or np.any(scores.score < 0):
+        raise DataError("/scores/score", "a negative or non-finite score", "finite scores of at least 0")
+    if not np.any(scores.score > 0):
+        raise DataError(
+            "/scores/score",
+            "every layer scores 0",
+            "a layer whose training changes the loss",
+            "does the support set hold more than one class?",
+        )
+
+
+def _candidate(op: Op, scores: Scores, i: int, how: Channels, evidence: Evidence) -> Candidate:
+    axis, channels = axis_of(op, how.axis)
+    information = np.asarray((scores.output_fisher if axis == "output" else scores.input_fisher)[i], dtype=np.float64)
+    if information.shape != (channels,):
+        raise DataError(
+            f"/scores ({op.name})", f"{information.size} {axis} channels", f"{channels}", "score this model again"
+        )
+    weight = evidence.weights.get(f"{op.name}.weight")
+    ranking = channel_rule(how.rule)(ChannelEvidence(op, axis, channels, information, weight, evidence.rng))
+    updates = [make_update(op, axis, ranking, ratio, bias=how.bias) for ratio in how.ratios]
+    whole = float(scores.score[i])
+    return Candidate(whole, tuple(Option(update, whole * _share(information, update)) for update in updates))
+
+
+def _share(information: Array, update: LayerUpdate) -> float:
+    """Part of a layer's Fisher information that lies in the live channels."""
+    total = fsum(information)
+    if total <= 0:
+        return update.ratio
+    return fsum(information[list(update.channels)]) / total
+
+
+def nothing_fits(problem: Problem) -> BudgetError:
+    """The error for a problem for which a selector found no plan: says the smallest budget that admits one.
+
+    Costs only grow with a plan, so the smallest plan trains one layer. Where one limit alone is too tight, its
+    smallest sufficient value is stated; otherwise all of them, for the layer that needs the least.
+    """
+    budget = problem.budget
+    single = [option.update for candidate in problem.candidates for option in candidate.options]
+    if not single:
+        return BudgetError("budget", "no candidate layer", "layers to choose from")
+    used = [(problem.usage([update]), update) for update in single]
+    if any(within(costs, budget.limits) for costs, _ in used):
+        return BudgetError(
+            "budget",
+            f"the layer of highest score does not fit {budget}",
+            "a larger budget",
+            "or `greedy`, which skips it",
+        )
+    for which in range(len(budget.limits)):
+        others = [limit for i, limit in enumerate(budget.limits) if i != which]
+        enough = [entry for entry in used if within([c for i, c in enumerate(entry[0]) if i != which], others)]
+        if enough and budget.limits[which] is not None:
+            costs, update = min(enough, key=lambda entry: entry[0][which])
+            needed = _describe(costs, tuple(i == which for i in range(len(costs))))
+            break
+    else:
+        costs, update = min(used, key=lambda entry: entry[0])
+        needed = _describe(costs, tuple(limit is not None for limit in budget.limits))
+    smallest = f"at least {needed} (for {update.layer} at ratio {update.ratio:.3g})"
+    return BudgetError("budget", f"no plan fits {budget}", smallest, "raise the budget, or allow smaller ratios")
+
+
+def _describe(costs: tuple[int, int, int], mention: Sequence[bool]) -> str:
+    memory, macs, latency_ns = costs
+    words = (f"{format_bytes(memory)} of memory", f"{macs:,} backward MACs", f"{latency_ns / 1e6:g} ms")
+    return " and ".join(word for word, wanted in zip(words, mention, strict=True) if wanted)

@@ -1,0 +1,163 @@
+"""`profile`: what a model costs per layer, computed from shapes, and what it takes on this machine, measured.
+
+The run's model leaves in deploy form (BatchNorm folded), which is what everything after `profile` works on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.artifacts.records import Array, Profile, Run
+from stages.cost.model import (
+    LayerCost,
+    cost_table,
+    forward_macs,
+    full_backward_macs,
+    inference_peak_bytes,
+    paper_peak_bytes,
+)
+from stages.cost.training import full_training_bytes
+from stages.errors import require
+from stages.measurement.energy import Meter, find_meter
+from stages.measurement.latency import LayerTimes, median_and_spread, repeat, time_layers
+from stages.measurement.process import process_memory
+from stages.models import execute
+from stages.models.deploy import Backbone, deploy, store
+from stages.models.graph import Graph
+
+ENERGY_PASSES = 50
+"""Passes that an energy figure is the mean of: sensors are slower than one pass."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profiling:
+    """What to measure."""
+
+    measure: bool = True
+    """False leaves out every measured value, so that the same model gives the same bytes."""
+    repeats: int = 20
+    """Runs that a median and a spread are taken over."""
+    power_watts: float | None = None
+    """Power read from an external meter while this ran, where the machine has no sensor of its own."""
+
+    def __post_init__(self) -> None:
+        require(self.repeats > 0, "--repeats", str(self.repeats), "at least 1")
+        require(self.power_watts is None or self.power_watts > 0, "--power-watts", str(self.power_watts), "more than 0")
+        require(self.measure or self.power_watts is None, "--power-watts", "no measuring", "--measure")
+
+
+def profile_run(
+    run: Run,
+    config: Profiling,
+    *,
+    allow: str | None = None,
+    machine: Path = Path("/"),
+    on_step: Callable[[int], None] = lambda done: None,
+) -> Run:
+    """The run with a profile, its model in deploy form.
+
+    `allow` names user code that may be imported; `machine` is where the kernel's files are found; `on_step` gets the
+    number of operators measured.
+
+    Raises `DataError` for weights that do not fit the model, `UsageError` for an operator without a cost rule.
+    """
+    backbone = deploy(run.model, allow=allow)
+    table = cost_table(backbone.graph)
+    columns, totals = cost_columns(table), cost_totals(backbone.graph, table)
+    if config.measure:
+        measured_columns, measured_totals = measure(backbone, config, machine, on_step)
+        columns, totals = {**columns, **measured_columns}, {**totals, **measured_totals}
+    profile = Profile(tuple(row.layer for row in table), columns, totals)
+    return replace(run, model=store(run.model, backbone), profile=profile)
+
+
+# ----------------------------------------------------------------------------------------------------------- computed
+
+
+def cost_columns(table: tuple[LayerCost, ...]) -> dict[str, Array]:
+    """Layer costs as columns, integers (L,); the sums of training a layer beside them."""
+    names = [field.name for field in fields(LayerCost) if field.name not in ("layer", "kind")]
+    columns: dict[str, Array] = {name: _integers([getattr(row, name) for row in table]) for name in names}
+    columns["kind"] = np.array([row.kind.encode() for row in table])
+    columns["backward_macs"] = _integers([row.backward_macs for row in table])
+    columns["saved_bytes"] = _integers([row.saved_bytes for row in table])
+    return columns
+
+
+def _integers(values: list[int]) -> Array:
+    return np.array(values, dtype=np.int64)
+
+
+def cost_totals(graph: Graph, table: tuple[LayerCost, ...]) -> dict[str, Any]:
+    """What the whole model costs, per sample where the name does not say otherwise."""
+    return {
+        "layers": len(table),
+        "parameters": sum(row.parameters for row in table),
+        "weights": sum(row.weights for row in table),
+        "macs": forward_macs(graph),
+        "backward_macs": full_backward_macs(graph),
+        "saved_bytes": sum(row.saved_bytes for row in table),
+        "inference_peak_bytes": inference_peak_bytes(graph),
+        "paper_peak_bytes": paper_peak_bytes(graph),
+        "full_training_bytes": full_training_bytes(graph, 1),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- measured
+
+
+def measure(
+    backbone: Backbone, config: Profiling, machine: Path, on_step: Callable[[int], None]
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Measured columns and totals: seconds for one sample, bytes of this process, joules where a sensor tells."""
+    x = torch.zeros(1, *backbone.graph.input_shape)
+    times = time_layers(backbone.graph, backbone.tensors, x, config.repeats, on_step=on_step)
+    step = _training_step(backbone, x)
+    totals: dict[str, Any] = {"threads": torch.get_num_threads(), "repeats": config.repeats}
+    for name, run in (("forward", lambda: backbone.features(x)), ("full_step", step)):
+        totals[f"{name}_s"], totals[f"{name}_spread_s"] = median_and_spread(repeat(run, config.repeats))
+    meter, totals["energy_source"] = find_meter(machine, config.power_watts)
+    if meter is not None:
+        totals["forward_j"] = joules_per_run(meter, lambda: backbone.features(x))
+        totals["full_step_j"] = joules_per_run(meter, step)
+    return _time_columns([times[op.name] for op in backbone.graph.layers]), {
+        **totals,
+        **process_memory(machine / "proc"),
+    }
+
+
+def _time_columns(times: list[LayerTimes]) -> dict[str, Array]:
+    columns: dict[str, Array] = {}
+    for name in ("forward", "backward", "input_gradient", "weight_gradient"):
+        figures = np.array([median_and_spread(getattr(one, name)) for one in times])
+        columns[f"{name}_s"], columns[f"{name}_spread_s"] = figures[:, 0], figures[:, 1]
+    return columns
+
+
+def _training_step(backbone: Backbone, x: Tensor) -> Callable[[], None]:
+    """Forward and backward pass of one sample with every weight live, by stock autograd."""
+    live = {name: tensor.clone().requires_grad_() for name, tensor in backbone.tensors.items()}
+
+    def step() -> None:
+        with torch.enable_grad():
+            features = execute.run(backbone.graph, live, x)
+        torch.autograd.grad(features.sum(), list(live.values()))
+
+    return step
+
+
+def joules_per_run(meter: Meter, run: Callable[[], object], passes: int = ENERGY_PASSES) -> float:
+    """Mean energy of one run over many."""
+    meter.poll()
+    before = meter.joules
+    for _ in range(passes):
+        run()
+        meter.poll()
+    return (meter.joules - before) / passes

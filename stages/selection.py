@@ -1,0 +1,214 @@
+"""`select`: candidates of a round -> the batch worth training on, with importance weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from stages.artifacts.records import Array, Block, End, LayerUpdate
+from stages.errors import require
+from stages.randomness import generator
+from stages.valuation import fine
+from stages.valuation.designs import draw
+from stages.valuation.efficiency import Costs, Option, Tuner
+from stages.valuation.fine import SELECTIONS, Chosen, GradientView
+from stages.valuation.scoring import IMPORTANCES, flat_inputs, masses, scored
+from stages.valuation.scoring import Weights as Weights  # what callers hand in
+
+AUTO = "auto"
+STRATEGIES = (*SELECTIONS, AUTO)
+"""`auto` chooses among the others round by round (`valuation.efficiency`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """How a batch is chosen."""
+
+    batch: int = 10
+    """Draws per round (Titan section 4.1); duplicates are merged, so a block may hold fewer samples."""
+    strategy: str = "titan"
+    importance: str = "last-layer"
+    epsilon: float = 0.2
+    """Share of uniform probability mixed into importance sampling: bounds weights by 1/epsilon of uniform ones."""
+    weighted: bool = True
+    """False weighs all draws alike: Titan's section 2.1 read literally, which biases the gradient."""
+    max_batch: int | None = None
+    """`auto` only: the largest batch it may choose; None keeps to `batch`."""
+    costs: Costs = field(default_factory=Costs)
+    """`auto` only: what scoring and training cost."""
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, "--batch", f"{self.batch}", "at least 1")
+        require(self.strategy in STRATEGIES, "--strategy", f"{self.strategy!r}", "one of " + ", ".join(STRATEGIES))
+        require(
+            self.importance in IMPORTANCES, "--importance", f"{self.importance!r}", "one of " + ", ".join(IMPORTANCES)
+        )
+        require(0.0 <= self.epsilon <= 1.0, "--epsilon", f"{self.epsilon}", "0 to 1")
+        most = self.batch if self.max_batch is None else self.max_batch
+        require(most >= self.batch, "--max-batch", f"{most}", f"at least --batch {self.batch}")
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether candidates are scored at all."""
+        return self.strategy == AUTO or SELECTIONS[self.strategy].needs == "gradients"
+
+
+def select_stream(
+    blocks: Iterable[Block],
+    config: Selection,
+    *,
+    weights: Callable[[int], Weights] | None = None,
+    updates: Sequence[LayerUpdate] | None = None,
+    seed: int = 0,
+    on_step: Callable[[int], None] = lambda round: None,
+) -> Iterator[Block | End]:
+    """One chosen batch per block, then the end mark.
+
+    Args:
+        blocks: candidates; a block without round gets its place in the stream as one.
+        weights: round -> the weights to score it with; asked once per block, in order, where the strategy scores.
+        updates: the plan's, for `importance="live"`.
+        on_step: gets the number of rounds done so far.
+
+    Raises:
+        UsageError: the strategy scores candidates and there are no weights, or no plan for `live`.
+        DataError: masses or features that are not finite, classes that conflict with the head's.
+    """
+    require(
+        not (config.needs_model and weights is None),
+        "--strategy",
+        f"{config.strategy!r} without a model",
+        "a run record to score candidates with",
+        "put the run record first in the stream, or give --run FILE",
+    )
+    require(
+        not (config.importance == "live" and config.needs_model and updates is None),
+        "--importance",
+        "live without a plan",
+        "a run record with a plan",
+        "make one with `edgetrain score-layers`",
+    )
+    most = config.batch if config.max_batch is None else config.max_batch
+    tuner = Tuner(config.batch, most, config.costs) if config.strategy == AUTO else None
+    done = 0
+    for block in blocks:
+        number = done if block.round is None else block.round
+        block, rng = replace(block, round=number), generator(seed, "select", number)
+        if tuner is not None and weights is not None and len(block):
+            yield auto_block(block, config, tuner, partial(weights, number), updates, rng)
+        else:
+            current = weights(number) if weights is not None and config.needs_model else None
+            yield select_block(block, config, current, updates, rng)
+        done += 1
+        on_step(done)
+    yield End(done)
+
+
+def select_block(
+    block: Block,
+    config: Selection,
+    weights: Weights | None,
+    updates: Sequence[LayerUpdate] | None,
+    rng: np.random.Generator,
+) -> Block:
+    """The batch chosen from one block of candidates.
+
+    Columns `weight` and, where candidates were scored, `score` (the gradient norm); per class `allocation` (draws);
+    facts `strategy`, `design`, `strata` and, where scored, `variance`, `variance_is`, `variance_random` in closed form
+    for this pool, and `squared_bias` for strategies without chance. Samples without mass are no candidates. An empty
+    block stays one.
+    """
+    if not len(block):
+        return replace(block, columns={**block.columns, "weight": np.zeros(0, np.float32)},
+                       facts={**block.facts, "strategy": config.strategy})  # fmt: skip
+    pool, mass = _with_mass(block)
+    view = view_of(pool, mass, config, weights, updates)
+    chosen = SELECTIONS[config.strategy].choose(view, config.batch, config.epsilon, rng)
+    return _emit(pool, view, chosen, config)
+
+
+def auto_block(
+    block: Block,
+    config: Selection,
+    tuner: Tuner,
+    weights: Callable[[], Weights],
+    updates: Sequence[LayerUpdate] | None,
+    rng: np.random.Generator,
+) -> Block:
+    """The batch of a round whose strategy the tuner chooses; rounds that are due are scored whole and observed first.
+
+    As `select_block`, with facts that let the choice be replayed: `strategy` is what was chosen, `auto_batch` and
+    `auto_candidates` what it was given, `auto_observed` whether the tuner learnt from this round. Weights are asked
+    for only where candidates are scored.
+    """
+    pool, mass = _with_mass(block)
+    observed = tuner.due()
+    if observed:
+        view = scored(pool, mass, weights(), config.importance, updates)
+        tuner.observe(view, config.epsilon)
+    option = tuner.choose(len(pool))
+    settings = replace(config, strategy=option.strategy, batch=option.batch, max_batch=None)
+    if observed:
+        chosen = SELECTIONS[option.strategy].choose(view, option.batch, config.epsilon, rng)
+        found = _emit(pool, view, chosen, settings)
+    else:
+        current = weights() if settings.needs_model else None
+        found = select_block(_thinned(pool, mass, option, rng), settings, current, updates, rng)
+    facts = {"auto_batch": option.batch, "auto_candidates": option.candidates, "auto_observed": int(observed)}
+    return replace(found, facts={**found.facts, **facts})
+
+
+def _thinned(pool: Block, mass: Array, option: Option, rng: np.random.Generator) -> Block:
+    """Fewer candidates that stand for all of them, chosen by label."""
+    if option.candidates >= len(pool):
+        return pool
+    rows, _, weight = draw(fine.by_label(GradientView(pool.y, mass), option.candidates, 0.0), rng)
+    fewer = pool.take(rows)
+    return replace(fewer, columns={**fewer.columns, "weight": weight})
+
+
+def _with_mass(block: Block) -> tuple[Block, Array]:
+    """The samples that have mass, and their masses."""
+    mass = masses(block)
+    return (block, mass) if mass.all() else (block.take(mass > 0), mass[mass > 0])
+
+
+def view_of(
+    block: Block, mass: Array, config: Selection, weights: Weights | None, updates: Sequence[LayerUpdate] | None
+) -> GradientView:
+    """What the configured strategy may look at, and no more: only strategies that need gradients cost a pass."""
+    needs = SELECTIONS[config.strategy].needs
+    if needs == "inputs":
+        return GradientView(block.y, mass, inputs=flat_inputs(block))
+    if needs == "labels" or weights is None:
+        return GradientView(block.y, mass)
+    return scored(block, mass, weights, config.importance, updates)
+
+
+def _emit(pool: Block, view: GradientView, chosen: Chosen, config: Selection) -> Block:
+    """The chosen samples as a block that says how they were chosen."""
+    weights = chosen.weights if config.weighted else view.mass.sum() * chosen.times / chosen.times.sum()
+    batch = pool.take(chosen.rows)
+    columns = {**batch.columns, "weight": weights.astype(np.float32)}
+    if view.gradients is not None:
+        columns["score"] = np.sqrt(view.gradients.squared_norms[chosen.rows]).astype(np.float32)
+    labels = np.unique(pool.y) if pool.labels is None else pool.labels
+    allocation = np.zeros(len(labels), np.int64)
+    np.add.at(allocation, np.searchsorted(labels, batch.y), chosen.times)
+    per_class = {**pool.per_class, "allocation": allocation}
+    facts = {**pool.facts, **_facts(view, chosen, config)}
+    return replace(batch, columns=columns, labels=labels, per_class=per_class, facts=facts)
+
+
+def _facts(view: GradientView, chosen: Chosen, config: Selection) -> dict[str, Any]:
+    facts: dict[str, Any] = {"strategy": config.strategy, "design": chosen.design, "strata": chosen.strata}
+    if view.gradients is not None and chosen.variance is not None:
+        facts["variance"] = chosen.variance
+        facts |= fine.reference_variances(view, config.batch, config.epsilon)
+        if chosen.design == "fixed":
+            facts["squared_bias"] = fine.squared_bias(view, chosen)
+    return facts

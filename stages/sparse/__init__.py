@@ -1,0 +1,1 @@
+"""Training that costs what the plan says."""

@@ -1,0 +1,69 @@
+"""Checkpoints of training on a stream: a run record with what training needs to go on as if it had not stopped.
+
+The record is the run as it would be written now (tensors, head, version, metrics) and an extra group `checkpoint`:
+how many blocks have been used, the hash of the model that the run started from, the configuration, and the
+optimiser's state. There is no further random state: training on a stream draws nothing at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from stages.artifacts.records import Array, Group, Run
+from stages.errors import DataError, UsageError
+
+GROUP = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where training on a stream stands."""
+
+    run: Run
+    """As it would be written now."""
+    blocks: int
+    """Blocks used so far, one update each."""
+    start: str
+    """`history.model_hash` of the record that the run started from."""
+    configuration: str
+    """The training's configuration as text: a resumed run must have the same."""
+    optimizer: Mapping[str, Array]
+    """`optimizers.state_arrays` of the optimiser."""
+
+    def record(self) -> Run:
+        """As a run record, ready to be written."""
+        arrays = {name: np.atleast_1d(array) for name, array in self.optimizer.items()}
+        attrs = {"blocks": self.blocks, "start": self.start, "configuration": self.configuration}
+        group = Group(attrs, groups={"optimizer": Group(arrays=arrays)})
+        extra = self.run.extra
+        return replace(self.run, extra=replace(extra, groups={**extra.groups, GROUP: group}))
+
+
+def read_checkpoint(record: Run, *, start: str, configuration: str) -> Checkpoint:
+    """The checkpoint in a record that `Checkpoint.record` made, if it continues this very run.
+
+    Raises:
+        DataError: not a checkpoint, or one of a run that started from another model.
+        UsageError: the training is configured otherwise than it was.
+    """
+    group = record.extra.groups.get(GROUP)
+    if group is None or not {"blocks", "start", "configuration"} <= group.attrs.keys():
+        raise DataError("--resume", "a run record", "a checkpoint", "`edgetrain train-sparse --checkpoint` writes one")
+    if group.attrs["start"] != start:
+        found = f"a checkpoint of a run that started from model {str(group.attrs['start'])[:12]}"
+        raise DataError("--resume", found, f"model {start[:12]}", "begin with the same run record")
+    if group.attrs["configuration"] != configuration:
+        found = f"a checkpoint of training with {group.attrs['configuration']}"
+        raise UsageError("--resume", found, configuration, "use the same options")
+    groups = {name: child for name, child in record.extra.groups.items() if name != GROUP}
+    state = group.groups["optimizer"].arrays if "optimizer" in group.groups else {}
+    return Checkpoint(
+        run=replace(record, extra=replace(record.extra, groups=groups)),
+        blocks=int(group.attrs["blocks"]),
+        start=start,
+        configuration=configuration,
+        optimizer=state,
+    )

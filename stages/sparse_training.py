@@ -1,0 +1,334 @@
+"""The stage `train-sparse`: update exactly the live channels of a plan, from a support set or from a stream.
+
+A support set adapts the backbone with the ProtoNet loss and leaves prototypes in the run's head (TinyTrain,
+arXiv:2307.09988). A stream trains the backbone's live channels and a linear head, which is always live, with one update
+per block and the weighted loss sum_i w_i * l_i (Titan, KDD 2025).
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+
+import numpy as np
+import torch
+
+from stages.artifacts.history import model_hash
+from stages.artifacts.records import Array, Block, Head, LayerUpdate, Run
+from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
+from stages.models import heads
+from stages.models.deploy import Backbone, deploy, store
+from stages.models.graph import Graph
+from stages.models.inputs import adapt as model_input
+from stages.planning.baselines import named_plan
+from stages.planning.plans import check_plan
+from stages.sparse.adaptation import Adapting, adapt
+from stages.sparse.checkpoints import Checkpoint, read_checkpoint
+from stages.sparse.learner import Batch, StreamLearner
+from stages.sparse.optimizers import Optimizing, load_state, state_arrays
+from stages.sparse.prefix_file import PrefixFile
+
+STAGE = "train-sparse"
+"""Name of the metrics' table in the run record."""
+
+Publish = Callable[[int, Mapping[str, Array], Head], None]
+"""Gets the number of updates since the run began, the tensors that train (whole), and the head."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupportTraining:
+    """Training on a support set."""
+
+    plan: str | None = None
+    """A named plan, such as `full` or `last-layer`; None takes the run's own."""
+    adapting: Adapting = field(default_factory=Adapting)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamTraining:
+    """Training on a stream of blocks."""
+
+    plan: str | None = None
+    """A named plan, such as `full` or `last-layer`; None takes the run's own."""
+    optimizing: Optimizing = field(default_factory=Optimizing)
+    micro_batch: int = 64
+    """Samples of a block that are in memory at once in a pass; 0 is all of them. The update is the same."""
+
+    def __post_init__(self) -> None:
+        require(self.micro_batch >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holdout:
+    """Samples on which accuracy is watched while training."""
+
+    block: Block
+    every: int = 10
+    """Updates from one measurement to the next."""
+
+    def __post_init__(self) -> None:
+        require(len(self.block) > 0, "holdout", "no samples", "at least one")
+        require(self.every > 0, "holdout", f"every {self.every} updates", "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpointing:
+    """Where checkpoints go: `write` gets a record from which `train_stream(..., resume=...)` goes on."""
+
+    write: Callable[[Run], None]
+    every: int = 100
+    """Updates from one checkpoint to the next; the last state is always written."""
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "checkpoint", f"every {self.every} updates", "at least 1")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one block did; the rows of the run's metrics."""
+
+    version: int
+    """Updates since the run began, this one included."""
+    round: int
+    """Of the streaming pipeline; the block's number where it has none."""
+    loss: float
+    learning_rate: float
+    samples: int
+    weight_sum: float
+    accuracy: float
+    """On the holdout; NaN where it was not measured."""
+
+
+class TrainingStopped(EdgeTrainError):
+    """Training on a stream could not go on. `run` is the last good version; the exit code is the cause's."""
+
+    def __init__(self, run: Run, cause: EdgeTrainError | OSError, updates: int) -> None:
+        if not isinstance(cause, EdgeTrainError):
+            cause = TransferError(cause.filename or "input or output", cause.strerror or str(cause))
+        where = f"after {updates} updates" + (f": {cause.where}" if cause.where else "")
+        super().__init__(where, cause.found, cause.expected, cause.fix)
+        self.run, self.exit_code = run, cause.exit_code
+
+
+# ------------------------------------------------------------------------------------------------------- support sets
+
+
+def train_support(
+    run: Run,
+    support: Block,
+    config: SupportTraining,
+    *,
+    rng: np.random.Generator,
+    on_step: Callable[[int], None] = lambda done: None,
+    stop: Callable[[], int] = lambda: 0,
+    cache_file: PrefixFile | None = None,
+    allow: str | None = None,
+) -> Run:
+    """The run adapted to a support set, with the class means of the adapted features as its head.
+
+    Args:
+        on_step: gets the number of iterations done, those of the choice of the learning rate included.
+        stop: asked before every iteration; not 0 ends training with the current weights.
+        cache_file: where `adapting.cache_prefix` keeps the frozen layers' outputs for the next time.
+        allow: the user's model factory that may be imported, `package.module:factory`.
+
+    Raises:
+        DataError: no plan, or one of another model; samples that do not fit; a loss that is not finite.
+    """
+    if not len(support):
+        raise DataError("support", "no samples", "at least one per class")
+    backbone = deploy(run.model, allow=allow)
+    updates = planned_updates(run, backbone.graph, config.plan)
+    x = model_input(np.asarray(support.x[:]), support.layout, backbone.input)
+    labels, ways = np.unique(support.y, return_inverse=True)
+    result = adapt(backbone, updates, x, torch.from_numpy(ways), config.adapting, rng, on_step, stop, cache_file)
+    head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=config.adapting.scale)
+    model = store(run.model, replace(backbone, tensors=result.net.tensors()))
+    version = run.model.version + len(result.losses)
+    rates = np.full(len(result.losses), result.learning_rate)
+    samples = np.full(len(result.losses), len(support))
+    rows = {
+        "version": run.model.version + 1 + np.arange(len(result.losses)),
+        "loss": np.array(result.losses),
+        "learning_rate": rates,
+        "samples": samples,
+    }
+    return _with_rows(replace(run, model=replace(model, head=head, version=version)), rows)
+
+
+def planned_updates(run: Run, graph: Graph, plan: str | None) -> tuple[LayerUpdate, ...]:
+    """What trains: the named plan, or else the run's own.
+
+    Raises:
+        DataError: neither is there, or the run's plan is for another model.
+        UsageError: no plan of that name.
+    """
+    if plan is not None:
+        return named_plan(plan, graph)
+    if run.plan is None:
+        fix = "make one with `edgetrain score-layers`, or train with --full or --last-layer"
+        raise DataError("run record", "no plan", "/plan, which says what trains", fix)
+    check_plan(run.plan, graph)
+    return run.plan.updates
+
+
+# ------------------------------------------------------------------------------------------------------------ streams
+
+
+def train_stream(
+    run: Run,
+    blocks: Iterable[Block],
+    config: StreamTraining,
+    *,
+    resume: Run | None = None,
+    replayed: bool = True,
+    publish: Publish | None = None,
+    checkpoint: Checkpointing | None = None,
+    holdout: Holdout | None = None,
+    stop: Callable[[], int] = lambda: 0,
+    on_step: Callable[[Update], None] = lambda update: None,
+    allow: str | None = None,
+) -> Run:
+    """The run after one update per block; every block advances the version, an empty one too.
+
+    Args:
+        resume: a checkpoint of the same run to go on from.
+        replayed: with `resume`, the stream begins anew: the blocks that were used already are passed over.
+        publish: gets every version.
+        stop: asked after every update; not 0 ends training as if the stream had ended.
+        allow: the user's model factory that may be imported, `package.module:factory`.
+
+    Raises:
+        DataError: no block, no plan, a plan of another model, or a first block that cannot be used.
+        TrainingStopped: later trouble (a broken stream, a bad block, a loss that is not finite, a full disk): its
+            `run` is the run after the last good update.
+    """
+    trainer = _Trainer(run, config, resume, allow)
+    if resume is not None and publish is not None and trainer.blocks:
+        trainer.publish(publish)
+    try:
+        for block in islice(blocks, trainer.blocks if replayed else 0, None):
+            on_step(trainer.take(block, holdout))
+            if publish is not None:
+                trainer.publish(publish)
+            if checkpoint is not None and trainer.blocks % checkpoint.every == 0:
+                checkpoint.write(trainer.checkpoint())
+            if stop():
+                break
+    except (EdgeTrainError, OSError) as error:
+        if not (isinstance(error, StreamBroken) and stop()):
+            if isinstance(error, BrokenPipeError) or not trainer.blocks:
+                raise
+            if checkpoint is not None and not isinstance(error, OSError | TransferError):
+                checkpoint.write(trainer.checkpoint())
+            raise TrainingStopped(trainer.run(), error, trainer.blocks) from error
+    if not trainer.blocks:
+        if stop():
+            return run
+        raise DataError("stream", "no blocks", "at least one", "pipe sample blocks in after the run record")
+    if checkpoint is not None:
+        checkpoint.write(trainer.checkpoint())
+    return trainer.run()
+
+
+class _Trainer:
+    """The state of training on a stream, between two blocks."""
+
+    def __init__(self, run: Run, config: StreamTraining, resume: Run | None, allow: str | None) -> None:
+        self.start = model_hash(run)
+        self.configuration = json.dumps(asdict(config), sort_keys=True)
+        state = None
+        if resume is not None:
+            state = read_checkpoint(resume, start=self.start, configuration=self.configuration)
+        self.base = run if state is None else state.run
+        self.blocks = 0 if state is None else state.blocks
+        self.first_version = run.model.version
+        self.backbone = deploy(self.base.model, allow=allow)
+        updates = planned_updates(run, self.backbone.graph, config.plan)
+        self.learner = StreamLearner(
+            self.backbone,
+            updates,
+            self.base.model.head,
+            config.optimizing,
+            micro_batch=config.micro_batch,
+            done=self.blocks,
+        )
+        if state is not None:
+            load_state(self.learner.optimizer, state.optimizer)
+        self.rows = {name: array("d") for name in Update.__dataclass_fields__}
+
+    def take(self, block: Block, holdout: Holdout | None) -> Update:
+        """One update from one block."""
+        figures = self.learner.update(_batch(block, self.backbone))
+        self.blocks += 1
+        measured = holdout is not None and self.blocks % holdout.every == 0
+        update = Update(
+            version=self.first_version + self.blocks,
+            round=self.blocks - 1 if block.round is None else block.round,
+            **asdict(figures),
+            accuracy=self._accuracy(holdout.block) if holdout is not None and measured else float("nan"),
+        )
+        for name, values in self.rows.items():
+            values.append(getattr(update, name))
+        return update
+
+    def publish(self, publish: Publish) -> None:
+        tensors = {name: tensor.numpy() for name, tensor in self.learner.net.changed_tensors().items()}
+        publish(self.blocks, tensors, self.learner.head())
+
+    def run(self) -> Run:
+        """The run record after the updates so far."""
+        model = store(self.base.model, replace(self.backbone, tensors=self.learner.net.tensors()))
+        model = replace(model, head=self.learner.head(), version=self.first_version + self.blocks)
+        columns = {name: np.array(values) for name, values in self.rows.items()}
+        if np.isnan(columns["accuracy"]).all():
+            del columns["accuracy"]
+        return _with_rows(replace(self.base, model=model), columns)
+
+    def checkpoint(self) -> Run:
+        state = state_arrays(self.learner.optimizer)
+        return Checkpoint(self.run(), self.blocks, self.start, self.configuration, state).record()
+
+    def _accuracy(self, block: Block) -> float:
+        """Share of right answers; classes that the head does not know count as wrong."""
+        head, hits = self.learner.head(), 0
+        if not len(head.labels):
+            return 0.0
+        known = heads.extend(head, block.y, heads.class_names(block))
+        for part in block.slices(256):
+            scores = self.learner.logits(model_input(np.asarray(part.x), part.layout, self.backbone.input))
+            answers = np.searchsorted(known.labels, head.labels)[scores.argmax(dim=1).numpy()]
+            hits += int(np.sum(answers == heads.rows(known, part.y, heads.class_names(block))))
+        return hits / len(block)
+
+
+def _batch(block: Block, backbone: Backbone) -> Batch:
+    """A block as model inputs, with its importance weights or else 1 / N."""
+    size = len(block)
+    weights = block.columns.get("weight")
+    if weights is None:
+        weights = np.full(size, 1 / max(size, 1), np.float32)
+    elif np.shape(weights) != (size,):
+        raise DataError("weight", f"shape {np.shape(weights)}", f"({size},)")
+    x = (
+        model_input(np.asarray(block.x[:]), block.layout, backbone.input)
+        if size
+        else torch.zeros(0, *backbone.input.shape)
+    )
+    return Batch(x, np.asarray(block.y), np.asarray(weights), heads.class_names(block))
+
+
+def _with_rows(run: Run, columns: Mapping[str, Array]) -> Run:
+    """The run with rows appended to its training metrics; a column that one side lacks is NaN there."""
+    old = run.metrics.get(STAGE, {})
+    return run.with_metrics(
+        STAGE, {name: np.concatenate([_column(table, name) for table in (old, columns)]) for name in {**old, **columns}}
+    )
+
+
+def _column(table: Mapping[str, Array], name: str) -> Array:
+    rows = len(next(iter(table.values()), ()))
+    return table.get(name, np.full(rows, np.nan))

@@ -1,0 +1,1 @@
+"""Which samples of a stream are worth training on."""

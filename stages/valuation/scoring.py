@@ -1,0 +1,133 @@
+"""Scoring: a block of candidates and a model's weights -> what selection strategies look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.artifacts.live import Version
+from stages.artifacts.records import Array, Block, Head, LayerUpdate
+from stages.errors import DataError
+from stages.models import heads
+from stages.models.deploy import Backbone
+from stages.models.inputs import adapt
+from stages.valuation.fine import GradientView
+from stages.valuation.gradients import Gradients, Kernel, LastLayer
+from stages.valuation.live_gradients import every_layer, live_products
+
+CHUNK = 32
+"""Candidates per forward pass: bounds memory; fixed, because results depend on it in the last bit."""
+
+IMPORTANCES: Mapping[str, str] = {
+    "last-layer": "gradient of the head, in closed form",
+    "live": "gradient of the plan's live parameters and the head",
+    "full": "gradient of all parameters: the slow reference",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What scores a round's candidates."""
+
+    backbone: Backbone
+    head: Head | None
+    """None before any class is known: all probabilities are uniform."""
+
+    def at(self, version: Version) -> Weights:
+        """These weights with a published version's tensors and head in place."""
+        changed = {name: torch.from_numpy(np.array(value)) for name, value in version.tensors.items()}
+        backbone = replace(self.backbone, tensors={**self.backbone.tensors, **changed})
+        return Weights(backbone, self.head if version.head is None else version.head)
+
+
+def masses(block: Block) -> Array:
+    """What each candidate weighs in the loss of its pool: float64 (n,).
+
+    Its `weight` where the block has one (`filter` writes them); else its class's share of `seen`, divided among the
+    class's candidates; else 1/n.
+    """
+    if "weight" in block.columns:
+        mass = block.columns["weight"].astype(np.float64)
+        bad = ~(np.isfinite(mass) & (mass >= 0))
+        if bad.any() or not mass.any():
+            row = int(np.argmax(bad))
+            raise DataError(_sample(block, row), f"weight {mass[row]}", "finite weights >= 0, not all zero")
+        return mass
+    if "seen" not in block.per_class or block.labels is None:
+        return np.full(len(block), 1.0 / len(block))
+    rows = np.searchsorted(block.labels, block.y)
+    known = rows < len(block.labels)
+    known[known] = block.labels[rows[known]] == block.y[known]
+    counts = np.where(known, block.per_class["seen"][np.where(known, rows, 0)], 0)
+    if (counts == 0).any():
+        row = int(np.argmax(counts == 0))
+        raise DataError(
+            _sample(block, row),
+            f"class {block.name_of(int(block.y[row]))} with `seen` 0",
+            "counts that cover the block's classes",
+        )
+    mass = counts / np.bincount(np.where(known, rows, 0))[rows]
+    return np.asarray(mass / mass.sum())
+
+
+def flat_inputs(block: Block) -> Array:
+    """Raw samples as float32 rows (n, d). Raises `DataError` where one is not finite."""
+    flat = np.asarray(block.x, np.float32).reshape(len(block), -1)
+    _check_finite(flat.sum(axis=1), block, "input")
+    return flat
+
+
+def scored(
+    block: Block, mass: Array, weights: Weights, importance: str, updates: Sequence[LayerUpdate] | None
+) -> GradientView:
+    """Probabilities and gradients of candidates under `weights`."""
+    names = heads.class_names(block)
+    features = _features(weights.backbone, block)
+    _check_finite(features.sum(dim=1).numpy(), block, "features")
+    head = _head_for(block, weights.head, names, features.shape[1])
+    targets = heads.rows(head, block.y, names)
+    probabilities = heads.probabilities(head, features).double().numpy()
+    residuals = probabilities.copy()
+    residuals[np.arange(len(targets)), targets] -= 1.0
+    gradients: Gradients = LastLayer(residuals, features.double().numpy())
+    if importance != "last-layer":
+        live = every_layer(weights.backbone.graph) if importance == "full" else updates
+        inputs = adapt(np.asarray(block.x), block.layout, weights.backbone.input)
+        behind = live_products(weights.backbone, live or (), head, inputs, targets)
+        gradients = Kernel(gradients.inner_products() + behind)
+    _check_finite(gradients.squared_norms, block, "gradient")
+    return GradientView(block.y, mass, gradients, probabilities, targets)
+
+
+def _features(backbone: Backbone, block: Block) -> Tensor:
+    """Backbone features in inference mode: float32 (n, D)."""
+    with torch.inference_mode():
+        inputs = (adapt(np.asarray(part.x), part.layout, backbone.input) for part in block.slices(CHUNK))
+        return torch.cat([backbone.features(x) for x in inputs])
+
+
+def _head_for(block: Block, head: Head | None, names: heads.Names | None, dim: int) -> Head:
+    """The head with a row for every class of the block; the rows it adds count as uniform probability."""
+    labels = block.y if block.labels is None else np.union1d(block.labels, block.y)
+    return heads.empty_head(labels, names, dim) if head is None else heads.extend(head, labels, names)
+
+
+def _check_finite(values: Array, block: Block, what: str) -> None:
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise DataError(
+            _sample(block, int(np.argmax(bad))),
+            f"{what} not finite",
+            "finite numbers",
+            "is the sample finite, and the model sound?",
+        )
+
+
+def _sample(block: Block, row: int) -> str:
+    """How to name a sample in a message: by its place in the stream where that is known."""
+    place = f"sample {int(block.columns['index'][row])}" if "index" in block.columns else f"sample {row}"
+    return place if block.round is None else f"round {block.round}, {place}"

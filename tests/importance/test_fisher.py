@@ -1,0 +1,235 @@
+"""Fisher potentials: by hand, against dense autograd, against another formula, and what they cost in memory."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stages.errors import DataError
+from stages.importance.fisher import fisher_bytes, fisher_pass
+from stages.importance.tape import backward, forward, kept_names
+from stages.importance.tasks import head_loss
+from stages.models.deploy import Backbone
+from stages.models.execute import run
+from stages.models.graph import Graph, Op
+from stages.models.heads import prototype_head
+from tests.importance.nets import INPUT, LAYERS, deployed, mixed
+
+SAMPLES = 6
+BACKBONE = deployed(mixed())
+ALL = tuple(op.name for op in BACKBONE.graph.layers)
+
+
+def batch(seed=0, samples=SAMPLES):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, *INPUT.shape, generator=rng), torch.randint(3, (samples,), generator=rng)
+
+
+def loss_of(seed=0):
+    means = torch.rand(3, 5, generator=torch.Generator().manual_seed(seed))
+    return head_loss(prototype_head(means, np.arange(3), None))
+
+
+def in_pieces(x, y, size):
+    return [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
+
+
+def assert_same(left, right, rtol=1e-5):
+    """Per layer, relative to the layer's largest channel: a channel that cancels to zero has no digits of its own."""
+    assert left.keys() == right.keys()
+    for layer in left:
+        np.testing.assert_allclose(left[layer], right[layer], rtol=rtol, atol=rtol * np.max(right[layer]))
+
+
+# ------------------------------------------------------------------------------------------------------------ by hand
+
+
+def tiny_net():
+    """1x1 convolution from one channel to two, ReLU, mean: two positions, two features."""
+    ops = (
+        Op("input", "input", (), (1, 1, 2)),
+        Op("conv", "conv", ("input",), (2, 1, 2), (1, 1, 2), (1, 1), (1, 1), (0, 0), (1, 1), bias=True),
+        Op("relu", "relu", ("conv",), (2, 1, 2), (2, 1, 2)),
+        Op("pool", "global_pool", ("relu",), (2,), (2, 1, 2)),
+    )
+    tensors = {"conv.weight": torch.tensor([2.0, -1.0]).view(2, 1, 1, 1), "conv.bias": torch.tensor([0.0, 1.0])}
+    return Backbone(Graph(ops), tensors, SimpleNamespace(shape=(1, 1, 2)))
+
+
+def test_by_hand():
+    """Loss 3 f_0 + 4 f_1. Sample (1, 2): outputs (2, 4) and (0, -1); sample (-1, 0): (-2, 0) and (2, 1).
+
+    Gradient at a position is 3/2 or 4/2 where the output is positive. Channel 0: sums 2*1.5 + 4*1.5 = 9 and 0, so
+    81 / 4. Channel 1: 0 and 2*2 + 1*2 = 6, so 36 / 4. Input: sample 1 has gradients (2*1.5, 2*1.5), so
+    1*3 + 2*3 = 9; sample 2 has -1*2 at both positions: -1*-2 + 0 = 2; together (81 + 4) / 4.
+    """
+    x = torch.tensor([[1.0, 2.0], [-1.0, 0.0]]).view(2, 1, 1, 2)
+
+    def weighted(features, _):
+        return features @ torch.tensor([3.0, 4.0])
+
+    found = fisher_pass(tiny_net(), [(x, torch.zeros(2))], weighted, ["conv"])
+    np.testing.assert_allclose(found.output["conv"], [81 / 4, 36 / 4], rtol=1e-6)
+    np.testing.assert_allclose(found.input["conv"], [85 / 4], rtol=1e-6)
+    assert found.samples == 2
+    assert found.loss == pytest.approx((3 * 3 + 4 * 0 + 3 * 0 + 4 * 1.5) / 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ oracles
+
+
+def dense_output_fisher(net, x, y, loss):
+    """One sample at a time through the module itself, BatchNorm unfolded, every value kept by stock autograd."""
+    sums = dict.fromkeys(LAYERS, 0.0)
+    seen = {}
+    for layer, place in LAYERS.items():
+        net.get_submodule(place).register_forward_hook(lambda m, a, out, layer=layer: seen.update({layer: out}))
+    for i in range(len(x)):
+        features = net(x[i : i + 1].clone().requires_grad_())
+        gradients = torch.autograd.grad(loss(features, y[i : i + 1]).sum(), list(seen.values()))
+        for (layer, a), g in zip(seen.items(), gradients, strict=True):
+            sums[layer] = sums[layer] + (a * g).reshape(a.shape[1], -1).sum(1).double().square()
+    return {layer: (value / (2 * len(x))).detach().numpy() for layer, value in sums.items()}
+
+
+def test_output_channels_match_dense_autograd():
+    x, y = batch()
+    found = fisher_pass(BACKBONE, in_pieces(x, y, 4), loss_of(), ALL)
+    expected = dense_output_fisher(mixed(), x, y, loss_of())
+    assert min(values.max() for values in expected.values()) > 0
+    assert_same(found.output, expected)
+
+
+def weight_products(x, y, loss):
+    """Per sample <W, dL/dW> by input channel, and <W, dL/dW> + b dL/db by output channel, by torch.func."""
+    graph, tensors = BACKBONE.graph, BACKBONE.tensors
+
+    def sample_loss(weights, one, target):
+        return loss(run(graph, weights, one[None]), target[None]).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(sample_loss), (None, 0, 0))(tensors, x, y)
+    out, into = {}, {}
+    for op in graph.layers:
+        w, b = f"{op.name}.weight", f"{op.name}.bias"
+        product = (tensors[w] * gradients[w]).flatten(3).sum(3) if op.kind == "conv" else tensors[w] * gradients[w]
+        out[op.name] = product.sum(2) + tensors[b] * gradients[b]
+        per_group = product.view(len(x), op.groups, op.out_channels // op.groups, -1).sum(2)
+        into[op.name] = per_group.reshape(len(x), op.in_channels)
+    return out, into
+
+
+def test_both_axes_match_the_gradient_of_the_weights():
+    x, y = batch(1)
+    found = fisher_pass(BACKBONE, [(x, y)], loss_of(1), ALL)
+    out, into = weight_products(x, y, loss_of(1))
+    assert_same(found.output, {k: v.double().square().sum(0).numpy() / (2 * SAMPLES) for k, v in out.items()}, 1e-4)
+    assert_same(found.input, {k: v.double().square().sum(0).numpy() / (2 * SAMPLES) for k, v in into.items()}, 1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- properties
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, SAMPLES), st.integers(0, 3))
+def test_micro_batches_do_not_change_the_result(size, seed):
+    x, y = batch(seed)
+    whole = fisher_pass(BACKBONE, [(x, y)], loss_of(), ALL)
+    pieces = fisher_pass(BACKBONE, in_pieces(x, y, size), loss_of(), ALL)
+    assert_same(pieces.output, whole.output)
+    assert_same(pieces.input, whole.input)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_seeing_every_sample_twice_changes_nothing():
+    x, y = batch()
+    once = fisher_pass(BACKBONE, [(x, y)], loss_of(), ALL)
+    twice = fisher_pass(BACKBONE, [(x, y), (x, y)], loss_of(), ALL)
+    assert_same(twice.output, once.output)
+
+
+def test_twice_the_loss_gives_four_times_the_potential():
+    x, y = batch()
+    once = fisher_pass(BACKBONE, [(x, y)], loss_of(), ALL)
+    twice = fisher_pass(BACKBONE, [(x, y)], lambda f, t: 2 * loss_of()(f, t), ALL)
+    assert_same(twice.output, {layer: 4 * values for layer, values in once.output.items()})
+
+
+@pytest.mark.parametrize("first", range(len(ALL)))
+def test_a_window_sees_what_the_whole_network_sees(first):
+    x, y = batch()
+    whole = fisher_pass(BACKBONE, [(x, y)], loss_of(), ALL)
+    part = fisher_pass(BACKBONE, [(x, y)], loss_of(), ALL[first:])
+    assert_same(part.output, {layer: whole.output[layer] for layer in part.layers})
+    assert_same(part.input, {layer: whole.input[layer] for layer in part.layers})
+
+
+def test_progress_counts_samples():
+    x, y = batch()
+    done = []
+    fisher_pass(BACKBONE, in_pieces(x, y, 4), loss_of(), ALL, on_step=done.append)
+    assert done == [4, 6]
+
+
+def test_no_sample_is_an_error():
+    with pytest.raises(DataError, match="no samples"):
+        fisher_pass(BACKBONE, [], loss_of(), ALL)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_an_error(bad):
+    x, y = batch()
+    with pytest.raises(DataError, match="finite"):
+        fisher_pass(BACKBONE, [(x, y)], lambda f, t: f.sum(1) * bad, ALL)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+class Storages(TorchDispatchMode):
+    """Remembers, without keeping it alive, every storage that any operator returns, weights excepted."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.seen, self.weights = {}, {tensor.data_ptr() for tensor in weights}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                if storage.data_ptr() not in self.weights:
+                    self.seen[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def alive_bytes(self):
+        return sum(size for reference, size in self.seen.values() if not reference.expired())
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("first", range(len(ALL)))
+def test_between_the_passes_exactly_the_predicted_bytes_live(first, micro_batch):
+    graph, window = BACKBONE.graph, frozenset(ALL[first:])
+    with Storages(BACKBONE.tensors.values()) as storages:
+        x = batch(samples=micro_batch)[0].clone()  # made here, so that it is counted if it is kept
+        features, kept = forward(graph, BACKBONE.tensors, x, frozenset(kept_names(graph, window)))
+        expected = fisher_bytes(graph, window, micro_batch)
+        del x
+        assert kept.keys() >= set(ALL[first:])
+        assert storages.alive_bytes() == expected + features.nbytes
+
+
+def test_the_way_back_saves_nothing_large_with_autograd():
+    """What stock autograd saves while layers are walked through is one operator's, never the network's."""
+    x, _ = batch()
+    graph, window = BACKBONE.graph, frozenset(ALL)
+    features, kept = forward(graph, BACKBONE.tensors, x, frozenset(kept_names(graph, window)))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        layers = [seen.op.name for seen in backward(graph, BACKBONE.tensors, kept, window, torch.ones_like(features))]
+    assert layers == list(reversed(ALL))
+    assert max(saved, default=0) <= max(4 * SAMPLES * op.elements for op in graph.ops)

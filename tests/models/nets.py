@@ -1,0 +1,107 @@
+"""Small user models for the tests of tracing, folding, importing and exporting."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights and BatchNorm statistics, so that no part of a BatchNorm is the identity."""
+    rng = torch.Generator().manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert part.running_mean is not None
+            assert part.running_var is not None
+            part.running_mean.normal_(0, 0.3, generator=rng)
+            part.running_var.uniform_(0.5, 2.0, generator=rng)
+            if part.affine:
+                nn.init.uniform_(part.weight, 0.5, 1.5, generator=rng)
+                nn.init.normal_(part.bias, 0, 0.3, generator=rng)
+    return module.eval()
+
+
+class PreActivation(nn.Module):
+    """A pre-activation residual block: BatchNorm before each convolution, none of which can be folded backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv1 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        h = self.conv1(F.relu(self.bn1(x)))
+        h = self.conv2(F.relu(self.bn2(h)))
+        return (x + h).mean((2, 3))
+
+
+class Classifier(nn.Module):
+    """A classifier as users write them: in-place ReLUs shared by calls, view, dropout, a final linear layer."""
+
+    def __init__(self, classes: int = 5, width: int = 8, bias: bool = True) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1, groups=width),
+            nn.BatchNorm2d(width),
+            nn.ReLU6(),
+            nn.MaxPool2d(2),
+        )
+        self.act = nn.ReLU()
+        self.point = nn.Conv2d(width, 2 * width, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(2 * width, classes, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.features(x))
+        x = self.act(self.point(x))
+        x = self.drop(self.pool(x)).view(x.size(0), -1)
+        return self.fc(x)
+
+
+class Functional(nn.Module):
+    """Everything as functions on parameters, one path pooled and one flattened, then joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(4, 1, 5))
+        self.w2 = nn.Parameter(torch.randn(4, 4, 3))
+        self.b2 = nn.Parameter(torch.randn(4))
+        self.weight = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv1d(x, self.w1, stride=2, padding=2).clamp(min=0)
+        y = torch.clamp(F.conv1d(x, self.w2, self.b2, padding=1), 0, 6)
+        x = torch.add(x, y)
+        x = F.avg_pool1d(F.max_pool1d(x, 3, stride=2, padding=1, ceil_mode=True), 2, ceil_mode=True)
+        short = F.adaptive_avg_pool1d(x, 1).squeeze(-1)
+        both = torch.cat([short, torch.flatten(F.adaptive_avg_pool1d(x, 1), 1)], dim=-1)
+        return F.linear(both, self.weight).relu()
+
+
+def write_module(folder: Path, name: str = "user_models") -> None:
+    """A file that defines factories of user models, importable once `folder` is on the path."""
+    source = """
+        from torch import nn
+
+        def classifier(classes=5, width=8, bias=True):
+            from tests.models.nets import Classifier
+            return Classifier(classes, width, bias)
+
+        def not_a_module():
+            return 3
+
+        value = 7
+    """
+    (folder / f"{name}.py").write_text(textwrap.dedent(source))

@@ -1,0 +1,207 @@
+"""Folding BatchNorm, and records to backbones and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from stages.artifacts.records import InputSpec, Model
+from stages.errors import DataError, UsageError
+from stages.models.deploy import Backbone, deploy, fold, restore, state, store
+from stages.models.execute import run
+from stages.models.registry import build, input_spec
+from stages.models.trace import trace
+from tests.models.nets import Classifier, PreActivation, randomise, write_module
+from tests.models.test_registry import SMALL
+
+
+def folded_error(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    """Largest difference between a module and its folded graph, relative to the largest output."""
+    module = module.to(dtype)
+    graph, tensors = fold(*trace(module, shape))
+    assert all(op.kind != "batchnorm" for op in graph.ops)
+    x = torch.randn(3, *shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected, found = module(x), run(graph, tensors, x)
+    assert found.dtype == dtype
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_folding_is_exact_on_the_registry(arch: str) -> None:
+    module, shape = randomise(build(arch, SMALL[arch])), input_spec(arch, SMALL[arch]).shape
+    assert folded_error(module, shape, torch.float32) < 1e-5
+    assert folded_error(module, shape, torch.float64) < 1e-10
+
+
+@pytest.mark.parametrize(("module", "shape"), [(PreActivation(), (3, 8, 8)), (Classifier(), (3, 16, 16))])
+def test_folding_is_exact_on_user_models(module: nn.Module, shape: tuple[int, ...]) -> None:
+    assert folded_error(randomise(module), shape, torch.float64) < 1e-10
+
+
+class Chain(nn.Module):
+    """Layers one after another, some with BatchNorm, a residual addition around each, with a branch into BatchNorm."""
+
+    def __init__(self, kinds: list[str], channels: int, affine: bool, eps: float) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList()
+        for kind in kinds:
+            norm = nn.BatchNorm2d(channels, affine=affine, eps=eps)
+            plain = nn.Conv2d(channels, channels, 3, padding=1, bias="bias" in kind)
+            deep = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+            parts = {"norm": [norm], "conv": [plain, norm], "bias": [plain, norm], "deep": [deep, norm, nn.ReLU()]}
+            self.parts.append(nn.Sequential(*parts[kind]))
+        self.stem = nn.Conv2d(2, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for part in self.parts:
+            x = x + part(x)
+        return x.mean((2, 3))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(["norm", "conv", "bias", "deep"]), min_size=1, max_size=4),
+    channels=st.integers(1, 4),
+    affine=st.booleans(),
+    eps=st.sampled_from([1e-5, 1e-3, 0.5]),
+    seed=st.integers(0, 100),
+)
+def test_folding_any_chain(kinds: list[str], channels: int, affine: bool, eps: float, seed: int) -> None:
+    module = randomise(Chain(kinds, channels, affine, eps), seed)
+    assert folded_error(module, (2, 5, 5), torch.float64) < 1e-10
+
+
+def test_a_batchnorm_that_cannot_be_folded_becomes_a_depthwise_layer_of_its_name() -> None:
+    graph, tensors = fold(*trace(randomise(PreActivation()), (3, 8, 8)))
+    assert [op.name for op in graph.layers] == ["stem", "bn1", "conv1", "conv2"]  # bn2 is folded into conv1
+    assert graph["bn1"].is_depthwise
+    assert tensors["bn1.weight"].shape == graph["bn1"].weight_shape == (6, 1, 1, 1)
+    assert graph["conv1"].bias
+
+
+def test_a_layer_that_others_read_is_not_changed() -> None:
+    """The stem's output goes into bn1 and into the sum: folding bn1 into it would change the sum."""
+    module = randomise(PreActivation())
+    _, tensors = fold(*trace(module, (3, 8, 8)))
+    assert torch.equal(tensors["stem.weight"], module.stem.weight)
+
+
+def test_batchnorm_on_vectors_without_a_layer_before_it_is_refused() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.late = nn.Conv2d(3, 4, 3), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.late(self.conv(x).mean((2, 3)))
+
+    graph, tensors = trace(Late().eval(), (3, 8, 8))
+    with pytest.raises(UsageError, match="late: BatchNorm on feature vectors"):
+        fold(graph, tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------ records
+
+
+def record(arch: str, **arch_args: Any) -> Model:
+    module = randomise(build(arch, arch_args))
+    return Model(arch, arch_args, input_spec(arch, arch_args), "batchnorm", state(module))
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_deploy_and_store_keep_the_features(arch: str) -> None:
+    model = record(arch, **SMALL[arch])
+    x = torch.rand(2, *model.input.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = restore(model)(x)
+    first = deploy(model)
+    torch.testing.assert_close(first.features(x), expected, rtol=1e-4, atol=1e-5)
+    stored = store(model, first)
+    again = deploy(stored)
+    assert stored.form == "deploy"
+    assert again.graph == first.graph
+    assert torch.equal(again.features(x), first.features(x))
+    assert all(value.dtype == torch.float32 and value.is_contiguous() for value in first.tensors.values())
+
+
+def test_until_stops_at_the_named_operator() -> None:
+    backbone = deploy(record("cnn4", **SMALL["cnn4"]))
+    x = torch.rand(2, 1, 28, 28)
+    for op in backbone.graph.ops:
+        assert backbone.until(x, op.name).shape == (2, *op.shape)
+    assert torch.equal(backbone.until(x, "input"), x)
+    with pytest.raises(UsageError, match="no operator 'nowhere'"):
+        backbone.until(x, "nowhere")
+
+
+def test_features_refuse_another_shape_and_need_no_gradient() -> None:
+    backbone = deploy(record("cnn4", **SMALL["cnn4"]))
+    assert not backbone.features(torch.rand(1, 1, 28, 28)).requires_grad
+    with pytest.raises(UsageError, match="shape"):
+        backbone.features(torch.rand(1, 1, 32, 32))
+
+
+def test_deploy_does_not_share_memory_with_the_record() -> None:
+    model = store(record("mlp", **SMALL["mlp"]), deploy(record("mlp", **SMALL["mlp"])))
+    backbone = deploy(model)
+    before = model.tensors["blocks.00.linear.weight"].copy()
+    backbone.tensors["blocks.00.linear.weight"].zero_()
+    np.testing.assert_array_equal(model.tensors["blocks.00.linear.weight"], before)
+
+
+@pytest.mark.parametrize("form", ["batchnorm", "deploy"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("stem.weight"), r"stem.weight: missing, expected shape \(16, 3, 3, 3\)"),
+        (lambda tensors: tensors.update({"stem.weight": np.zeros((16, 1, 3, 3), np.float32)}), r"stem.weight: shape"),
+        (lambda tensors: tensors.update({"tail.weight": np.zeros(3, np.float32)}), "tail.weight: not a tensor"),
+        (lambda tensors: tensors["stem.weight"].fill(np.nan), "stem.* not finite"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(form: str, change: Any, message: str) -> None:
+    model = record("mcunet-5fps", size=32)
+    model = store(model, deploy(model)) if form == "deploy" else model
+    tensors = {name: value.copy() for name, value in model.tensors.items()}
+    change(tensors)
+    with pytest.raises(DataError, match=message):
+        deploy(replace(model, tensors=tensors))
+
+
+def test_restore_needs_batchnorm_form() -> None:
+    model = record("mlp", **SMALL["mlp"])
+    with pytest.raises(UsageError, match="deploy form"):
+        restore(store(model, deploy(model)))
+
+
+def test_a_users_classifier_is_cut_when_its_tensors_are_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_module(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    arch = "user_models:classifier"
+    tensors = state(build(arch, {}, allow=arch))
+    spec = InputSpec("image", (3, 16, 16))
+    whole = Model(arch, {}, spec, "batchnorm", tensors)
+    cut = replace(whole, tensors={name: value for name, value in tensors.items() if not name.startswith("fc.")})
+    x = torch.rand(2, 3, 16, 16)
+
+    def layers(backbone: Backbone) -> list[str]:
+        return [op.name for op in backbone.graph.layers]
+
+    assert layers(deploy(whole, allow=arch))[-1] == "fc"
+    assert deploy(whole, allow=arch).features(x).shape == (2, 5)
+    assert layers(deploy(cut, allow=arch))[-1] == "point"
+    assert deploy(cut, allow=arch).features(x).shape == restore(cut, allow=arch)(x).shape == (2, 16)
+    stored = store(cut, deploy(cut, allow=arch))
+    assert torch.equal(deploy(stored, allow=arch).features(x), deploy(cut, allow=arch).features(x))
+    with pytest.raises(UsageError, match="repeat --arch"):
+        deploy(stored)

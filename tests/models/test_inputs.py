@@ -1,0 +1,174 @@
+"""The input adapter: layouts, channels, sizes, scaling, sound, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.artifacts.records import Array, InputSpec
+from stages.errors import DataError
+from stages.models.inputs import LOG_FLOOR, adapt, log_mel, mel_filters
+
+
+def image(*shape: int, scale: tuple[float, ...] = (1.0,), offset: tuple[float, ...] = (0.0,)) -> InputSpec:
+    return InputSpec("image", shape, scale, offset)
+
+
+def pixels(*shape: int) -> Array:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_the_three_layouts_of_images_agree() -> None:
+    x = pixels(4, 3, 6, 5)
+    expected = torch.from_numpy(x.astype(np.float32))
+    assert torch.equal(adapt(x, "NCHW", image(3, 6, 5)), expected)
+    assert torch.equal(adapt(np.ascontiguousarray(x.transpose(0, 2, 3, 1)), "NHWC", image(3, 6, 5)), expected)
+    assert torch.equal(adapt(x[:, 0], "NHW", image(1, 6, 5)), expected[:, :1])
+
+
+def test_grey_is_repeated_and_colour_becomes_luma() -> None:
+    grey = pixels(2, 4, 4)
+    repeated = adapt(grey, "NHW", image(3, 4, 4))
+    assert torch.equal(repeated[:, 0], repeated[:, 2])
+    colour = np.array([[[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]]], np.uint8)
+    luma = adapt(colour, "NHWC", image(1, 1, 4))
+    np.testing.assert_allclose(luma.flatten(), [76.245, 149.685, 29.07, 255.0], rtol=1e-6)  # 255 * 0.299, 0.587, 0.114
+
+
+def test_scaling_is_per_channel() -> None:
+    x = np.array([[[[0, 255]]]], np.uint8)
+    assert adapt(x, "NCHW", image(1, 1, 2, scale=(2 / 255,), offset=(-1.0,))).flatten().tolist() == [-1.0, 1.0]
+    two = adapt(np.ones((1, 2, 1, 1), np.float32), "NCHW", image(2, 1, 1, scale=(2.0, 3.0), offset=(0.5, 0.0)))
+    assert two.flatten().tolist() == [2.5, 3.0]
+
+
+def test_shrinking_averages_instead_of_skipping() -> None:
+    stripes = np.tile(np.array([0, 200], np.uint8), (1, 16, 8))  # (1, 16, 16): columns alternate
+    small = adapt(stripes, "NHW", image(1, 4, 4))
+    assert float((small - 100).abs().max()) < 30  # without antialiasing: 0 or 200 or their exact mean by luck
+    constant = np.full((2, 9, 7), 50, np.uint8)
+    np.testing.assert_allclose(adapt(constant, "NHW", image(1, 28, 28)), 50, rtol=1e-6)
+
+
+def test_enlarging_is_plain_bilinear() -> None:
+    x = np.array([[[0, 100]]], np.uint8)
+    wide = adapt(x, "NHW", image(1, 1, 4)).flatten()
+    np.testing.assert_allclose(wide, [0, 25, 75, 100], atol=1e-4)  # pixel centres at 1/4 steps, edges held
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(0, 3), height=st.integers(1, 9), width=st.integers(1, 9), target=st.integers(1, 9))
+def test_any_size_becomes_the_models(n: int, height: int, width: int, target: int) -> None:
+    x = np.full((n, height, width, 3), 7, np.uint8)
+    found = adapt(x, "NHWC", image(3, target, 4))
+    assert found.shape == (n, 3, target, 4)
+    assert found.dtype == torch.float32
+    assert found.is_contiguous()
+    np.testing.assert_allclose(found, 7, rtol=1e-5)
+
+
+def test_samples_do_not_depend_on_their_chunk() -> None:
+    x = pixels(5, 11, 13)
+    whole = adapt(x, "NHW", image(3, 8, 8))
+    parts = torch.cat([adapt(x[:2], "NHW", image(3, 8, 8)), adapt(x[2:], "NHW", image(3, 8, 8))])
+    assert torch.equal(whole, parts)
+
+
+def test_the_samples_are_not_touched() -> None:
+    x = np.ones((2, 3), np.float32)
+    x.setflags(write=False)
+    adapt(x, "ND", InputSpec("features", (3,), (2.0,), (1.0,)))
+    assert (x == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "layout", "spec", "message"),
+    [
+        (pixels(2, 4, 4, 4), "NHWC", image(3, 4, 4), "4 channels in layout NHWC, expected 1 or 3"),
+        (pixels(2, 4, 4, 2), "NHWC", image(1, 4, 4), "2 channels in layout NHWC, expected 1 or 3"),
+        (pixels(2, 4, 4).astype(np.float64), "NHW", image(1, 4, 4), "float64, expected uint8, int16, float32"),
+        (pixels(2, 4, 4), "NHWC", image(1, 4, 4), "layout 'NHWC' with shape"),
+        (pixels(2, 4), "NT", image(1, 4, 4), "layout NT, expected NHW or NHWC or NCHW for image"),
+        (np.zeros((2, 4), np.float32), "ND", InputSpec("features", (5,)), "4 features per sample, expected 5"),
+        (np.zeros((2, 0, 4), np.uint8), "NHW", image(1, 4, 4), "at least one value"),
+    ],
+)
+def test_what_cannot_be_read_is_named(x: Array, layout: str, spec: InputSpec, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        adapt(x, layout, spec)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_first_sample_that_is_not_finite_is_named(bad: float) -> None:
+    x = np.zeros((5, 4), np.float32)
+    x[[2, 4], 1] = bad
+    with pytest.raises(DataError, match="sample 2: a value that is not finite"):
+        adapt(x, "ND", InputSpec("features", (4,)))
+
+
+# -------------------------------------------------------------------------------------------------------------- sound
+
+SOUND = InputSpec("sound", (1, 5, 8), sample_rate_hz=8000, window_samples=320, hop_samples=160)
+
+
+def naive_log_mel(wave: Array, spec: InputSpec) -> Array:
+    """The documented formula, written as loops with an explicit DFT."""
+    _, frames, bands = spec.shape
+    window, hop, rate = spec.window_samples, spec.hop_samples, spec.sample_rate_hz
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
+
+    def mel(f: float) -> float:
+        return 2595 * np.log10(1 + f / 700)
+
+    edges = [700 * (10 ** (m / 2595) - 1) for m in np.linspace(mel(20), mel(rate / 2), bands + 2)]
+    out: Any = np.zeros((frames, bands))
+    for frame in range(frames):
+        piece = wave[frame * hop : frame * hop + window] * hann
+        for k in range(window // 2 + 1):
+            f = k * rate / window
+            power = abs(np.sum(piece * np.exp(-2j * np.pi * k * np.arange(window) / window))) ** 2 / window
+            for band in range(bands):
+                left, centre, right = edges[band : band + 3]
+                out[frame, band] += power * max(0.0, min((f - left) / (centre - left), (right - f) / (right - centre)))
+    return np.log(out + LOG_FLOOR)
+
+
+def test_log_mel_is_the_documented_formula() -> None:
+    wave = np.random.default_rng(0).normal(0, 0.1, 960)
+    found = log_mel(torch.from_numpy(wave[None].astype(np.float32)), SOUND)
+    np.testing.assert_allclose(found[0], naive_log_mel(wave, SOUND), rtol=1e-3, atol=1e-3)
+
+
+def test_a_tone_lights_its_band() -> None:
+    t = np.arange(960) / 8000
+    for hz in (300, 1000, 3000):
+        energy = log_mel(torch.from_numpy(np.sin(2 * np.pi * hz * t)[None].astype(np.float32)), SOUND)[0].mean(0)
+        filters = mel_filters(8, 320, 8000)
+        assert int(energy.argmax()) == int(filters[hz // 25].argmax())
+
+
+def test_silence_is_the_floor_and_recordings_are_padded_or_cut() -> None:
+    silence = adapt(np.zeros((2, 10), np.int16), "NT", SOUND)
+    assert silence.shape == (2, 1, 5, 8)
+    np.testing.assert_allclose(silence, np.log(LOG_FLOOR), rtol=1e-6)
+    long = np.random.default_rng(0).integers(-9999, 9999, (1, 2000)).astype(np.int16)
+    assert torch.equal(adapt(long, "NT", SOUND), adapt(long[:, :960], "NT", SOUND))
+
+
+def test_int16_is_read_as_minus_one_to_one() -> None:
+    wave = np.random.default_rng(0).integers(-9999, 9999, (3, 960)).astype(np.int16)
+    floats = (wave / 32768).astype(np.float32)
+    torch.testing.assert_close(adapt(wave, "NT", SOUND), adapt(floats, "NT", SOUND))
+
+
+def test_every_filter_of_the_default_front_end_hears_something() -> None:
+    for bands, window, rate in ((40, 640, 16000), (40, 320, 8000), (10, 320, 8000)):
+        filters = mel_filters(bands, window, rate)
+        assert filters.shape == (window // 2 + 1, bands)
+        assert bool((filters.amax(0) > 0).all())
+        assert float(filters.max()) <= 1.0

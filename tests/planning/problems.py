@@ -1,0 +1,81 @@
+"""Random planning problems over small graphs."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+from stages.artifacts.records import LayerUpdate, Scores
+from stages.cost.latency import Durations
+from stages.cost.model import full_backward_macs
+from stages.cost.training import MEMORY_MODELS, OPTIMIZER_STATE, memory_bytes, plan_backward_macs, whole_update
+from stages.models.graph import Graph
+from stages.planning.budget import Budget
+from stages.planning.problem import Channels, Evidence, Problem, pose
+from tests.cost.nets import HAND_MADE
+
+
+def random_scores(graph: Graph, seed: int, layers: tuple[str, ...] | None = None) -> Scores:
+    """Log-normal Fisher information per channel; a layer's score is a random multiple of its sum."""
+    rng = np.random.default_rng(seed)
+    names = layers or tuple(op.name for op in graph.layers)
+    output = tuple(rng.lognormal(0, 2, graph[name].out_channels).astype(np.float32) for name in names)
+    given = tuple(rng.lognormal(0, 2, graph[name].in_channels).astype(np.float32) for name in names)
+    fisher = np.array([float(values.sum()) for values in output])
+    return Scores("score", names, fisher * rng.lognormal(0, 1, len(names)), fisher, output, given)
+
+
+def random_durations(graph: Graph, seed: int) -> Durations:
+    rng = np.random.default_rng(seed)
+    names = [op.name for op in graph.layers]
+    columns = [dict(zip(names, map(int, rng.integers(1000, 9000, len(names))), strict=True)) for _ in range(2)]
+    return Durations(int(rng.integers(10_000, 90_000)), *columns)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """A small graph, random scores, and budgets between nothing and everything, one of them perhaps missing."""
+    graph = HAND_MADE[draw(st.sampled_from(sorted(HAND_MADE)))]()
+    seed = draw(st.integers(0, 10_000))
+    model = draw(st.sampled_from(sorted(MEMORY_MODELS)))
+    optimizer = draw(st.sampled_from(sorted(OPTIMIZER_STATE)))
+    batch = draw(st.integers(1, 3))
+    fixed: tuple[LayerUpdate, ...] = ()
+    scored = [op.name for op in graph.layers]
+    if draw(st.booleans()):
+        fixed = (whole_update(graph[scored.pop()]),)
+    everything = [whole_update(op) for op in graph.layers]
+    most_bytes = memory_bytes(graph, everything, model=model, batch=batch, optimizer=optimizer)
+    least_bytes = memory_bytes(graph, fixed, model=model, batch=batch, optimizer=optimizer)
+    share = st.one_of(st.none(), st.floats(0, 1))
+    memory, macs, latency = draw(share), draw(share), draw(share)
+    measured = random_durations(graph, seed) if latency is not None else None
+    slowest_s = (
+        0.0
+        if measured is None
+        else 1e-9
+        * (measured.forward_ns + sum(measured.input_gradient_ns.values()) + sum(measured.weight_gradient_ns.values()))
+    )
+    budget = Budget(
+        memory_bytes=None if memory is None else max(1, int(least_bytes + memory * (most_bytes - least_bytes))),
+        backward_macs=None if macs is None else max(1, int(macs * full_backward_macs(graph))),
+        latency_s=None if latency is None else max(1e-9, latency * slowest_s),
+        memory_model=model,
+        batch=batch,
+        optimizer=optimizer,
+    )
+    how = Channels(
+        axis=draw(st.sampled_from(["output", "input"])),
+        bias=draw(st.booleans()),
+        ratios=draw(st.sampled_from([(1.0, 0.5, 0.25, 0.125), (1.0, 0.3), (0.5,)])),
+    )
+    return pose(
+        graph, random_scores(graph, seed, tuple(scored)), budget, how, Evidence(), fixed=fixed, measured=measured
+    )
+
+
+def costs(problem: Problem, updates: tuple[LayerUpdate, ...]) -> tuple[int, int]:
+    """Memory and MACs, computed from the cost functions directly."""
+    budget, together = problem.budget, (*updates, *problem.fixed)
+    memory = memory_bytes(
+        problem.graph, together, model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer
+    )
+    return memory, plan_backward_macs(problem.graph, together)

@@ -1,0 +1,241 @@
+"""`export`: other tools get a model that computes what ours computes."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from stages.artifacts.records import Head, InputSpec, Model
+from stages.errors import DataError, UsageError
+from stages.exporting import Exported, _compare, export, format_of
+from stages.importing import Importing, Weights, import_model, input_from_text
+from stages.models import registry
+from stages.models.deploy import deploy, state, store
+from stages.models.heads import logits, probabilities
+from stages.models.unfold import unfold
+from tests.models.nets import Classifier, PreActivation, randomise, write_module
+from tests.models.test_registry import SMALL
+
+USER = "user_models:classifier"
+
+
+@pytest.fixture
+def user_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    write_module(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return USER
+
+
+def record(arch: str, form: str = "batchnorm", *, allow: str | None = None, spec: InputSpec | None = None) -> Model:
+    args = SMALL.get(arch, {})
+    module = randomise(registry.build(arch, args, allow=allow))
+    model = Model(arch, args, spec or registry.input_spec(arch, args), "batchnorm", state(module))
+    return store(model, deploy(model, allow=allow)) if form == "deploy" else model
+
+
+def with_head(model: Model, kind: str, classes: int = 3, *, allow: str | None = None) -> Model:
+    rng = np.random.default_rng(0)
+    width = deploy(model, allow=allow).graph.feature_dim
+    bias = rng.normal(size=classes).astype(np.float32) if kind == "linear" else np.zeros(classes, np.float32)
+    weight = rng.normal(size=(classes, width)).astype(np.float32)
+    names = tuple("abcdefgh"[:classes])
+    return replace(model, head=Head(kind, np.arange(classes), weight, bias, np.ones(classes, bool), names))
+
+
+def loaded(exported: Exported) -> dict[str, torch.Tensor]:
+    if exported.format == "pth":
+        return torch.load(io.BytesIO(exported.data), weights_only=True)
+    return safetensors.torch.load(exported.data)
+
+
+@pytest.mark.parametrize(("arch", "format"), [*((arch, "pth") for arch in SMALL), ("cnn4", "safetensors")])
+def test_a_state_dict_loads_strictly_and_computes_the_same(arch: str, format: str) -> None:
+    model = record(arch, "deploy")
+    exported = export(model, format)
+    module = registry.build(arch, SMALL[arch])
+    module.load_state_dict(loaded(exported), strict=True)
+    x = torch.rand(2, *model.input.shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), deploy(model).features(x), rtol=1e-4, atol=1e-4)
+    assert exported.difference <= 1e-4
+
+
+@pytest.mark.parametrize(("arch", "kind"), [*((arch, "linear") for arch in SMALL), ("cnn4", "prototypes")])
+def test_onnx_computes_the_same(arch: str, kind: str) -> None:
+    model = with_head(record(arch, "deploy"), kind)
+    exported = export(model, "onnx")
+    session = onnxruntime.InferenceSession(exported.data, providers=["CPUExecutionProvider"])
+    x = torch.rand(3, *model.input.shape, generator=torch.Generator().manual_seed(5))
+    features, scores, answers = session.run(["features", "logits", "probabilities"], {"input": x.numpy()})
+    ours = deploy(model).features(x)
+    assert model.head is not None
+    np.testing.assert_allclose(features, ours, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(scores, logits(model.head, ours), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(answers, probabilities(model.head, ours), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(("arch", "form"), [*((arch, "deploy") for arch in SMALL), ("ds-cnn", "batchnorm")])
+def test_what_is_exported_can_be_imported_again(arch: str, form: str) -> None:
+    model = with_head(record(arch, form), "linear")
+    exported = export(model, "safetensors")
+    weights = Weights(
+        {name: value.numpy() for name, value in loaded(exported).items() if "num_batches" not in name}, False
+    )
+    settings = Importing(arch=arch, arch_args=SMALL[arch], classifier="keep", classes=("a", "b", "c"))
+    again = import_model(settings, weights).model
+    x = torch.rand(2, *model.input.shape, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(deploy(again).features(x), deploy(model).features(x), rtol=1e-4, atol=1e-4)
+    assert again.head is not None
+    assert model.head is not None
+    np.testing.assert_array_equal(again.head.weight, model.head.weight)
+    np.testing.assert_array_equal(again.head.bias, model.head.bias)
+    if form == "batchnorm":
+        assert all(np.array_equal(again.tensors[name], value) for name, value in model.tensors.items())
+
+
+def test_heads_have_names_of_their_own() -> None:
+    model = record("cnn4", "deploy")
+    linear = loaded(export(with_head(model, "linear"), "pth"))
+    assert {"classifier.weight", "classifier.bias"} <= linear.keys()
+    prototypes = loaded(export(with_head(model, "prototypes"), "pth"))
+    assert prototypes["prototypes.scale"].tolist() == [10.0]
+    assert prototypes["prototypes.weight"].shape == (3, 8)
+    assert (
+        loaded(export(with_head(model, "linear"), "pth", head=False)).keys()
+        == registry.build("cnn4", SMALL["cnn4"]).state_dict().keys()
+    )
+
+
+@pytest.mark.parametrize("form", ["batchnorm", "deploy"])
+@pytest.mark.parametrize("format", ["pth", "safetensors", "onnx"])
+def test_a_users_classifier_comes_back_whole(user_code: str, form: str, format: str) -> None:
+    module = randomise(Classifier())
+    weights = Weights({name: value.numpy() for name, value in module.state_dict().items() if "num_b" not in name}, True)
+    settings = Importing(arch=user_code, input=input_from_text("3x16x16"), classifier="keep")
+    model = import_model(settings, weights).model
+    model = store(model, deploy(model, allow=user_code)) if form == "deploy" else model
+    exported = export(model, format, allow=user_code)
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = module(x)
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(exported.data, providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(["logits"], {"input": x.numpy()})[0])
+    else:
+        own = Classifier().eval()
+        own.load_state_dict(loaded(exported), strict=True)
+        with torch.no_grad():
+            found = own(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_code_is_run_only_when_allowed(user_code: str) -> None:
+    model = record(user_code, allow=user_code, spec=input_from_text("3x16x16"))
+    with pytest.raises(UsageError, match="repeat --arch"):
+        export(model, "onnx")
+
+
+def test_batchnorm_that_became_a_layer_goes_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Train the depthwise layer that a pre-activation BatchNorm became; its values must come back in that BatchNorm."""
+    (tmp_path / "preactivation_model.py").write_text("from tests.models.nets import PreActivation as Net\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    arch = "preactivation_model:Net"
+    model = record(arch, "deploy", allow=arch, spec=input_from_text("3x8x8"))
+    tensors = {name: np.array(value) for name, value in model.tensors.items()}
+    tensors["bn1.weight"] *= -1.5
+    tensors["conv1.bias"] += 1.0
+    model = replace(model, tensors=tensors)
+    own = PreActivation().eval()
+    own.load_state_dict(loaded(export(model, "pth", allow=arch)), strict=True)
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(own(x), deploy(model, allow=arch).features(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_batchnorm_without_weights_cannot_hold_training() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.conv = nn.BatchNorm2d(3, affine=False), nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.bn(x)).mean((2, 3))
+
+    from stages.models.deploy import fold
+    from stages.models.trace import trace_module
+
+    module = randomise(Net())
+    traced = trace_module(module, (3, 8, 8))
+    graph, tensors = fold(traced.graph, traced.tensors)
+    with pytest.raises(UsageError, match="bn: BatchNorm without weight and bias"):
+        unfold(module, traced, graph, tensors)
+
+
+def test_onnx_says_what_its_input_is() -> None:
+    model = with_head(record("ds-cnn"), "linear")
+    found = onnx.load_from_string(export(model, "onnx").data)
+    (entry,) = found.metadata_props
+    facts = json.loads(entry.value)
+    assert facts["input"]["hop_samples"] == 160
+    assert facts["classes"] == ["a", "b", "c"]
+    assert facts["arch"] == "ds-cnn"
+    assert [entry.version for entry in found.opset_import] == [17]
+
+
+def test_the_same_model_gives_the_same_bytes() -> None:
+    model = with_head(record("cnn4"), "prototypes")
+    for format in ("pth", "safetensors", "onnx"):
+        assert export(model, format).data == export(model, format).data
+
+
+def test_a_class_nobody_has_seen_cannot_be_exported() -> None:
+    model = with_head(record("mlp"), "linear")
+    assert model.head is not None
+    model = replace(model, head=replace(model.head, known=np.array([True, False, True])))
+    with pytest.raises(UsageError, match="class b was never seen"):
+        export(model, "onnx")
+    assert export(model, "onnx", head=False).difference < 1e-4
+
+
+def test_a_difference_is_an_error() -> None:
+    ours = {"features": np.array([[1.0, -200.0]])}
+    assert _compare(ours, {"features": np.array([[1.0, -200.01]])}) == pytest.approx(0.01)
+    with pytest.raises(DataError, match=r"features differ by 0\.03"):
+        _compare(ours, {"features": np.array([[1.03, -200.0]])})
+    with pytest.raises(DataError, match="differ by nan"):
+        _compare(ours, {"features": np.array([[np.nan, -200.0]])})
+
+
+def test_a_state_dict_without_our_head_is_the_modules_own() -> None:
+    model = record("mobilenetv1")
+    module = registry.build("mobilenetv1", SMALL["mobilenetv1"])
+    module.load_state_dict(loaded(export(model, "pth")), strict=True)
+    assert all(np.array_equal(value, model.tensors[name]) for name, value in state(module).items())
+
+
+@pytest.mark.parametrize(("name", "format"), [("a.pth", "pth"), ("b.c.pt", "pth"), ("x.onnx", "onnx")])
+def test_format_by_name(name: str, format: str) -> None:
+    assert format_of(name) == format
+
+
+@pytest.mark.parametrize("name", ["-", "model", "a.h5", "onnx"])
+def test_a_name_that_says_nothing_needs_a_format(name: str) -> None:
+    with pytest.raises(UsageError, match="--format"):
+        format_of(name)
+
+
+def test_an_unknown_format_is_refused() -> None:
+    arguments: Any = (record("mlp"), "tflite")
+    with pytest.raises(UsageError, match="'tflite', expected onnx, pth, safetensors"):
+        export(*arguments)

@@ -1,0 +1,71 @@
+"""The command score-layers: what it writes where, and what enters the history."""
+
+import json
+
+import numpy as np
+import pytest
+
+from edgetrain_cli.commands.score_layers import score_layers
+from stages.artifacts.hdf5 import decode, encode
+from stages.artifacts.records import Profile, Run
+from stages.cost.model import cost_table
+from stages.errors import UsageError
+from tests.test_scoring import GRAPH, RUN, SUPPORT, TOML
+
+
+@pytest.fixture
+def files(tmp_path):
+    costs = cost_table(GRAPH)
+    columns = {name: np.array([getattr(cost, name) for cost in costs]) for name in ("weights", "macs")}
+    profiled = Run(RUN.model, Profile(tuple(cost.layer for cost in costs), columns, {}))
+    (tmp_path / "run.h5").write_bytes(encode(profiled))
+    (tmp_path / "support.h5").write_bytes(encode(SUPPORT))
+    (tmp_path / "mine.toml").write_text(TOML)
+    return {name: str(tmp_path / name) for name in ("run.h5", "support.h5", "mine.toml", "out.h5", "plan.png")}
+
+
+def written(files):
+    with open(files["out.h5"], "rb") as file:
+        return decode(file.read())
+
+
+def test_the_run_gains_scores_plan_and_a_step(files, capsys):
+    score_layers(files["run.h5"], files["out.h5"], support=files["support.h5"], plot=files["plan.png"], macs="30%")
+    run = written(files)
+    assert run.plan.facts["macs_budget"] == int(0.3 * run.plan.facts["full_backward_macs"])
+    assert run.plan.facts["memory_budget_bytes"] == 2**20
+    assert run.scores.criterion == "score"
+    step = run.history[-1]
+    assert (step.command, step.seed) == ("score-layers", 0)
+    assert step.inputs.keys() >= {"support.h5"}
+    assert "plot" not in step.arguments
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"Plan greedy: {len(run.plan.updates)} of {len(GRAPH.layers)} layers train" in captured.err
+    with open(files["plan.png"], "rb") as file:
+        assert file.read(4) == b"\x89PNG"
+
+
+def test_a_given_plan_is_read_from_its_file(files, capsys):
+    score_layers(files["run.h5"], files["out.h5"], plan_file=files["mine.toml"], quiet=True)
+    run = written(files)
+    assert run.plan.name == "mine"
+    assert run.history[-1].inputs.keys() >= {"mine.toml"}
+    assert capsys.readouterr().err == ""
+
+
+def test_json_goes_to_stdout_and_needs_a_file_for_the_record(files, capfdbinary):
+    score_layers(files["run.h5"], files["out.h5"], plan="last-3", as_json=True)
+    found = json.loads(capfdbinary.readouterr().out)
+    assert found["plan"]["name"] == "last-3"
+    assert len(found["plan"]["updates"]) == 3
+    with pytest.raises(UsageError, match="-o"):
+        score_layers(files["run.h5"], "-", plan="last-3", as_json=True)
+    assert capfdbinary.readouterr().out == b""
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(files):
+    with pytest.raises(UsageError, match=r"\.png"):
+        score_layers(files["run.h5"], files["out.h5"], plan="full", plot="plan.bmp")
+    with pytest.raises(FileNotFoundError):
+        written(files)

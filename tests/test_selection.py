@@ -1,0 +1,337 @@
+"""`select` as a stage: masses, scoring, what blocks carry, and every odd pool."""
+
+import numpy as np
+import pytest
+import torch
+
+from stages.artifacts.live import Version
+from stages.artifacts.records import Block, End, Head, InputSpec, LayerUpdate
+from stages.errors import DataError, UsageError
+from stages.filtering import Filtering, filter_stream
+from stages.models.deploy import Backbone
+from stages.models.execute import run
+from stages.models.graph import Graph, Op
+from stages.selection import Selection, Weights, select_block, select_stream
+from stages.valuation.fine import SELECTIONS
+from stages.valuation.scoring import IMPORTANCES, masses, scored
+
+DIM, CLASSES = 4, 3
+
+
+def backbone(seed=0):
+    """Features (4,) -> linear -> relu -> linear, (4,)."""
+    rng = torch.Generator().manual_seed(seed)
+    ops = (
+        Op("input", "input", (), (DIM,)),
+        Op("blocks.0", "linear", ("input",), (DIM,), (DIM,), bias=True, block=0),
+        Op("relu", "relu", ("blocks.0",), (DIM,), (DIM,), block=0),
+        Op("blocks.1", "linear", ("relu",), (DIM,), (DIM,), bias=True, block=1),
+    )
+    tensors = {f"blocks.{i}.{n}": torch.randn(*s, generator=rng)
+               for i in (0, 1) for n, s in (("weight", (DIM, DIM)), ("bias", (DIM,)))}  # fmt: skip
+    return Backbone(Graph(ops, ("blocks.0", "blocks.1")), tensors, InputSpec("features", (DIM,)))
+
+
+def head(known=True, names=None, seed=1):
+    rng = np.random.default_rng(seed)
+    weight, bias = rng.normal(size=(CLASSES, DIM)), rng.normal(size=CLASSES)
+    return Head("linear", np.arange(CLASSES), weight.astype(np.float32), bias.astype(np.float32),
+                np.full(CLASSES, known), names)  # fmt: skip
+
+
+WEIGHTS = Weights(backbone(), head())
+
+
+def candidates(n=12, classes=CLASSES, seed=0, **others):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, DIM)).astype(np.float32)
+    return Block(x, np.arange(n, dtype=np.int64) % classes, "ND", **others)
+
+
+def choose(block, weights=WEIGHTS, seed=0, updates=None, **settings):
+    return select_block(block, Selection(**settings), weights, updates, np.random.default_rng(seed))
+
+
+def chosen_rows(block, batch):
+    return np.array([int(np.flatnonzero((block.x == row).all(1))[0]) for row in batch.x])
+
+
+# ---------------------------------------------------------------------------------------------------- what comes out
+
+
+@pytest.mark.parametrize("strategy", SELECTIONS)
+def test_contract(strategy):
+    block = candidates(labels=np.arange(CLASSES), per_class={"seen": np.array([50, 30, 20])}, round=4,
+                       facts={"filter": "quota"}, columns={"index": np.arange(100, 112)})  # fmt: skip
+    found = choose(block, strategy=strategy, batch=5)
+    rows = found.columns["index"] - 100
+    np.testing.assert_array_equal(found.x, block.x[rows])
+    np.testing.assert_array_equal(found.y, block.y[rows])
+    assert found.columns["weight"].dtype == np.float32
+    assert found.columns["weight"].min() > 0
+    assert found.round == 4
+    assert found.facts["strategy"] == strategy
+    assert found.facts["filter"] == "quota"
+    np.testing.assert_array_equal(found.per_class["seen"], [50, 30, 20])
+    scores = SELECTIONS[strategy].needs == "gradients"
+    assert ("score" in found.columns) == scores
+    assert ({"variance", "variance_is", "variance_random"} <= found.facts.keys()) == scores
+    assert found.per_class["allocation"].sum() == {"all": 12}.get(strategy, 5)
+
+
+def test_score_is_the_norm_of_the_heads_gradient():
+    block = candidates()
+    found = choose(block, strategy="is", batch=4)
+    weight, bias = (torch.tensor(v, requires_grad=True) for v in (WEIGHTS.head.weight, WEIGHTS.head.bias))
+    for x, y, score in zip(found.x, found.y, found.columns["score"], strict=True):
+        features = run(WEIGHTS.backbone.graph, WEIGHTS.backbone.tensors, torch.tensor(x)[None])
+        loss = torch.nn.functional.cross_entropy(features @ weight.T + bias, torch.tensor([int(y)]))
+        gradients = torch.autograd.grad(loss, [weight, bias])
+        assert float(score) == pytest.approx(float(sum(g.square().sum() for g in gradients)) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [name for name, strategy in SELECTIONS.items() if strategy.unbiased])
+def test_the_weighted_batch_stands_for_the_window(strategy):
+    """filter | select, over many seeds: each sample of the window weighs 1 / window on average."""
+    window = candidates(40)
+    total = np.zeros(40)
+    repeats = 300
+    for seed in range(repeats):
+        pool, _ = filter_stream([window], Filtering(window=40, keep=15), seed=seed)
+        found = choose(pool, strategy=strategy, batch=6, seed=seed)
+        total[found.columns["index"]] += found.columns["weight"]
+    deviation = total / repeats * 40 - 1
+    assert np.abs(deviation).max() < 4.5 * np.sqrt(np.mean(deviation**2)) + 1e-9
+    by_class = [deviation[window.y == label].mean() for label in range(CLASSES)]
+    np.testing.assert_allclose(by_class, 0, atol=0.2)
+    assert np.mean(deviation) == pytest.approx(0, abs=0.05)
+
+
+def test_unweighted_draws_weigh_alike():
+    found = choose(candidates(), batch=40, strategy="is", weighted=False)
+    draws = found.columns["weight"] * 40
+    np.testing.assert_allclose(draws, np.round(draws), atol=1e-5)
+    assert found.columns["weight"].sum() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_bias_is_reported_apart_from_variance():
+    found = choose(candidates(), strategy="high-loss", batch=3)
+    assert found.facts["variance"] == 0.0
+    assert found.facts["squared_bias"] > 0
+    assert "squared_bias" not in choose(candidates(), strategy="titan", batch=3).facts
+
+
+def test_variances_are_in_order():
+    facts = choose(candidates(30), batch=10).facts
+    assert facts["variance"] <= facts["variance_is"] <= facts["variance_random"]
+
+
+# ------------------------------------------------------------------------------------------------------------- masses
+
+
+def test_masses_come_from_weights_then_counts_then_nothing():
+    y = np.array([5, 5, 9], np.int64)
+    plain = Block(np.zeros((3, DIM), np.float32), y, "ND")
+    np.testing.assert_allclose(masses(plain), 1 / 3)
+    counts = {"labels": np.array([5, 7, 9]), "per_class": {"seen": np.array([60, 10, 30])}}
+    np.testing.assert_allclose(masses(Block(plain.x, y, "ND", **counts)), [1 / 3, 1 / 3, 1 / 3])
+    counts["per_class"] = {"seen": np.array([20, 10, 60])}
+    np.testing.assert_allclose(masses(Block(plain.x, y, "ND", **counts)), [1 / 8, 1 / 8, 3 / 4])
+    weighted = Block(plain.x, y, "ND", columns={"weight": np.array([0.5, 0.25, 0.5], np.float32)}, **counts)
+    np.testing.assert_allclose(masses(weighted), [0.5, 0.25, 0.5])
+
+
+def test_candidates_without_mass_are_never_chosen():
+    weight = np.array([0, 1] * 6, np.float32)
+    for seed in range(20):
+        found = choose(candidates(columns={"weight": weight}), batch=5, seed=seed)
+        assert found.columns["weight"].min() > 0
+        assert (chosen_rows(candidates(), found) % 2 == 1).all()
+
+
+@pytest.mark.parametrize("weight", [[1, -1, 1], [1, np.nan, 1], [0, 0, 0]], ids=["negative", "nan", "all zero"])
+def test_weights_that_make_no_sense_are_refused(weight):
+    with pytest.raises(DataError, match="finite weights >= 0"):
+        masses(candidates(3, columns={"weight": np.array(weight, np.float32)}))
+
+
+def test_counts_that_miss_a_class_are_refused():
+    block = candidates(3, labels=np.array([0, 1, 2]), per_class={"seen": np.array([4, 0, 5])})
+    with pytest.raises(DataError, match="sample 1: class 1 with `seen` 0"):
+        masses(block)
+    with pytest.raises(DataError, match="sample 2"):
+        masses(candidates(3, labels=np.array([0, 1]), per_class={"seen": np.array([4, 1])}))
+
+
+# ---------------------------------------------------------------------------------------------------------- odd pools
+
+
+def test_without_a_head_all_classes_are_as_likely():
+    view = scored(candidates(), np.full(12, 1 / 12), Weights(backbone(), None), "last-layer", None)
+    np.testing.assert_allclose(view.probabilities, 1 / 3)
+
+
+def test_a_class_the_head_has_never_met_counts_as_uniform():
+    block = candidates(classes=4)
+    view = scored(block, np.full(12, 1 / 12), WEIGHTS, "last-layer", None)
+    assert view.probabilities.shape == (12, 4)
+    np.testing.assert_allclose(view.probabilities[:, 3], 1 / 4, rtol=1e-6)
+    assert choose(block, batch=6).per_class["allocation"][3] > 0
+
+
+def test_classes_are_found_by_name():
+    named = Weights(backbone(), head(names=("a", "b", "c")))
+    block = candidates(labels=np.arange(3), names=("c", "a", "b"))
+    view = scored(block, np.full(12, 1 / 12), named, "last-layer", None)
+    assert view.targets.tolist() == [2, 0, 1] * 4
+
+
+def test_an_empty_block_stays_one():
+    found = choose(candidates(0, round=7, columns={"index": np.zeros(0, np.int64)}))
+    assert len(found) == 0
+    assert found.round == 7
+    assert found.columns["weight"].shape == (0,)
+
+
+@pytest.mark.parametrize("strategy", SELECTIONS)
+@pytest.mark.parametrize("n", [1, 3])
+def test_pools_smaller_than_the_batch(strategy, n):
+    found = choose(candidates(n), strategy=strategy, batch=10)
+    assert len(found) == n or SELECTIONS[strategy].unbiased
+    if strategy in ("titan", "stratified", "random", "all"):  # all of them, so there is nothing left to estimate
+        np.testing.assert_allclose(found.columns["weight"], 1 / n, rtol=1e-6)
+
+
+def test_duplicate_samples():
+    block = candidates()
+    double = Block(np.repeat(block.x[:1], 12, axis=0), np.zeros(12, np.int64), "ND")
+    found = choose(double, batch=4)
+    assert found.facts["variance"] == 0.0
+    assert found.columns["weight"].sum() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_certain_predictions_have_no_gradient_and_are_drawn_uniformly():
+    sure = Head(
+        "linear", np.arange(2), np.zeros((2, DIM), np.float32), np.array([200, 0], np.float32), np.ones(2, bool)
+    )
+    block = Block(candidates().x, np.zeros(12, np.int64), "ND")
+    found = choose(block, weights=Weights(backbone(), sure), batch=4)
+    np.testing.assert_array_equal(found.columns["score"], 0.0)
+    np.testing.assert_allclose(found.columns["weight"], 1 / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["titan", "camel"])
+def test_samples_that_are_not_finite_are_refused(strategy):
+    block = candidates(columns={"index": np.arange(50, 62)}, round=2)
+    block.x[3, 1] = np.inf
+    with pytest.raises(DataError, match=r"sample (53|3)\b"):
+        choose(block, strategy=strategy)
+
+
+def test_features_that_are_not_finite_name_the_sample():
+    broken = backbone()
+    broken.tensors["blocks.0.weight"][:] = 1e38
+    block = candidates(columns={"index": np.arange(50, 62)}, round=2)
+    block.x[:] = 0
+    block.x[3] = 10
+    with pytest.raises(DataError, match="round 2, sample 53: features not finite"):
+        choose(block, weights=Weights(broken, head()))
+
+
+# ---------------------------------------------------------------------------------------------------------- importance
+
+
+def dense_gradients(block, names):
+    """Per-sample gradients over these backbone tensors and the head, by plain autograd: float64 (n, d)."""
+    tensors = {name: value.clone().requires_grad_(name in names) for name, value in WEIGHTS.backbone.tensors.items()}
+    weight, bias = (torch.tensor(v, requires_grad=True) for v in (WEIGHTS.head.weight, WEIGHTS.head.bias))
+    rows = []
+    for x, y in zip(torch.from_numpy(block.x), block.y, strict=True):
+        features = run(WEIGHTS.backbone.graph, tensors, x[None])
+        loss = torch.nn.functional.cross_entropy(features @ weight.T + bias, torch.tensor([int(y)]))
+        found = torch.autograd.grad(loss, [*(tensors[name] for name in names), weight, bias])
+        rows.append(torch.cat([gradient.flatten() for gradient in found]).double().numpy())
+    return np.stack(rows)
+
+
+def test_full_importance_is_the_gradient_of_everything():
+    block = candidates()
+    expected = dense_gradients(block, list(WEIGHTS.backbone.tensors))
+    view = scored(block, np.full(12, 1 / 12), WEIGHTS, "full", None)
+    np.testing.assert_allclose(view.gradients.inner_products(), expected @ expected.T, rtol=1e-4, atol=1e-4)
+
+
+def test_live_importance_is_the_gradient_of_what_trains():
+    block = candidates()
+    updates = (LayerUpdate("blocks.1", "output", (0, 2), DIM, bias=(2,)),)
+    dense = dense_gradients(block, ["blocks.1.weight", "blocks.1.bias"])
+    live = [*range(4), *range(8, 12), 16 + 2, *range(20, dense.shape[1])]  # rows 0 and 2, bias 2, the head
+    expected = dense[:, live]
+    view = scored(block, np.full(12, 1 / 12), WEIGHTS, "live", updates)
+    np.testing.assert_allclose(view.gradients.inner_products(), expected @ expected.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_every_importance_selects(importance):
+    updates = (LayerUpdate("blocks.1", "output", (0,), DIM),)
+    found = choose(candidates(), batch=5, importance=importance, updates=updates)
+    assert found.facts["variance"] <= found.facts["variance_is"]
+
+
+# -------------------------------------------------------------------------------------------------------------- stream
+
+
+def test_stream_asks_for_weights_once_per_round_and_closes():
+    asked, steps = [], []
+
+    def weights(number):
+        asked.append(number)
+        return WEIGHTS
+
+    blocks = [candidates(round=number) for number in (5, 6, 8)]
+    *found, end = select_stream(blocks, Selection(), weights=weights, seed=1, on_step=steps.append)
+    assert asked == [block.round for block in found] == [5, 6, 8]
+    assert steps == [1, 2, 3]
+    assert end == End(3)
+
+
+def test_plain_blocks_are_rounds_in_order():
+    *found, _ = select_stream([candidates(), candidates()], Selection(), weights=lambda number: WEIGHTS)
+    assert [block.round for block in found] == [0, 1]
+    assert not np.array_equal(found[0].x, found[1].x)  # each round has a generator of its own
+
+
+def test_a_round_does_not_depend_on_the_ones_before():
+    blocks = [candidates(seed=number, round=number) for number in range(3)]
+    whole = list(select_stream(blocks, Selection(), weights=lambda number: WEIGHTS, seed=2))
+    last = next(select_stream(blocks[2:], Selection(), weights=lambda number: WEIGHTS, seed=2))
+    np.testing.assert_array_equal(whole[2].x, last.x)
+
+
+def test_new_weights_take_part():
+    moved = WEIGHTS.at(Version(1, {"blocks.1.weight": np.zeros((DIM, DIM), np.float32)}, None))
+    assert moved.head is WEIGHTS.head
+    assert float(moved.backbone.tensors["blocks.1.weight"].abs().sum()) == 0
+    assert float(WEIGHTS.backbone.tensors["blocks.1.weight"].abs().sum()) > 0
+    assert not np.array_equal(choose(candidates(), strategy="is", weights=moved).columns["score"],
+                              choose(candidates(), strategy="is").columns["score"])  # fmt: skip
+
+
+def test_unscored_strategies_need_no_model():
+    found = next(select_stream([candidates()], Selection(strategy="stratified", batch=6)))
+    assert found.per_class["allocation"].tolist() == [2, 2, 2]
+    with pytest.raises(UsageError, match="without a model"):
+        next(select_stream([candidates()], Selection()))
+
+
+def test_live_importance_needs_a_plan():
+    with pytest.raises(UsageError, match="without a plan"):
+        next(select_stream([candidates()], Selection(importance="live"), weights=lambda number: WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch": 0}, {"strategy": "best"}, {"importance": "some"}, {"epsilon": 1.5}, {"epsilon": -0.1}], ids=str
+)
+def test_settings_check_themselves(wrong):
+    with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
+        Selection(**wrong)
