@@ -44,7 +44,7 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
     help="Train neural networks on edge devices: which samples, which layers, which channels.\n\n"
     "Stages exchange HDF5 artifacts through files or pipes:\n\n"
     "  edgetrain filter < stream.h5 | edgetrain select | edgetrain train-sparse -o adapted.h5",
@@ -71,6 +71,8 @@ def guarded(command: str, body: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **arguments: Any) -> None:
         try:
             body(*args, **arguments)
+        except typer.Exit:
+            raise
         except NoInput:
             print(usage(command), file=sys.stderr)
             fail(command, "nothing to read; name a file or pipe one in", 2)

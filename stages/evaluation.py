@@ -6,16 +6,20 @@ backbone to the same tasks, so that methods are compared by paired differences; 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from time import perf_counter
 
 import numpy as np
 import torch
 
+from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Head, Run
 from stages.cost.training import live_values, memory_bytes, plan_backward_macs
 from stages.errors import DataError, UsageError, require
+from stages.fsl.episode_list import data_hash
 from stages.fsl.episodes import Episode, Shape, VariousShape, check_pool, draw_episodes, pool_of
 from stages.fsl.intervals import Interval, wilson
 from stages.methods.registry import find_method
@@ -202,6 +206,19 @@ def evaluate_tasks(
             rows.append(row)
             on_row(row)
     return rows
+
+
+def identity(run: Run, sets: Mapping[str, Block], config: Tasks, seed: int) -> dict[str, object]:
+    """What all shards of one evaluation have in common: model, samples, tasks, methods, settings, seed."""
+    common = replace(config, shard=(0, 1), measure=True)
+    return {
+        "model": model_hash(run),
+        "samples": {name: data_hash(block) for name, block in sets.items()},
+        "settings": sha256(json.dumps(asdict(common), sort_keys=True).encode()).hexdigest(),
+        "tasks": config.tasks,
+        "methods": list(config.methods),
+        "seed": seed,
+    }
 
 
 def draw_tasks(block: Block, config: Tasks, seed: int) -> Iterator[Episode]:

@@ -127,10 +127,8 @@ def measure(
     if meter is not None:
         totals["forward_j"] = joules_per_run(meter, lambda: backbone.features(x))
         totals["full_step_j"] = joules_per_run(meter, step)
-    return _time_columns([times[op.name] for op in backbone.graph.layers]), {
-        **totals,
-        **process_memory(machine / "proc"),
-    }
+    totals |= process_memory(machine / "proc")
+    return _time_columns([times[op.name] for op in backbone.graph.layers]), totals
 
 
 def _time_columns(times: list[LayerTimes]) -> dict[str, Array]:

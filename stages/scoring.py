@@ -286,9 +286,9 @@ def _plan(name: str, problem: planning.Problem, updates: Sequence[LayerUpdate], 
     budget = problem.budget
     memory, macs, latency_ns = problem.usage(updates)
     known = {
-        "memory_budget_bytes": budget.memory_bytes,
-        "macs_budget": budget.backward_macs,
-        "latency_budget_s": budget.latency_s,
+        "budget_memory_bytes": budget.memory_bytes,
+        "budget_macs": budget.backward_macs,
+        "budget_latency_s": budget.latency_s,
         "latency_s": latency_ns / 1e9 if problem.measured else None,
         "full_backward_macs": full_backward_macs(problem.graph),
         "model_layers": len(problem.graph.layers) - len(problem.fixed),

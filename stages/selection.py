@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from stages.artifacts.records import Array, Block, End, LayerUpdate
+from stages.cost.model import forward_macs
+from stages.cost.training import plan_backward_macs
 from stages.errors import require
+from stages.models.graph import Graph
 from stages.randomness import generator
 from stages.valuation import fine
 from stages.valuation.designs import draw
@@ -38,8 +41,11 @@ class Selection:
     """False weighs all draws alike: Titan's section 2.1 read literally, which biases the gradient."""
     max_batch: int | None = None
     """`auto` only: the largest batch it may choose; None keeps to `batch`."""
-    costs: Costs = field(default_factory=Costs)
-    """`auto` only: what scoring and training cost."""
+    update_cost: float | None = None
+    """`auto` only: forward passes that training on a sample costs; None takes 1 + backward / forward MACs of the
+    plan, or 3 (full training) without one."""
+    overlap: bool = False
+    """`auto` only: training goes on at the same time, on another processor."""
 
     def __post_init__(self) -> None:
         require(self.batch >= 1, "--batch", f"{self.batch}", "at least 1")
@@ -50,6 +56,7 @@ class Selection:
         require(0.0 <= self.epsilon <= 1.0, "--epsilon", f"{self.epsilon}", "0 to 1")
         most = self.batch if self.max_batch is None else self.max_batch
         require(most >= self.batch, "--max-batch", f"{most}", f"at least --batch {self.batch}")
+        require(self.update_cost is None or self.update_cost >= 1, "--update-cost", f"{self.update_cost}", "at least 1")
 
     @property
     def needs_model(self) -> bool:
@@ -64,6 +71,7 @@ def select_stream(
     weights: Callable[[int], Weights] | None = None,
     updates: Sequence[LayerUpdate] | None = None,
     seed: int = 0,
+    on_note: Callable[[str], None] = lambda text: None,
     on_step: Callable[[int], None] = lambda round: None,
 ) -> Iterator[Block | End]:
     """One chosen batch per block, then the end mark.
@@ -72,6 +80,7 @@ def select_stream(
         blocks: candidates; a block without round gets its place in the stream as one.
         weights: round -> the weights to score it with; asked once per block, in order, where the strategy scores.
         updates: the plan's, for `importance="live"`.
+        on_note: gets one line whenever `auto` changes its mind.
         on_step: gets the number of rounds done so far.
 
     Raises:
@@ -92,17 +101,21 @@ def select_stream(
         "a run record with a plan",
         "make one with `edgetrain score-layers`",
     )
-    most = config.batch if config.max_batch is None else config.max_batch
-    tuner = Tuner(config.batch, most, config.costs) if config.strategy == AUTO else None
-    done = 0
+    done, told, tuner = 0, "", None
     for block in blocks:
         number = done if block.round is None else block.round
         block, rng = replace(block, round=number), generator(seed, "select", number)
-        if tuner is not None and weights is not None and len(block):
-            yield auto_block(block, config, tuner, partial(weights, number), updates, rng)
+        if config.strategy == AUTO and weights is not None and len(block):
+            current = cache(partial(weights, number))
+            tuner = tuner or _tuner(config, current().backbone.graph, updates)
+            chosen, option = auto_block(block, config, tuner, current, updates, rng)
+            if (found := f"{option.strategy} {option.batch} {option.scored}") != told:
+                on_note(f"round {number}: {tuner.explain(option)}")
+                told = found
+            yield chosen
         else:
-            current = weights(number) if weights is not None and config.needs_model else None
-            yield select_block(block, config, current, updates, rng)
+            known = weights(number) if weights is not None and config.needs_model else None
+            yield select_block(block, config, known, updates, rng)
         done += 1
         on_step(done)
     yield End(done)
@@ -131,6 +144,14 @@ def select_block(
     return _emit(pool, view, chosen, config)
 
 
+def _tuner(config: Selection, graph: Graph, updates: Sequence[LayerUpdate] | None) -> Tuner:
+    cost = config.update_cost
+    if cost is None:
+        cost = 3.0 if updates is None else 1.0 + plan_backward_macs(graph, updates) / forward_macs(graph)
+    most = config.batch if config.max_batch is None else config.max_batch
+    return Tuner(config.batch, most, Costs(update=cost, overlap=config.overlap))
+
+
 def auto_block(
     block: Block,
     config: Selection,
@@ -138,7 +159,7 @@ def auto_block(
     weights: Callable[[], Weights],
     updates: Sequence[LayerUpdate] | None,
     rng: np.random.Generator,
-) -> Block:
+) -> tuple[Block, Option]:
     """The batch of a round whose strategy the tuner chooses; rounds that are due are scored whole and observed first.
 
     As `select_block`, with facts that let the choice be replayed: `strategy` is what was chosen, `auto_batch` and
@@ -159,7 +180,7 @@ def auto_block(
         current = weights() if settings.needs_model else None
         found = select_block(_thinned(pool, mass, option, rng), settings, current, updates, rng)
     facts = {"auto_batch": option.batch, "auto_candidates": option.candidates, "auto_observed": int(observed)}
-    return replace(found, facts={**found.facts, **facts})
+    return replace(found, facts={**found.facts, **facts}), option
 
 
 def _thinned(pool: Block, mass: Array, option: Option, rng: np.random.Generator) -> Block:

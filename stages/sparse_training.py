@@ -148,13 +148,11 @@ def train_support(
     head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=config.adapting.scale)
     model = store(run.model, replace(backbone, tensors=result.net.tensors()))
     version = run.model.version + len(result.losses)
-    rates = np.full(len(result.losses), result.learning_rate)
-    samples = np.full(len(result.losses), len(support))
     rows = {
-        "version": run.model.version + 1 + np.arange(len(result.losses)),
+        "version": np.arange(run.model.version, version) + 1,
         "loss": np.array(result.losses),
-        "learning_rate": rates,
-        "samples": samples,
+        "learning_rate": np.full(len(result.losses), result.learning_rate),
+        "samples": np.full(len(result.losses), len(support)),
     }
     return _with_rows(replace(run, model=replace(model, head=head, version=version)), rows)
 
@@ -210,28 +208,27 @@ def train_stream(
     if resume is not None and publish is not None and trainer.blocks:
         trainer.publish(publish)
     try:
-        for block in islice(blocks, trainer.blocks if replayed else 0, None):
-            on_step(trainer.take(block, holdout))
-            if publish is not None:
-                trainer.publish(publish)
-            if checkpoint is not None and trainer.blocks % checkpoint.every == 0:
+        try:
+            for block in islice(blocks, trainer.blocks if replayed else 0, None):
+                on_step(trainer.take(block, holdout))
+                if publish is not None:
+                    trainer.publish(publish)
+                if checkpoint is not None and trainer.blocks % checkpoint.every == 0:
+                    checkpoint.write(trainer.checkpoint())
+                if stop():
+                    break
+        finally:
+            if checkpoint is not None and trainer.blocks:
                 checkpoint.write(trainer.checkpoint())
-            if stop():
-                break
     except (EdgeTrainError, OSError) as error:
-        if not (isinstance(error, StreamBroken) and stop()):
-            if isinstance(error, BrokenPipeError) or not trainer.blocks:
-                raise
-            if checkpoint is not None and not isinstance(error, OSError | TransferError):
-                checkpoint.write(trainer.checkpoint())
+        asked_for = isinstance(error, StreamBroken) and stop()
+        if isinstance(error, BrokenPipeError) or not (trainer.blocks or asked_for):
+            raise
+        if not asked_for:
             raise TrainingStopped(trainer.run(), error, trainer.blocks) from error
-    if not trainer.blocks:
-        if stop():
-            return run
+    if not trainer.blocks and not stop():
         raise DataError("stream", "no blocks", "at least one", "pipe sample blocks in after the run record")
-    if checkpoint is not None:
-        checkpoint.write(trainer.checkpoint())
-    return trainer.run()
+    return trainer.run() if trainer.blocks else run
 
 
 class _Trainer:

@@ -15,7 +15,7 @@ from edgetrain_cli.plots.plan_tree import HEIGHTS, WIDTH, channel_bar, plan_tree
 from stages.artifacts.records import InputSpec, LayerUpdate, Model, Plan, Profile, Run, Scores
 from stages.errors import PartMissing, UsageError
 
-BUDGETS = {"memory_budget_bytes": 2**20, "macs_budget": 8_000_000}
+BUDGETS = {"budget_memory_bytes": 2**20, "budget_macs": 8_000_000}
 FACTS = {"model_layers": 61, "live_values": 1234, "full_backward_macs": 40_000_000}
 
 

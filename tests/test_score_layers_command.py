@@ -32,8 +32,8 @@ def written(files):
 def test_the_run_gains_scores_plan_and_a_step(files, capsys):
     score_layers(files["run.h5"], files["out.h5"], support=files["support.h5"], plot=files["plan.png"], macs="30%")
     run = written(files)
-    assert run.plan.facts["macs_budget"] == int(0.3 * run.plan.facts["full_backward_macs"])
-    assert run.plan.facts["memory_budget_bytes"] == 2**20
+    assert run.plan.facts["budget_macs"] == int(0.3 * run.plan.facts["full_backward_macs"])
+    assert run.plan.facts["budget_memory_bytes"] == 2**20
     assert run.scores.criterion == "score"
     step = run.history[-1]
     assert (step.command, step.seed) == ("score-layers", 0)
@@ -54,14 +54,13 @@ def test_a_given_plan_is_read_from_its_file(files, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_json_goes_to_stdout_and_needs_a_file_for_the_record(files, capfdbinary):
-    score_layers(files["run.h5"], files["out.h5"], plan="last-3", as_json=True)
-    found = json.loads(capfdbinary.readouterr().out)
-    assert found["plan"]["name"] == "last-3"
-    assert len(found["plan"]["updates"]) == 3
-    with pytest.raises(UsageError, match="-o"):
-        score_layers(files["run.h5"], "-", plan="last-3", as_json=True)
-    assert capfdbinary.readouterr().out == b""
+def test_json_goes_to_stdout_beside_a_record_in_a_file_or_alone(files, capfdbinary):
+    for out in (files["out.h5"], "-"):
+        score_layers(files["run.h5"], out, plan="last-3", as_json=True)
+        found = json.loads(capfdbinary.readouterr().out)
+        assert found["plan"]["name"] == "last-3"
+        assert len(found["plan"]["updates"]) == 3
+    assert written(files).plan.name == "last-3"
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(files):

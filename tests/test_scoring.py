@@ -165,7 +165,7 @@ def test_a_latency_budget_is_kept_by_the_profiles_measurements():
     profile = Profile(LAYERS, {name: np.full(count, seconds) for name, seconds in columns.items()}, {})
     run = replace(RUN, profile=profile)
     free, bounded = score(run=run, **EVERYTHING).plan, score(run=run, latency="70ms", **EVERYTHING).plan
-    assert bounded.facts["latency_s"] <= bounded.facts["latency_budget_s"] == 0.07
+    assert bounded.facts["latency_s"] <= bounded.facts["budget_latency_s"] == 0.07
     assert len(bounded.updates) < len(free.updates)
     assert bounded.facts["latency_s"] > count * 1e-3
     with pytest.raises(DataError, match="edgetrain profile"):
@@ -212,7 +212,7 @@ def test_a_named_plan_needs_neither_samples_nor_budgets(name):
     assert found.plan.name == name
     assert found.scores is None
     assert found.plan.memory_bytes == memory_bytes(GRAPH, found.plan.updates)
-    assert "memory_budget_bytes" not in found.plan.facts
+    assert "budget_memory_bytes" not in found.plan.facts
 
 
 def test_a_named_plan_is_held_to_the_budgets_that_are_set():

@@ -11,7 +11,8 @@ from stages.filtering import Filtering, filter_stream
 from stages.models.deploy import Backbone
 from stages.models.execute import run
 from stages.models.graph import Graph, Op
-from stages.selection import Selection, Weights, select_block, select_stream
+from stages.selection import Selection, Weights, _tuner, select_block, select_stream
+from stages.valuation.efficiency import Option, Tuner
 from stages.valuation.fine import SELECTIONS
 from stages.valuation.scoring import IMPORTANCES, masses, scored
 
@@ -93,18 +94,16 @@ def test_score_is_the_norm_of_the_heads_gradient():
 @pytest.mark.parametrize("strategy", [name for name, strategy in SELECTIONS.items() if strategy.unbiased])
 def test_the_weighted_batch_stands_for_the_window(strategy):
     """filter | select, over many seeds: each sample of the window weighs 1 / window on average."""
-    window = candidates(40)
-    total = np.zeros(40)
-    repeats = 300
+    window, repeats = candidates(40), 300
+    weights = np.zeros((repeats, 40))
     for seed in range(repeats):
         pool, _ = filter_stream([window], Filtering(window=40, keep=15), seed=seed)
         found = choose(pool, strategy=strategy, batch=6, seed=seed)
-        total[found.columns["index"]] += found.columns["weight"]
-    deviation = total / repeats * 40 - 1
-    assert np.abs(deviation).max() < 4.5 * np.sqrt(np.mean(deviation**2)) + 1e-9
-    by_class = [deviation[window.y == label].mean() for label in range(CLASSES)]
-    np.testing.assert_allclose(by_class, 0, atol=0.2)
-    assert np.mean(deviation) == pytest.approx(0, abs=0.05)
+        weights[seed, found.columns["index"]] = found.columns["weight"]
+    error = np.abs(weights.mean(0) - 1 / 40) / (weights.std(0) / np.sqrt(repeats))
+    assert error.max() < 4.5  # of 40 samples; a rule without weights is off by tens
+    by_class = [weights[:, window.y == label].sum() / repeats for label in range(CLASSES)]
+    np.testing.assert_allclose(by_class, np.bincount(window.y) / 40, rtol=0.1)
 
 
 def test_unweighted_draws_weigh_alike():
@@ -159,7 +158,7 @@ def test_counts_that_miss_a_class_are_refused():
     block = candidates(3, labels=np.array([0, 1, 2]), per_class={"seen": np.array([4, 0, 5])})
     with pytest.raises(DataError, match="sample 1: class 1 with `seen` 0"):
         masses(block)
-    with pytest.raises(DataError, match="sample 2"):
+    with pytest.raises(DataError, match="sample 2: label 2, expected one of the block's `labels`"):
         masses(candidates(3, labels=np.array([0, 1]), per_class={"seen": np.array([4, 1])}))
 
 
@@ -330,8 +329,65 @@ def test_live_importance_needs_a_plan():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch": 0}, {"strategy": "best"}, {"importance": "some"}, {"epsilon": 1.5}, {"epsilon": -0.1}], ids=str
-)
+    "wrong",
+    [{"batch": 0}, {"strategy": "best"}, {"importance": "some"}, {"epsilon": 1.5}, {"epsilon": -0.1},
+     {"max_batch": 9}, {"update_cost": 0.9}],
+    ids=str,
+)  # fmt: skip
 def test_settings_check_themselves(wrong):
-    with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
+    with pytest.raises(UsageError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
         Selection(**wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------- auto
+
+
+def test_auto_observes_then_chooses_and_says_so():
+    asked, notes = [], []
+
+    def weights(number):
+        asked.append(number)
+        return WEIGHTS
+
+    config = Selection(strategy="auto", batch=4)
+    blocks = [candidates(30, seed=number, round=number) for number in range(7)]
+    *found, end = select_stream(blocks, config, weights=weights, on_note=notes.append)
+    assert end == End(7)
+    assert [block.facts["auto_observed"] for block in found] == [1, 1, 1, 0, 1, 0, 0]
+    assert {block.facts["strategy"] for block in found} <= {"random", "stratified", "titan"}
+    assert notes[0].startswith(f"round 0: {found[0].facts['strategy']}, batch 4")
+    scored_rounds = [block.round for block in found if "score" in block.columns]
+    assert asked == scored_rounds
+
+
+def test_auto_stands_for_all_candidates_also_when_it_scores_only_some(monkeypatch):
+    monkeypatch.setattr(Tuner, "choose", lambda self, size: Option("titan", size // 2, 4))
+    config = Selection(strategy="auto", batch=4)
+    block = candidates(30, columns={"index": np.arange(30)})
+    total, repeats = np.zeros(30), 80
+    for seed in range(repeats):
+        *found, _ = select_stream([block] * 4, config, weights=lambda number: WEIGHTS, seed=seed)
+        total[found[3].columns["index"]] += found[3].columns["weight"] / repeats
+    assert found[3].facts["auto_candidates"] == 15
+    assert total.sum() == pytest.approx(1.0, abs=0.07)
+    by_class = [total[block.y == label].sum() for label in range(CLASSES)]
+    np.testing.assert_allclose(by_class, 1 / 3, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "updates", "expected"),
+    [
+        ({}, None, 3.0),
+        ({"update_cost": 7.5}, None, 7.5),
+        ({}, (LayerUpdate("blocks.1", "output", (0, 1), DIM),), 1 + 8 / 32),  # 2 of 4 rows of the second 4 x 4 layer
+    ],
+)
+def test_the_cost_of_an_update_is_the_plans(settings, updates, expected):
+    assert _tuner(Selection(strategy="auto", **settings), backbone().graph, updates).costs.update == expected
+
+
+@pytest.mark.parametrize("y", [[0, -1, 2], [0, 7, 2]], ids=["unlabelled", "unlisted"])
+def test_labels_that_make_no_sense_are_refused(y):
+    block = Block(candidates(3).x, np.array(y, np.int64), "ND", labels=np.arange(3))
+    with pytest.raises(DataError, match=rf"sample 1: label {y[1]}, .*pack"):
+        choose(block)

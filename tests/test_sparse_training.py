@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from stages.artifacts.hdf5 import decode, encode
 from stages.artifacts.records import Array, Block, Group, Head, LayerUpdate, Model, Plan, Run
-from stages.errors import DataError, StreamBroken, UsageError
+from stages.errors import DataError, StreamBroken, TransferError, UsageError
 from stages.fsl.augment import Augmentation
 from stages.models import heads, registry
 from stages.models.deploy import deploy, store
@@ -46,14 +47,19 @@ LIVE = (
 NAMES = tuple(f"class {label}" for label in range(CLASSES))
 
 
-def new_run(updates: tuple[LayerUpdate, ...] | None = LIVE, head: Head | None = None) -> Run:
-    """A Conv-4 of width 8 for 16 x 16 pictures, in deploy form, with a plan."""
+@cache
+def conv4() -> Model:
+    """A Conv-4 of width 8 for 16 x 16 pictures, in deploy form."""
     arch, args = "cnn4-w8", {"size": 16}
-    module = registry.build(arch, args, seed=1)
-    state = {name: tensor.numpy() for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
-    model = Model(arch, args, registry.input_spec(arch, args), "batchnorm", state)
-    model = replace(store(model, deploy(model)), head=head)
-    return Run(model, plan=None if updates is None else Plan("hand", updates, 0, "paper", 0))
+    state = registry.build(arch, args, seed=1).state_dict()
+    tensors = {name: tensor.numpy() for name, tensor in state.items() if tensor.is_floating_point()}
+    model = Model(arch, args, registry.input_spec(arch, args), "batchnorm", tensors)
+    return store(model, deploy(model))
+
+
+def new_run(updates: tuple[LayerUpdate, ...] | None = LIVE, head: Head | None = None) -> Run:
+    """The Conv-4 with a plan."""
+    return Run(replace(conv4(), head=head), plan=None if updates is None else Plan("hand", updates, 0, "paper", 0))
 
 
 def block(size: int, seed: int = 0, *, weighted: bool = True, **fields: object) -> Block:
@@ -363,6 +369,25 @@ def test_a_full_disk_in_the_live_directory_keeps_the_updates_made() -> None:
     with pytest.raises(TrainingStopped, match=r"live/2.h5: No space left") as caught:
         train_stream(new_run(), stream(3), sgd(), publish=publish)
     assert (caught.value.exit_code, caught.value.run.model.version) == (74, 2)
+
+
+def test_a_full_disk_under_the_checkpoint_keeps_the_updates_made() -> None:
+    def write(record: Run) -> None:
+        raise TransferError("check.h5", "writing failed (No space left on device)")
+
+    with pytest.raises(TrainingStopped, match=r"after 3 updates: check.h5: writing failed") as caught:
+        train_stream(new_run(), stream(3), sgd(), checkpoint=Checkpointing(write=write))
+    assert (caught.value.exit_code, caught.value.run.model.version) == (74, 3)
+
+
+def test_a_stream_that_breaks_because_it_was_told_to_stop_is_no_error() -> None:
+    """A signal reaches all stages of a pipeline: the stream ends without its end mark, as it should."""
+    seen: list[Update] = []
+    result = train_stream(new_run(), broken(2), sgd(), stop=lambda: 2 * (len(seen) == 2), on_step=seen.append)
+    assert result.model.version == 2
+    late = iter([0, 0, 2, 2, 2, 2])
+    assert train_stream(new_run(), broken(2), sgd(), stop=lambda: next(late)).model.version == 2
+    assert train_stream(new_run(), broken(0), sgd(), stop=lambda: 2).model.version == 0
 
 
 def test_a_request_to_stop_is_honoured_after_the_running_update() -> None:

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from stages.fsl.team import Team
     from stages.fsl.trainer import Progress
 
-NOT_IN_HISTORY = ("resume", "device")
-"""A training that was interrupted writes what it would have written."""
-
 
 def pretrain_fsl(
     data: Annotated[
@@ -68,7 +65,7 @@ def pretrain_fsl(
         typer.Option(
             "--batchnorm",
             metavar="frozen|train",
-            help="Statistics in episodes; default frozen with --init, else train.",
+            help="Statistics; default frozen with --init, else train.",
         ),
     ] = None,
     augment: Annotated[
@@ -121,7 +118,7 @@ def pretrain_fsl(
     Example: torchrun --nproc-per-node 2 -m edgetrain_cli pretrain-fsl ... --per-step 2 -o base.h5
     """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    arguments = {name: value for name, value in locals().items() if name not in NOT_IN_HISTORY}
+    arguments = {name: value for name, value in locals().items() if name != "device"}
     with pipe.stage("pretrain-fsl", {**arguments, "quiet": quiet or rank > 0}) as io, ExitStack() as stack:
         from pathlib import Path
 

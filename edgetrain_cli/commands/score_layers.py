@@ -91,28 +91,29 @@ def score_layers(
     message says what would. With --plan or --plan-file the plan is given, and nothing is measured unless
     --channel-rule fisher asks for it.
 
-    Example: edgetrain score-layers run.h5 --support support.h5 --memory 1MB --macs 15% -o run.h5
+      edgetrain score-layers run.h5 --support support.h5 --memory 1MB --macs 15% -o run.h5
 
-    Example: edgetrain score-layers run.h5 --support support.h5 --select knapsack --plot plan.png -o run.h5
+      edgetrain score-layers run.h5 --support support.h5 --select knapsack --plot plan.png -o run.h5
 
-    Example: edgetrain score-layers run.h5 --plan mcunet-99kb -o run.h5
+      edgetrain score-layers run.h5 --plan mcunet-99kb -o run.h5
+
+    With --json and no -o scores and plan go to stdout and no record is written.
     """
-    with pipe.stage("score-layers", locals()) as io:
+    only_json = as_json and out == pipe.STDIO
+    with pipe.stage("score-layers", locals(), writes="text" if only_json else "records") as io:
         import json
         from pathlib import Path
 
         from edgetrain_cli.plots.plan import check_plot, plot_plan
         from edgetrain_cli.plots.plan_tree import plan_tree
-        from stages.errors import require
         from stages.inspecting import describe
         from stages.randomness import generator
         from stages.scoring import Scoring
         from stages.scoring import score_layers as score
 
-        require(not as_json or out != pipe.STDIO, "--json", "stdout carries the run record", "", "name a file with -o")
         config = Scoring(
             plan=plan,
-            plan_text=None if plan_file is None else io.named(plan_file).read_text(encoding="utf-8"),
+            plan_text=None if plan_file is None else io.named(plan_file).read_text("utf-8", "replace"),
             plan_file=plan_file or "",
             memory=memory,
             macs=macs,
@@ -136,11 +137,14 @@ def score_layers(
         samples = None if support is None else io.read_samples(support)
         progress = io.progress("samples", None if samples is None else len(samples))
         run = score(run, samples, config, rng=generator(seed, "score-layers"), on_step=progress, allow=arch)
-        io.write(run, out)
+        if not only_json:
+            io.write(run, out)
         if plot is not None:
             plot_plan(run, Path(plot))
         if as_json:
             described = describe(run)
-            io.write_text(json.dumps({key: described[key] for key in ("plan", "scores")}, indent=1) + "\n")
+            io.write_text(
+                json.dumps({key: described[key] for key in ("plan", "scores")}, indent=1, allow_nan=False) + "\n"
+            )
         elif run.plan is not None:
             io.note_table(plan_tree(run.plan))

@@ -25,8 +25,8 @@ def select_samples(
         str,
         typer.Option(
             "--strategy",
-            help="Unbiased: titan, c-is, is (scored), stratified, random, all (not scored). "
-            "Rivals: high-loss, low-loss, entropy, ocs (scored), camel.",
+            help="Unbiased: titan, c-is, is (scored), stratified, random, all (not scored); auto chooses among them by "
+            "variance and cost. Rivals: high-loss, low-loss, entropy, ocs (scored), camel.",
         ),
     ] = "titan",
     importance: Annotated[
@@ -41,6 +41,16 @@ def select_samples(
     ] = 0.2,
     unweighted: Annotated[
         bool, typer.Option("--unweighted", help="All draws weigh alike: the paper's other reading, biased.")
+    ] = False,
+    max_batch: Annotated[
+        int | None, typer.Option("--max-batch", min=1, help="auto: largest batch it may choose; none: --batch.")
+    ] = None,
+    update_cost: Annotated[
+        float | None,
+        typer.Option("--update-cost", help="auto: forward passes that training on a sample costs; none: by the plan."),
+    ] = None,
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="auto: training runs at the same time, on another processor.")
     ] = False,
     live: Annotated[
         str | None,
@@ -70,7 +80,14 @@ def select_samples(
         from stages.selection import Selection, select_stream
 
         config = Selection(
-            batch=batch, strategy=strategy, importance=importance, epsilon=epsilon, weighted=not unweighted
+            batch=batch,
+            strategy=strategy,
+            importance=importance,
+            epsilon=epsilon,
+            weighted=not unweighted,
+            max_batch=max_batch,
+            update_cost=update_cost,
+            overlap=overlap,
         )
         run, candidates = io.read_stream(source, run_file)
         updates = None if run is None or run.plan is None else run.plan.updates
@@ -80,7 +97,7 @@ def select_samples(
             weights = _weights(io, run, arch, live, lag) if config.needs_model and run is not None else None
             progress = io.progress("rounds")
             for record in select_stream(
-                candidates, config, weights=weights, updates=updates, seed=seed, on_step=progress
+                candidates, config, weights=weights, updates=updates, seed=seed, on_note=io.note, on_step=progress
             ):
                 writer.write(record)
 

@@ -182,9 +182,9 @@ def _gauge(axes: Axes, budget: Budget) -> None:
 def _budgets(plan: Plan) -> list[Budget]:
     facts = plan.facts
     found = [
-        ("memory_budget_bytes", f"Memory\n({plan.memory_model} model)", plan.memory_bytes, "MB", 2**20),
-        ("macs_budget", "Backward MACs\n(per sample)", plan.backward_macs, "million", 1e6),
-        ("latency_budget_s", "Time per step", facts.get("latency_s", 0.0), "ms", 1e-3),
+        ("budget_memory_bytes", f"Memory\n({plan.memory_model} model)", plan.memory_bytes, "MB", 2**20),
+        ("budget_macs", "Backward MACs\n(per sample)", plan.backward_macs, "million", 1e6),
+        ("budget_latency_s", "Time per step", facts.get("latency_s", 0.0), "ms", 1e-3),
     ]
     return [Budget(name, used / size, facts[key] / size, unit) for key, name, used, unit, size in found if key in facts]
 

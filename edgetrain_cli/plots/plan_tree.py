@@ -71,11 +71,11 @@ def channel_bar(update: LayerUpdate, width: int = WIDTH) -> str:
 def _costs(plan: Plan, column: int) -> list[Text]:
     facts = plan.facts
     rows: list[tuple[str, float | None, float | None, float, str]] = [
-        ("memory", plan.memory_bytes, facts.get("memory_budget_bytes"), 2**20, f"MB, {plan.memory_model} model"),
-        ("backward", plan.backward_macs, facts.get("macs_budget"), 1e6, "million MACs"),
+        ("memory", plan.memory_bytes, facts.get("budget_memory_bytes"), 2**20, f"MB, {plan.memory_model} model"),
+        ("backward", plan.backward_macs, facts.get("budget_macs"), 1e6, "million MACs"),
         ("score", facts.get("score"), facts.get("optimum_score"), 1, "that the optimum reaches"),
         ("scoring", facts.get("fisher_pass_bytes"), None, 2**20, "MB kept by the Fisher pass"),
-        ("time", facts.get("latency_s"), facts.get("latency_budget_s"), 1e-3, "ms per sample"),
+        ("time", facts.get("latency_s"), facts.get("budget_latency_s"), 1e-3, "ms per sample"),
     ]
     return [_cost(name.ljust(column), used, budget, size, unit) for name, used, budget, size, unit in rows if used]
 

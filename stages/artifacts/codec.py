@@ -10,6 +10,7 @@ import numpy as np
 
 from stages.artifacts import schema
 from stages.artifacts.records import (
+    LAYOUTS,
     Array,
     Block,
     End,
@@ -176,7 +177,10 @@ def _adopt(tree: Group, where: str) -> Group:
     for name in ("score", "weight"):
         if name in arrays and arrays[name].dtype.kind == "f":
             arrays[name] = np.asarray(arrays[name]).astype(np.float32)
-    adopted = Group({**tree.attrs, "edgetrain": "block", "schema": schema.VERSION}, arrays, tree.groups)
+    attrs = {name: value for name, value in tree.attrs.items() if name not in ("round", "end")}
+    if attrs.get("layout") not in LAYOUTS:
+        attrs.pop("layout", None)
+    adopted = Group({**attrs, "edgetrain": "block", "schema": schema.VERSION}, arrays, tree.groups)
     schema.check("block", adopted, where)
     return adopted
 

@@ -6,7 +6,7 @@ many entries of the others belong to each. `data_sha256` names the samples that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 import numpy as np
@@ -48,12 +48,9 @@ def from_tree(tree: Group, data_sha256: str, samples: int, where: str) -> list[E
     Raises `SchemaError` for a tree that is no list of tasks, does not fit together, or speaks of other data.
     """
     _check_kind(tree, data_sha256, where)
-    for name in (*_COUNTS, *_PARTS):
-        array = tree.arrays.get(name)
-        if array is None or array.dtype.kind != "i" or array.ndim != 1 or (len(array) and int(array.min()) < 0):
-            raise SchemaError(f"{where}:/{name}", "missing or malformed", "int64 (N,), none negative")
-    pieces = {name: _split(tree, name, counts, where) for name, counts in _PARTS.items()}
-    episodes = [Episode(**{name: parts[i] for name, parts in pieces.items()}) for i in range(len(tree.arrays["ways"]))]
+    columns = {name: _column(tree, name, where) for name in (*_COUNTS, *_PARTS)}
+    pieces = {name: _split(columns, name, counts, where) for name, counts in _PARTS.items()}
+    episodes = [Episode(**{name: parts[i] for name, parts in pieces.items()}) for i in range(len(columns["ways"]))]
     for number, episode in enumerate(episodes):
         _check_episode(episode, samples, f"{where}, task {number}")
     return episodes
@@ -74,9 +71,16 @@ def _check_kind(tree: Group, data_sha256: str, where: str) -> None:
         raise SchemaError(where, "tasks over other samples", "the samples they were drawn from", "name the same file")
 
 
-def _split(tree: Group, name: str, counts: str, where: str) -> list[Array]:
-    column, lengths = np.asarray(tree.arrays[name]), np.asarray(tree.arrays[counts])
-    if len(lengths) != len(tree.arrays["ways"]) or int(lengths.sum()) != len(column):
+def _column(tree: Group, name: str, where: str) -> Array:
+    array = np.asarray(tree.arrays.get(name))
+    if array.dtype.kind != "i" or array.ndim != 1 or array.min(initial=0) < 0:
+        raise SchemaError(f"{where}:/{name}", "missing or malformed", "int64 (N,), none negative")
+    return array
+
+
+def _split(columns: Mapping[str, Array], name: str, counts: str, where: str) -> list[Array]:
+    column, lengths = columns[name], columns[counts]
+    if len(lengths) != len(columns["ways"]) or int(lengths.sum()) != len(column):
         raise SchemaError(f"{where}:/{name}", f"{len(column)} entries", f"{int(lengths.sum())}, the sum of /{counts}")
     return np.split(column, np.cumsum(lengths)[:-1]) if len(lengths) else []
 

@@ -3,10 +3,11 @@
 Two kinds are read, both below a root path that tests replace by a tree of their own:
 
 * powercap (Intel and AMD RAPL): `/sys/class/powercap/intel-rapl:N/energy_uj`, a counter that wraps at
-  `max_energy_range_uj`. Packages are summed; their sub-zones (`intel-rapl:0:0`) are part of them.
+  `max_energy_range_uj`. Packages are summed; their sub-zones (`intel-rapl:0:0`) are not counted again.
 * INA3221 (Jetson boards): rails whose power is sampled and integrated. Older kernels name the files
   `in_power0_input` (mW) or `in_voltage0_input` and `in_current0_input` below an `iio:device`, newer ones `in1_input`
-  (mV) and `curr1_input` (mA) below a `hwmon`. A rail for the whole board's input is taken alone; otherwise all are summed.
+  (mV) and `curr1_input` (mA) below a `hwmon`. A rail that feeds the whole board is taken alone, otherwise all are
+  summed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Methods by name. `name:key=value,...` changes a method's settings, which is how ablations are written:
+"""Methods by name. `name:key=value+key=value` changes a method's settings, which is how ablations are written:
 
 tinytrain:rule=random        channels at random instead of by Fisher information
 tinytrain:criterion=l2       layers by the norm of their weights
@@ -51,11 +51,11 @@ def find_method(text: str) -> Method:
 
 
 def _settings(name: str, text: str) -> dict[str, Any]:
-    """`key=value,...` as arguments, each value of the type of the setting's default."""
+    """`key=value+...` as arguments, each value of the type of the setting's default."""
     made = _SETTINGS.get(name)
     defaults = {each.name: each.default for each in fields(made)} if made else {}
     settings: dict[str, Any] = {}
-    for part in text.split(","):
+    for part in text.split("+"):
         key, equals, value = part.partition("=")
         if not equals or key not in defaults:
             known = ", ".join(defaults) or "none"

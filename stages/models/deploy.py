@@ -209,7 +209,7 @@ def deploy_code(model: Model, code: Code) -> Backbone:
     if model.form != "batchnorm":
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in model.tensors.items()}
         check_tensors(tensor_shapes(graph), tensors)
-    tensors = {name: value.to(torch.float32).contiguous().clone() for name, value in tensors.items()}
+    tensors = {name: value.to(torch.float32).contiguous() for name, value in tensors.items()}
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise DataError(f"/model/tensors/{name}", "a value that is not finite", "finite weights")

@@ -7,7 +7,7 @@ parameters: frozen values stay bit-equal under any optimiser.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from stages.artifacts.records import LayerUpdate
 from stages.errors import DataError
 from stages.models.deploy import Backbone
 from stages.models.fused import Program, channels_last_is_faster
+from stages.models.graph import Graph
 from stages.sparse.functions import Attached, Suffix
 from stages.sparse.live import live_layers
 
@@ -47,7 +48,7 @@ class SparseNet:
         if channels_last is None:
             channels_last = all(map(channels_last_is_faster, self._tensors.values()))
         self._suffix = Suffix(graph, self._tensors, self._live, channels_last=channels_last)
-        before = {op.name for op in graph.ops} - self._suffix.names
+        before = _ancestors(graph, self._suffix.boundary)
         self._input = graph.ops[0].name
         self._prefix = Program(graph, self._tensors, before, self._suffix.boundary, channels_last=channels_last)
 
@@ -67,7 +68,7 @@ class SparseNet:
         for live in self._live.values():
             live.write(self._tensors)
         if not torch.is_grad_enabled():
-            return self._suffix.forward(boundary, save=False)[0]
+            return self._suffix.forward(boundary)
         features: Tensor = Attached.apply(  # type: ignore[no-untyped-call]
             self._suffix, boundary, *self.parameters()
         )
@@ -114,6 +115,15 @@ class SparseNet:
     def tensors(self) -> dict[str, Tensor]:
         """The whole backbone's tensors with the live values merged in."""
         return {**self._tensors, **self.changed_tensors()}
+
+
+def _ancestors(graph: Graph, names: Collection[str]) -> set[str]:
+    """The named operators and all that they are computed from."""
+    found = set(names)
+    for op in reversed(graph.ops):
+        if op.name in found:
+            found.update(op.inputs)
+    return found
 
 
 def _tensor_names(layer: str, tensors: Mapping[str, Tensor]) -> list[str]:

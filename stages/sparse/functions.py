@@ -12,7 +12,8 @@ Gradients flow back to the earliest live layers and no further, into live slices
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
@@ -31,89 +32,145 @@ Saved = dict[str, Tensor]
 """Kept tensors: `mask <value>`, `index <operator>`, `whole <value>`, `slice <layer>`."""
 
 
+class Flow(NamedTuple):
+    """A gradient on its way back."""
+
+    gradient: Tensor
+    fresh: bool
+    """Nobody else holds it, so it may be overwritten."""
+
+
+Pull = Callable[[Saved, Tensor], Sequence[Flow]]
+"""Gradients of an operator's inputs, from what was kept and the gradient of its output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What one step does beyond its forward kernel, decided once."""
+
+    step: Step
+    activation: str
+    """`relu`, `relu6` or empty: fused behind the operator, or the operator itself."""
+    live: Live | None
+    kept_whole: bool
+    """The step's output is some live layer's input."""
+    pull: Pull | None
+    """None where no gradient needs to flow into any input."""
+
+
 class Suffix:
     """The operators downstream of the live layers: forward with saving, and backward."""
 
     def __init__(
         self, graph: Graph, tensors: Mapping[str, Tensor], live: Mapping[str, Live], *, channels_last: bool
     ) -> None:
-        self.graph, self.tensors, self.live = graph, tensors, live
+        self.graph, self.tensors, self.live, self.channels_last = graph, tensors, live, channels_last
         self.names = graph.downstream(set(live))
         self.output = graph.ops[-1].name
-        sources = {source for name in self.names for source in graph[name].inputs} - self.names
+        executed = self.names | _flattened(graph, self.names)
+        sources = {source for name in executed for source in graph[name].inputs} - executed
         self.boundary = tuple(op.name for op in graph.ops if op.name in sources) if self.names else (self.output,)
-        self.whole = {self.root(name) for name, part in live.items() if part.keeps == "whole"}
-        keep = {self.output} | (self.whole & self.names)
-        self.program = Program(graph, tensors, self.names, keep, channels_last=channels_last, changing=set(live))
+        whole = {root(graph, name) for name, part in live.items() if part.keeps == "whole"}
+        self.entering = tuple(name for name in self.boundary if name in whole)
+        keep = {self.output} | (whole & self.names)
+        self.program = Program(graph, tensors, executed, keep, channels_last=channels_last, changing=set(live))
+        self.nodes = {step.out: self._node(step, whole) for step in self.program.steps}
 
-    def root(self, layer: str) -> str:
-        """The value that a layer's input is made of: flattening inside the suffix is only another shape of it."""
-        source = self.graph[self.graph[layer].inputs[0]]
-        while source.kind == "flatten" and source.name in self.names:
-            source = self.graph[source.inputs[0]]
-        return source.name
+    def _node(self, step: Step, whole: Set[str]) -> Node:
+        op = step.op
+        activation = step.activation or (op.kind if op.kind in ACTIVATIONS else "")
+        pull = None if self.names.isdisjoint(op.inputs) else PULL[op.kind](self, op)
+        return Node(step, activation, self.live.get(op.name), step.out in whole, pull)
 
-    def forward(self, boundary: Sequence[Tensor], *, save: bool) -> tuple[Tensor, Saved]:
-        """Values at the boundary, one per name of `boundary` -> features (N, D) and, if `save`, what backward needs."""
-        values = dict(zip(self.boundary, boundary, strict=True))
-        saved: Saved = {}
-        if save:
-            entering = {name: values[name] for name in self.boundary if name in self.whole}
-            saved.update(
-                {f"whole {name}": laid_out(value, self.program.channels_last) for name, value in entering.items()}
-            )
+    # ----------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, boundary: Sequence[Tensor]) -> Tensor:
+        """Values at the boundary, one per name of `self.boundary` -> features (N, D)."""
+        return self.program(dict(zip(self.boundary, boundary, strict=True)))[self.output]
+
+    def forward_saving(self, boundary: Sequence[Tensor]) -> tuple[Tensor, Saved]:
+        """The same, with what the backward pass needs."""
+        entries = zip(self.boundary, boundary, strict=True)
+        values = {name: laid_out(value, self.channels_last) for name, value in entries}
+        saved = {f"whole {name}": values[name] for name in self.entering}
 
         def watch(step: Step, inputs: Sequence[Tensor], output: Tensor) -> None:
-            saved.update(self._kept(step, inputs, output))
+            self._keep(self.nodes[step.out], inputs, output, saved)
 
-        features = self.program(values, watch if save else None)[self.output]
-        return features, saved
+        return self.program(values, watch)[self.output], saved
 
-    def _kept(self, step: Step, inputs: Sequence[Tensor], output: Tensor) -> Saved:
-        op, kept = step.op, {}
-        if step.activation or op.kind in ACTIVATIONS:
-            kept[f"mask {step.out}"] = pack(output, step.activation or op.kind, self.program.channels_last)
+    def _keep(self, node: Node, inputs: Sequence[Tensor], output: Tensor, saved: Saved) -> None:
+        op = node.step.op
+        if node.activation:
+            saved[f"mask {node.step.out}"] = pack(output, node.activation, self.channels_last)
         if op.kind == "max_pool":
-            kept[f"index {op.name}"] = window_index(op, inputs[0])
-        if step.out in self.whole:
-            kept[f"whole {step.out}"] = output
-        if op.name in self.live and self.live[op.name].keeps == "slice":
-            kept[f"slice {op.name}"] = channels_of(inputs[0], self.live[op.name].channels)
-        return kept
+            saved[f"index {op.name}"] = window_index(op, inputs[0])
+        if node.kept_whole:
+            saved[f"whole {node.step.out}"] = output
+        if node.live is not None and node.live.keeps == "slice":
+            saved[f"slice {op.name}"] = channels_of(inputs[0], node.live.channels)
+
+    # ---------------------------------------------------------------------------------------------------- backward
 
     def backward(self, saved: Saved, gradient: Tensor) -> dict[str, Tensor]:
         """Gradients of the live slices, by parameter name, from that of the features (N, D)."""
-        pending = Pending(self.names)
-        pending.add(self.output, Flow(gradient, fresh=False))
+        pending = {self.output: Flow(gradient, fresh=False)}
         found: dict[str, Tensor] = {}
-        for step in reversed(self.program.steps):
-            flow = pending.take(step.out)
-            if flow is None:
+        for node in reversed(self.nodes.values()):
+            flow = pending.pop(node.step.out, None)
+            if flow is None:  # the features do not depend on it
                 continue
-            if step.activation or step.op.kind in ACTIVATIONS:
-                flow = self._through_mask(saved[f"mask {step.out}"], step.op.shape, flow)
-            if step.op.is_layer:
-                flow = Flow(laid_out(flow.gradient, self.program.channels_last), fresh=False)
-                found.update(self._live_gradients(step.op, saved, flow.gradient))
-            if pending.wants(step.op):
-                for source, part in zip(step.op.inputs, PULL[step.op.kind](self, step.op, saved, flow), strict=True):
-                    pending.add(source, part)
+            value = self._before_activation(node, saved, flow)
+            if node.live is not None:
+                found.update(self._live_gradients(node.live, saved, value))
+            if node.pull is not None:
+                for source, part in zip(node.step.op.inputs, node.pull(saved, value), strict=True):
+                    if source in self.names:
+                        pending[source] = _sum(pending[source], part) if source in pending else part
         return found
 
-    def _through_mask(self, bits: Tensor, shape: tuple[int, ...], flow: Flow) -> Flow:
-        passes = unpack(bits, len(flow.gradient), shape, self.program.channels_last)
-        masked = flow.gradient.mul_(passes) if flow.fresh else flow.gradient * passes
-        return Flow(masked, fresh=True)
+    def _before_activation(self, node: Node, saved: Saved, flow: Flow) -> Tensor:
+        if not node.activation:
+            return laid_out(flow.gradient, self.channels_last)
+        bits = saved[f"mask {node.step.out}"]
+        passes = unpack(bits, len(flow.gradient), node.step.op.shape, self.channels_last)
+        return flow.gradient.mul_(passes) if flow.fresh else flow.gradient * passes
 
-    def _live_gradients(self, op: Op, saved: Saved, gradient: Tensor) -> dict[str, Tensor]:
-        live = self.live.get(op.name)
+    def _live_gradients(self, live: Live, saved: Saved, gradient: Tensor) -> dict[str, Tensor]:
+        name = live.op.name
         found: dict[str, Tensor] = {}
-        if live is not None and live.weight is not None:
-            key = f"slice {op.name}" if live.keeps == "slice" else f"whole {self.root(op.name)}"
-            found[f"{op.name}.weight"] = weight_gradient(live, saved[key], gradient)
-        if live is not None and live.bias is not None:
-            found[f"{op.name}.bias"] = bias_gradient(live, gradient)
+        if live.weight is not None:
+            kept = saved[f"slice {name}" if live.keeps == "slice" else f"whole {root(self.graph, name)}"]
+            found[f"{name}.weight"] = weight_gradient(live, kept, gradient)
+        if live.bias is not None:
+            found[f"{name}.bias"] = bias_gradient(live, gradient)
         return found
+
+
+def _sum(first: Flow, second: Flow) -> Flow:
+    """Two readers' gradients of one value, added into one that may be overwritten."""
+    if first.fresh:
+        return Flow(first.gradient.add_(second.gradient), fresh=True)
+    if second.fresh:
+        return Flow(second.gradient.add_(first.gradient), fresh=True)
+    return Flow(first.gradient + second.gradient, fresh=True)
+
+
+def root(graph: Graph, layer: str) -> str:
+    """The value that a layer's input is made of: flattening is only another shape of it."""
+    source = graph[graph[layer].inputs[0]]
+    while source.kind == "flatten":
+        source = graph[source.inputs[0]]
+    return source.name
+
+
+def _flattened(graph: Graph, names: Set[str]) -> set[str]:
+    """Flattenings that feed `names`: run with them, so that what is kept is the value before, which others share."""
+    found: set[str] = set()
+    for op in reversed(graph.ops):
+        if op.kind == "flatten" and op.name not in names and not (names | found).isdisjoint(graph.consumers[op.name]):
+            found.add(op.name)
+    return found
 
 
 class Attached(torch.autograd.Function):
@@ -121,7 +178,7 @@ class Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, suffix: Suffix, boundary: Sequence[Tensor], *parameters: Tensor) -> Tensor:
-        features, saved = suffix.forward(boundary, save=True)
+        features, saved = suffix.forward_saving(boundary)
         ctx.suffix, ctx.keys = suffix, tuple(saved)
         ctx.save_for_backward(*saved.values())
         return features
@@ -134,106 +191,79 @@ class Attached(torch.autograd.Function):
         return (None, None, *(found.get(name) for name in names))
 
 
-# ---------------------------------------------------------------------------------------------------- flowing backward
+# ---------------------------------------------------------------------------------------------------------- pull rules
 
 
-class Flow(NamedTuple):
-    """A gradient on its way back."""
-
-    gradient: Tensor
-    fresh: bool
-    """Nobody else holds it, so it may be overwritten."""
-
-
-class Pending:
-    """Gradients of values that wait for the operator that made them, summed over their readers."""
-
-    def __init__(self, names: frozenset[str]) -> None:
-        self._names = names
-        self._flows: dict[str, Flow] = {}
-
-    def wants(self, op: Op) -> bool:
-        """Whether a gradient must flow into any input of `op`."""
-        return not self._names.isdisjoint(op.inputs)
-
-    def add(self, name: str, flow: Flow) -> None:
-        if name not in self._names:
-            return
-        if name not in self._flows:
-            self._flows[name] = flow
-            return
-        before = self._flows[name]
-        if before.fresh:
-            self._flows[name] = Flow(before.gradient.add_(flow.gradient), fresh=True)
-        elif flow.fresh:
-            self._flows[name] = Flow(flow.gradient.add_(before.gradient), fresh=True)
-        else:
-            self._flows[name] = Flow(before.gradient + flow.gradient, fresh=True)
-
-    def take(self, name: str) -> Flow | None:
-        """The gradient of a value; None where the features do not depend on it."""
-        return self._flows.pop(name, None)
-
-
-def _pull_conv(suffix: Suffix, op: Op, saved: Saved, flow: Flow) -> list[Flow]:
+def _pull_conv(suffix: Suffix, op: Op) -> Pull:
     """The transposed convolution of the output gradient."""
-    axes = range(len(op.kernel))
-    reach = [
-        (op.shape[i + 1] - 1) * op.stride[i] - 2 * op.padding[i] + op.dilation[i] * (op.kernel[i] - 1) + 1 for i in axes
+    spatial = zip(op.in_shape[1:], op.shape[1:], op.kernel, op.stride, op.padding, op.dilation, strict=True)
+    unread = [
+        size - ((out - 1) * step - 2 * pad + apart * (taps - 1) + 1) for size, out, taps, step, pad, apart in spatial
     ]
-    unread = [op.in_shape[i + 1] - reach[i] for i in axes]
     transposed = F.conv_transpose1d if len(op.kernel) == 1 else F.conv_transpose2d
     weight = suffix.tensors[f"{op.name}.weight"]
-    gradient = transposed(flow.gradient, weight, None, op.stride, op.padding, unread, op.groups, op.dilation)
-    return [Flow(gradient, fresh=True)]
+
+    def pull(saved: Saved, gradient: Tensor) -> list[Flow]:
+        spread = transposed(gradient, weight, None, op.stride, op.padding, unread, op.groups, op.dilation)
+        return [Flow(spread, fresh=True)]
+
+    return pull
 
 
-def _pull_linear(suffix: Suffix, op: Op, saved: Saved, flow: Flow) -> list[Flow]:
-    return [Flow(flow.gradient @ suffix.tensors[f"{op.name}.weight"], fresh=True)]
+def _pull_linear(suffix: Suffix, op: Op) -> Pull:
+    weight = suffix.tensors[f"{op.name}.weight"]
+    return lambda saved, gradient: [Flow(gradient @ weight, fresh=True)]
 
 
-def _pull_add(suffix: Suffix, op: Op, saved: Saved, flow: Flow) -> list[Flow]:
-    return [Flow(flow.gradient, fresh=False) for _ in op.inputs]
+def _pull_add(suffix: Suffix, op: Op) -> Pull:
+    return lambda saved, gradient: [Flow(gradient, fresh=False)] * 2
 
 
-def _pull_concat(suffix: Suffix, op: Op, saved: Saved, flow: Flow) -> list[Flow]:
+def _pull_concat(suffix: Suffix, op: Op) -> Pull:
     sizes = [suffix.graph[source].shape[0] for source in op.inputs]
-    return [Flow(part, fresh=False) for part in torch.split_with_sizes(flow.gradient, sizes, 1)]
+    return lambda saved, gradient: [Flow(part, False) for part in torch.split_with_sizes(gradient, sizes, 1)]
 
 
-def _pull_flatten(suffix: Suffix, op: Op, saved: Saved, flow: Flow) -> list[Flow]:
-    return [Flow(flow.gradient.reshape(-1, *op.in_shape), fresh=False)]
+def _pull_flatten(suffix: Suffix, op: Op) -> Pull:
+    return lambda saved, gradient: [Flow(gradient.reshape(-1, *op.in_shape), fresh=False)]
 
 
-def _pull_global_pool(suffix: Suffix, op: Op, saved: Saved, flow: Flow) -> list[Flow]:
-    each = flow.gradient.flatten(1) / prod(op.in_shape[1:])
-    spread = each.view(*each.shape, *(1 for _ in op.in_shape[1:])).expand(-1, *op.in_shape)
-    return [Flow(spread, fresh=False)]
+def _pull_global_pool(suffix: Suffix, op: Op) -> Pull:
+    positions = op.in_shape[1:]
+
+    def pull(saved: Saved, gradient: Tensor) -> list[Flow]:
+        each = (gradient / prod(positions)).view(-1, op.in_channels, *(1 for _ in positions))
+        return [Flow(each.expand(-1, -1, *positions), fresh=False)]
+
+    return pull
 
 
-def _pull_avg_pool(suffix: Suffix, op: Op, saved: Saved, flow: Flow) -> list[Flow]:
-    flat = len(op.kernel) == 1  # one axis is a plane of height 1
-    kernel, stride, padding = (
-        ((1, *op.kernel), (1, *op.stride), (0, *op.padding)) if flat else (op.kernel, op.stride, op.padding)
-    )
-    gradient = flow.gradient.unsqueeze(2) if flat else flow.gradient
-    shape = (op.in_shape[0], 1, op.in_shape[1]) if flat else op.in_shape
-    sizes_only = gradient.new_empty(1).expand(len(gradient), *shape)
-    spread = torch.ops.aten.avg_pool2d_backward(
-        gradient, sizes_only, kernel, stride, padding, op.ceil_mode, op.count_include_pad, None
-    )
-    return [Flow(spread.squeeze(2) if flat else spread, fresh=True)]
+def _pull_avg_pool(suffix: Suffix, op: Op) -> Pull:
+    line = len(op.kernel) == 1  # torch has the gradient for planes only: a line is a plane of height 1
+    kernel, stride = ((1, *op.kernel), (1, *op.stride)) if line else (op.kernel, op.stride)
+    padding = (0, *op.padding) if line else op.padding
+    shape = (op.in_channels, 1, *op.in_shape[1:]) if line else op.in_shape
+
+    def pull(saved: Saved, gradient: Tensor) -> list[Flow]:
+        plane = gradient.unsqueeze(2) if line else gradient
+        like_input = plane.new_empty(1).expand(len(plane), *shape)  # only its sizes are read
+        spread = torch.ops.aten.avg_pool2d_backward(
+            plane, like_input, kernel, stride, padding, op.ceil_mode, op.count_include_pad, None
+        )
+        return [Flow(spread.squeeze(2) if line else spread, fresh=True)]
+
+    return pull
 
 
-def _pull_max_pool(suffix: Suffix, op: Op, saved: Saved, flow: Flow) -> list[Flow]:
-    return [Flow(max_pool_gradient(op, saved[f"index {op.name}"], flow.gradient), fresh=True)]
+def _pull_max_pool(suffix: Suffix, op: Op) -> Pull:
+    return lambda saved, gradient: [Flow(max_pool_gradient(op, saved[f"index {op.name}"], gradient), fresh=True)]
 
 
-def _pull_activation(suffix: Suffix, op: Op, saved: Saved, flow: Flow) -> list[Flow]:
-    return [flow]  # the mask has been applied
+def _pull_activation(suffix: Suffix, op: Op) -> Pull:
+    return lambda saved, gradient: [Flow(gradient, fresh=False)]  # the mask has been applied
 
 
-PULL: dict[str, Callable[[Suffix, Op, Saved, Flow], list[Flow]]] = {
+PULL: dict[str, Callable[[Suffix, Op], Pull]] = {
     "conv": _pull_conv,
     "linear": _pull_linear,
     "relu": _pull_activation,
@@ -245,4 +275,4 @@ PULL: dict[str, Callable[[Suffix, Op, Saved, Flow], list[Flow]]] = {
     "avg_pool": _pull_avg_pool,
     "max_pool": _pull_max_pool,
 }
-"""Gradients of an operator's inputs from that of its output, one rule per kind."""
+"""How gradients flow back through an operator, one rule per kind; called once per operator, when the net is built."""

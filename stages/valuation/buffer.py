@@ -73,7 +73,8 @@ class CandidateBuffer:
     def close_round(self) -> Block:
         """The candidates, with their weights in the window's mean loss, and the counts of the window's classes.
 
-        Columns `index` (position in the stream) and `weight`, per class `seen`, fact `filter`. The weights sum to one.
+        Columns `index` (position in the stream, or what the samples brought) and `weight` (in place of any they had),
+        per class `seen`, fact `filter`. The weights sum to one.
         """
         if self._kept is None:
             raise ValueError("close_round: nothing has arrived since the last round")
@@ -90,7 +91,7 @@ class CandidateBuffer:
     # -- arriving
 
     def _numbered(self, chunk: Block) -> Block:
-        """The chunk with `index`, and without the weights of whatever loss it was part of before."""
+        """The chunk with `index`; labels checked."""
         if int(chunk.y.min()) < 0:
             bad = self.position + int(np.argmax(chunk.y < 0))
             raise DataError(
@@ -99,9 +100,8 @@ class CandidateBuffer:
                 "a class label >= 0",
                 "filter needs labels: pack the samples with theirs",
             )
-        columns = {name: values for name, values in chunk.columns.items() if name != "weight"}
-        columns.setdefault("index", np.arange(self.position, self.position + len(chunk), dtype=np.int64))
-        return replace(chunk, columns=columns)
+        places = np.arange(self.position, self.position + len(chunk), dtype=np.int64)
+        return replace(chunk, columns={"index": places, **chunk.columns})
 
     def _arrivals(self, chunk: Block, draws: Array) -> Arrivals:
         if self.strategy.needs in ("labels", "inputs"):

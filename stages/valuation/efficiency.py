@@ -1,6 +1,6 @@
 """Selection that pays: which way of choosing brings the most progress per unit of computing (`--strategy auto`).
 
-One step of gradient descent with an estimate of second moment M = |G|^2 + V makes progress in proportion to |G|^4 / M at
+A step of gradient descent with an estimate of second moment M = |G|^2 + V makes progress in proportion to |G|^4 / M at
 the best step size (the descent lemma), so what a step costs per unit of progress is in proportion to M x cost. Where
 noise dominates this is the classic criterion of efficiency, variance x cost (Glynn and Whitt, 1992); where the gradient
 does, it prefers cheap steps. V has two parts: of the pool as a sample of the stream, and of the batch as a sample of
@@ -126,6 +126,16 @@ class Tuner:
             yield Option("titan", size, batch)
             if batch <= size // 2:
                 yield Option("titan", size // 2, batch)
+
+    def explain(self, option: Option) -> str:
+        """The choice in words, beside the best option of every other strategy."""
+        best = self.price(option)
+        others = {other.strategy: self.price(other) / best
+                  for other in sorted(self.options(option.candidates), key=self.price, reverse=True)
+                  if other.strategy != option.strategy}  # fmt: skip
+        beside = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in sorted(others.items(), key=lambda item: item[1]))
+        scored = f", {option.candidates} candidates scored" if option.scored else ""
+        return f"{option.strategy}, batch {option.batch}{scored} (cost per progress of others: {beside})"
 
     def price(self, option: Option) -> float:
         """Second moment x cost: in arbitrary units, lower is better."""

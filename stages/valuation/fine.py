@@ -206,6 +206,10 @@ def _entropies(view: GradientView) -> Array:
     return baselines.entropies(_required(view.probabilities, "probabilities"))
 
 
+def _ocs(view: GradientView) -> Array:
+    return baselines.ocs_scores(gradients_of(view).inner_products())
+
+
 def _required(value: Array | None, name: str) -> Array:
     if value is None:
         raise ValueError(f"this strategy needs {name}: see Strategy.needs")
@@ -231,7 +235,7 @@ SELECTIONS: Mapping[str, Strategy] = MappingProxyType({
     "high-loss": Strategy(_ranking(_losses), "gradients", False, "the highest losses"),
     "low-loss": Strategy(_ranking(lambda view: -_losses(view)), "gradients", False, "the lowest losses"),
     "entropy": Strategy(_ranking(_entropies), "gradients", False, "the least certain predictions"),
-    "ocs": Strategy(_ranking(lambda view: baselines.ocs_scores(gradients_of(view).inner_products())), "gradients", False,
+    "ocs": Strategy(_ranking(_ocs), "gradients", False,
                     "online coreset selection: gradients like the mean's and unlike each other"),
     "camel": Strategy(_camel, "inputs", False, "greedy cover of the raw inputs, no model"),
 })  # fmt: skip

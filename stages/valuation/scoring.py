@@ -50,6 +50,7 @@ def masses(block: Block) -> Array:
     Its `weight` where the block has one (`filter` writes them); else its class's share of `seen`, divided among the
     class's candidates; else 1/n.
     """
+    _check_labels(block)
     if "weight" in block.columns:
         mass = block.columns["weight"].astype(np.float64)
         bad = ~(np.isfinite(mass) & (mass >= 0))
@@ -60,9 +61,7 @@ def masses(block: Block) -> Array:
     if "seen" not in block.per_class or block.labels is None:
         return np.full(len(block), 1.0 / len(block))
     rows = np.searchsorted(block.labels, block.y)
-    known = rows < len(block.labels)
-    known[known] = block.labels[rows[known]] == block.y[known]
-    counts = np.where(known, block.per_class["seen"][np.where(known, rows, 0)], 0)
+    counts = block.per_class["seen"][rows]
     if (counts == 0).any():
         row = int(np.argmax(counts == 0))
         raise DataError(
@@ -70,7 +69,7 @@ def masses(block: Block) -> Array:
             f"class {block.name_of(int(block.y[row]))} with `seen` 0",
             "counts that cover the block's classes",
         )
-    mass = counts / np.bincount(np.where(known, rows, 0))[rows]
+    mass = counts / np.bincount(rows)[rows]
     return np.asarray(mass / mass.sum())
 
 
@@ -114,6 +113,17 @@ def _head_for(block: Block, head: Head | None, names: heads.Names | None, dim: i
     """The head with a row for every class of the block; the rows it adds count as uniform probability."""
     labels = block.y if block.labels is None else np.union1d(block.labels, block.y)
     return heads.empty_head(labels, names, dim) if head is None else heads.extend(head, labels, names)
+
+
+def _check_labels(block: Block) -> None:
+    """Raise `DataError` for a sample without label, or of a class that the block does not list."""
+    listed = block.y >= 0 if block.labels is None else np.isin(block.y, block.labels)
+    bad = ~(listed & (block.y >= 0))
+    if bad.any():
+        row = int(np.argmax(bad))
+        expected = "a class label >= 0" if block.y[row] < 0 else "one of the block's `labels`"
+        fix = "select needs labels: pack the samples with theirs"
+        raise DataError(_sample(block, row), f"label {int(block.y[row])}", expected, fix)
 
 
 def _check_finite(values: Array, block: Block, what: str) -> None:

@@ -105,6 +105,17 @@ def test_a_users_own_file_is_a_block(libver):
     assert back.layout == "NHW"
 
 
+def test_a_users_own_attributes_are_not_taken_for_ours():
+    def fill(file):
+        minimal(file)
+        file.attrs.update({"end": 7, "round": "first", "layout": "rows", "camera": "left"})
+
+    back = hdf5.decode(image(fill))
+    assert isinstance(back, Block)
+    assert back.round is None
+    assert back.facts == {"camera": "left"}
+
+
 def test_text_of_variable_length_is_accepted_from_others():
     def fill(file):
         minimal(file)

@@ -45,7 +45,7 @@ def test_coreset_takes_one_of_each_cluster_and_its_mass():
 
 def test_coreset_of_identical_points_keeps_everyone_something():
     rows, masses = coreset(np.zeros((4, 2), np.float32), np.full(4, 0.25), 2)
-    assert len(rows) == 2
+    assert len(set(rows.tolist())) == 2
     assert masses.min() > 0
     assert masses.sum() == pytest.approx(1.0)
 

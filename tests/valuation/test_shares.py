@@ -53,6 +53,21 @@ def test_more_classes_than_places(labels, places, chunk, seed):
             assert shares.dropped[index] == keys[best[share]]
 
 
+def test_neighbours_with_the_fewest_samples_are_merged():
+    shares = ClassShares(2)
+    shares.arrive(np.array([0, 0, 0, 0, 0, 3, 6]))
+    assert (shares.low.tolist(), shares.counts.tolist()) == ([0, 3], [5, 2])
+
+
+def test_merged_strata_remember_the_highest_key_that_either_dropped():
+    shares = ClassShares(1)
+    shares.arrive(np.array([6, 6]))
+    assert shares.keep(np.array([6, 6]), np.array([0.8, 0.9])).tolist() == [1]
+    shares.arrive(np.array([0]))
+    assert shares.keep(np.array([6, 0]), np.array([0.9, 0.1])).tolist() == [0]
+    assert shares.dropped.tolist() == [0.8]
+
+
 def test_a_class_within_a_merged_interval_joins_it():
     shares = ClassShares(2)
     shares.arrive(np.array([10, 30, 50, 50, 50]))

@@ -1,0 +1,214 @@
+"""Exact updates in micro-batches, and cached outputs of the frozen prefix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.artifacts.hdf5 import decode_tree, encode_tree
+from stages.artifacts.records import Group, LayerUpdate
+from stages.errors import DataError
+from stages.fsl.protonet import support_loss
+from stages.models.deploy import Backbone
+from stages.sparse.engine import SparseNet
+from stages.sparse.updates import PrefixCache, cache_prefix, features_of, gradient_update
+from tests.sparse.random_graphs import cases, random_backbone, random_input
+from tests.sparse.test_engine import chain
+
+UPDATES = (LayerUpdate("middle", "output", (0, 2), 4, (1,)), LayerUpdate("last", "input", (1, 3), 4))
+LABELS = torch.tensor([0, 1, 1, 2, 0])
+
+
+def prototypes_loss(ways: int = 3):
+    """The ProtoNet loss of five support and five query samples, the gradient flowing through the prototypes."""
+    return support_loss(LABELS, LABELS.flip(0), ways, 10.0)
+
+
+def net_and_input(dtype: torch.dtype = torch.float64) -> tuple[SparseNet, torch.Tensor]:
+    backbone = random_backbone(chain(), 3, dtype)
+    return SparseNet(backbone, UPDATES), random_input(chain(), 10, 3, dtype)
+
+
+def gradients(net: SparseNet) -> list[torch.Tensor]:
+    found = [parameter.grad for parameter in net.parameters()]
+    for parameter in net.parameters():
+        parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 9, 10, 100])
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+def test_any_micro_batch_gives_the_update_of_the_whole_batch(micro_batch, dtype, relative):
+    net, x = net_and_input(dtype)
+    whole_loss = gradient_update(net, x, prototypes_loss())
+    whole = gradients(net)
+    loss = gradient_update(net, x, prototypes_loss(), micro_batch=micro_batch)
+    assert loss == pytest.approx(whole_loss, rel=relative)
+    for found, expected in zip(gradients(net), whole, strict=True):
+        assert (found - expected).norm() <= relative * expected.norm()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(cases(), st.integers(1, 4))
+def test_micro_batches_of_random_models_with_a_loss_that_couples_samples(case, micro_batch):
+    graph, updates, batch, seed = case
+    net = SparseNet(random_backbone(graph, seed, torch.float64), updates)
+    x = random_input(graph, batch + 1, seed, torch.float64)
+
+    def coupled(features: torch.Tensor) -> torch.Tensor:
+        return ((features @ features.t()).softmax(1) ** 2).sum()
+
+    loss = gradient_update(net, x, coupled)
+    whole = gradients(net)
+    assert gradient_update(net, x, coupled, micro_batch=micro_batch) == pytest.approx(loss, rel=1e-10)
+    scale = max(float(g.norm()) for g in whole if g is not None) if any(g is not None for g in whole) else 0.0
+    for found, expected in zip(gradients(net), whole, strict=True):
+        assert (found is None) == (expected is None)
+        assert found is None or (found - expected).norm() <= 1e-10 * scale + 1e-13
+
+
+def test_plain_accumulation_would_be_another_update():
+    """A loss that couples samples is not the sum of its values on micro-batches, so two passes are needed."""
+    net, x = net_and_input()
+
+    def coupled(features: torch.Tensor) -> torch.Tensor:
+        return ((features @ features.t()).softmax(1) ** 2).sum()
+
+    gradient_update(net, x, coupled)
+    whole = gradients(net)
+    for half in (x[:5], x[5:]):
+        gradient_update(net, half, coupled)
+    assert any((a - b).norm() > 0.1 * b.norm() for a, b in zip(gradients(net), whole, strict=True))
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_sources_are_joined_in_order(micro_batch):
+    net, x = net_and_input()
+    loss = gradient_update(net, x, prototypes_loss(), micro_batch=micro_batch)
+    whole = gradients(net)
+    cached = cache_prefix(net, x[:5], micro_batch=2)
+    assert gradient_update(net, [cached, x[5:]], prototypes_loss(), micro_batch=micro_batch) == pytest.approx(loss)
+    for found, expected in zip(gradients(net), whole, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_parameters_of_the_loss_get_their_gradients(micro_batch):
+    net, x = net_and_input()
+    head = torch.nn.Linear(5, 2, dtype=torch.float64)
+    gradient_update(net, x, lambda features: head(features).pow(2).mean(), micro_batch=micro_batch)
+    expected = torch.autograd.grad(head(net.features(x)).pow(2).mean(), head.weight)[0]
+    assert torch.allclose(head.weight.grad, expected)
+
+
+def test_updates_accumulate():
+    net, x = net_and_input()
+    gradient_update(net, x, prototypes_loss())
+    once = [parameter.grad.clone() for parameter in net.parameters()]
+    gradient_update(net, x, prototypes_loss(), micro_batch=3)
+    for parameter, gradient in zip(net.parameters(), once, strict=True):
+        assert torch.allclose(parameter.grad, 2 * gradient)
+
+
+def kept_bytes(net: SparseNet, x: torch.Tensor, micro_batch: int) -> int:
+    """Most bytes that autograd holds at once for the suffix."""
+    held, most = {}, 0
+
+    def note(tensor: torch.Tensor) -> int:
+        nonlocal most
+        held[id(tensor)] = tensor
+        most = max(most, sum(t.untyped_storage().nbytes() for t in held.values()))
+        return id(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda key: held.pop(key)):
+        gradient_update(net, x, lambda features: _CountFree.apply(features), micro_batch=micro_batch)
+    return most
+
+
+class _CountFree(torch.autograd.Function):
+    """Sum of all features that keeps nothing."""
+
+    @staticmethod
+    def forward(ctx, features):
+        ctx.shape = features.shape
+        return features.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.expand(ctx.shape)
+
+
+def test_memory_depends_on_the_micro_batch_only():
+    net, x = net_and_input(torch.float32)
+    sizes = [kept_bytes(net, x.repeat(times, 1, 1, 1), 5) for times in (1, 2, 4)]
+    assert sizes[0] == sizes[1] == sizes[2]
+    assert kept_bytes(net, x, 10) == 2 * sizes[0]
+
+
+# --------------------------------------------------------------------------------------------------------- the cache
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(cases(), st.integers(0, 3), st.integers(0, 3), st.sampled_from([torch.float32, torch.float64]))
+def test_cached_outputs_give_bit_equal_features(case, fill, use, dtype):
+    """However the cache was filled, and however it is used."""
+    graph, updates, batch, seed = case
+    net = SparseNet(random_backbone(graph, seed, dtype), updates)
+    x = random_input(graph, batch, seed, dtype)
+    cache = cache_prefix(net, x, micro_batch=fill)
+    assert len(cache) == batch
+    for mine, other in zip(cache.boundary, net.prefix(x), strict=True):
+        assert torch.equal(mine, other)
+    assert torch.equal(features_of(net, cache, micro_batch=use), features_of(net, x, micro_batch=use))
+
+
+def test_cached_updates_are_bit_equal():
+    net, x = net_and_input(torch.float32)
+    loss = gradient_update(net, x, prototypes_loss(), micro_batch=4)
+    direct = gradients(net)
+    assert gradient_update(net, cache_prefix(net, x), prototypes_loss(), micro_batch=4) == loss
+    assert all(torch.equal(a, b) for a, b in zip(gradients(net), direct, strict=True))
+
+
+def test_a_cache_survives_training():
+    net, x = net_and_input(torch.float32)
+    cache = cache_prefix(net, x)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        gradient_update(net, cache, prototypes_loss())
+        optimizer.step()
+    assert torch.equal(features_of(net, cache), features_of(net, x))
+
+
+def test_rows_of_a_cache():
+    net, x = net_and_input(torch.float32)
+    cache, rows = cache_prefix(net, x), torch.tensor([7, 0, 3])
+    assert torch.equal(features_of(net, cache[rows.numpy()]), features_of(net, x[rows]))
+    assert torch.equal(features_of(net, cache[2:5]), features_of(net, x[2:5]))
+
+
+def test_a_cache_goes_through_a_file():
+    net, x = net_and_input(torch.float32)
+    cache = cache_prefix(net, x)
+    image = encode_tree(Group(arrays=cache.arrays()))
+    back = PrefixCache.from_arrays(decode_tree(image).arrays)
+    assert torch.equal(features_of(net, back), features_of(net, x))
+    with pytest.raises(DataError, match="boundary0"):
+        PrefixCache.from_arrays({"boundary1": cache.arrays()["boundary0"]})
+
+
+def test_the_prefix_is_all_that_is_frozen_before_the_earliest_live_layer():
+    backbone: Backbone = random_backbone(chain(), 0, torch.float32)
+    x = random_input(chain(), 2, 0, torch.float32)
+    shapes = {
+        "stem": [(2, 2, 6, 6)],
+        "middle": [(2, 4, 6, 6)],
+        "last": [(2, 4)],
+    }
+    for layer, expected in shapes.items():
+        channels = backbone.graph[layer].out_channels
+        net = SparseNet(backbone, [LayerUpdate(layer, "output", (0,), channels)])
+        assert [tuple(value.shape) for value in net.prefix(x)] == expected

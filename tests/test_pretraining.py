@@ -1,0 +1,271 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stages.artifacts.hdf5 import decode, encode
+from stages.artifacts.records import Block, Model, Run
+from stages.errors import DataError, PartMissing, UsageError
+from stages.fsl.episodes import FixedShape
+from stages.fsl.meta_training import Epoch, Learner, _gradients, train_epoch
+from stages.fsl.schedule import WarmCosine
+from stages.fsl.team import ALONE, Team
+from stages.models.deploy import deploy, state, store
+from stages.models.registry import build, input_spec
+from stages.pretraining import CHECKPOINT, STAGE, Pretraining, Supervised, Validation, pretrain, trainable
+
+ARGS = {"width": 4, "size": 16}
+SHAPE = FixedShape(ways=3, shots=2, queries=2)
+CONFIG = Pretraining(
+    schedule=WarmCosine(epochs=3, rate=0.05, warmup_epochs=1),
+    steps=3,
+    per_step=2,
+    shape=SHAPE,
+    batchnorm="train",
+    validation=Validation(tasks=4, shape=SHAPE, share=0.3),
+)
+
+
+def random_run(form="batchnorm"):
+    spec = input_spec("cnn4", ARGS)
+    run = Run(Model("cnn4", ARGS, spec, "batchnorm", state(build("cnn4", ARGS, seed=3))))
+    return run if form == "batchnorm" else replace(run, model=store(run.model, deploy(run.model)))
+
+
+def squares(classes=10, each=6, seed=0):
+    """Pictures of noise around one pattern per class: easy to tell apart."""
+    rng = np.random.default_rng(seed)
+    patterns = rng.integers(0, 255, (classes, 16, 16))
+    x = np.clip(np.repeat(patterns, each, 0) + rng.normal(0, 40, (classes * each, 16, 16)), 0, 255)
+    return Block(x.astype(np.uint8), np.repeat(np.arange(classes), each).astype(np.int64), "NHW")
+
+
+def tensors_equal(one, other):
+    return all(np.array_equal(array, other.model.tensors[name]) for name, array in one.model.tensors.items())
+
+
+def test_two_trainings_with_one_seed_write_equal_artifacts():
+    one, again, other = (pretrain(random_run(), [squares()], CONFIG, seed=seed) for seed in (1, 1, 2))
+    assert encode(one) == encode(again)
+    assert not tensors_equal(one, other)
+
+
+def test_training_learns_and_leaves_the_run_alone():
+    start = random_run()
+    before = encode(start)
+    config = replace(
+        CONFIG,
+        schedule=WarmCosine(epochs=4, rate=0.05, warmup_epochs=0),
+        steps=5,
+        augmentation="none",
+        validation=Validation(tasks=0),
+    )
+    result = pretrain(start, [squares()], config, seed=0)
+    assert encode(start) == before
+    loss = result.metrics[STAGE]["loss"]
+    assert loss[-1] < 0.7 * loss[0]
+    assert result.model.form == "batchnorm"
+    assert np.isnan(result.metrics[STAGE]["validation_accuracy"]).all()
+
+
+def test_the_scale_is_learned_and_kept_in_a_head_without_classes():
+    result = pretrain(random_run(), [squares()], CONFIG, seed=0)
+    back = decode(encode(result))
+    assert len(back.model.head.labels) == 0
+    assert back.model.head.scale in result.metrics[STAGE]["scale"]
+    assert back.model.head.scale != CONFIG.scale
+    # a second training starts from the scale of the first
+    still = WarmCosine(epochs=1, rate=0.0, warmup_epochs=0, least_rate=0.0)
+    again = pretrain(back, [squares()], replace(CONFIG, schedule=still), seed=0)
+    assert again.model.head.scale == back.model.head.scale
+
+
+def statistics(run):
+    return {name: array for name, array in run.model.tensors.items() if "running" in name}
+
+
+def test_frozen_statistics_stay_bit_equal_and_trained_ones_move():
+    start = random_run()
+    for mode, moves in (("frozen", False), ("train", True)):
+        result = pretrain(start, [squares()], replace(CONFIG, batchnorm=mode), seed=0)
+        changed = [not np.array_equal(array, start.model.tensors[name]) for name, array in statistics(result).items()]
+        assert changed == [moves] * len(changed)
+        assert not tensors_equal(start, result)
+
+
+def test_the_deploy_form_trains_too():
+    start = random_run("deploy")
+    x = torch.rand(2, 1, 16, 16)
+    torch.testing.assert_close(trainable(start.model)(x), deploy(start.model).features(x))
+    result = pretrain(start, [squares()], replace(CONFIG, batchnorm="frozen"), seed=0)
+    assert result.model.form == "deploy"
+    assert set(result.model.tensors) == set(start.model.tensors)
+    assert not tensors_equal(start, result)
+
+
+def test_the_best_weights_on_validation_are_kept():
+    saved = []
+    result = pretrain(random_run(), [squares()], CONFIG, seed=0, save=saved.append)
+    accuracy = result.metrics[STAGE]["validation_accuracy"]
+    best = int(np.argmax(accuracy))
+    assert len(saved) == 3
+    assert saved[best].extra.groups[CHECKPOINT].groups["kept"].attrs["epoch"] == best
+    assert tensors_equal(result, saved[best])
+
+
+def test_patience_ends_training():
+    flat = replace(CONFIG, schedule=WarmCosine(epochs=9, rate=0.0, warmup_rate=0.0, least_rate=0.0))
+    config = replace(flat, batchnorm="frozen", validation=replace(CONFIG.validation, patience=2))
+    result = pretrain(random_run(), [squares()], config, seed=0)
+    # nothing ever gets better than the first epoch: two more are waited for
+    assert len(result.metrics[STAGE]["epoch"]) == 3
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_resumed_training_is_bit_equal(stop_after):
+    schedule = WarmCosine(epochs=2, rate=0.05, warmup_epochs=0)
+    config = replace(CONFIG, supervised=Supervised(epochs=2, batch=8), schedule=schedule)
+    saved = []
+    whole = pretrain(random_run(), [squares()], config, seed=0, save=lambda run: saved.append(encode(run)))
+    assert len(saved) == 4
+    resumed = pretrain(random_run(), [squares()], config, seed=0, resume=decode(saved[stop_after - 1]))
+    assert encode(resumed) == encode(whole)
+
+
+def test_a_checkpoint_of_another_training_is_refused():
+    saved = []
+    pretrain(random_run(), [squares()], CONFIG, seed=0, save=saved.append)
+    with pytest.raises(UsageError, match="another training"):
+        pretrain(random_run(), [squares()], CONFIG, seed=1, resume=saved[0])
+    with pytest.raises(DataError, match="a checkpoint of pretraining"):
+        pretrain(random_run(), [squares()], CONFIG, seed=0, resume=random_run())
+
+
+def test_data_sets_are_mixed():
+    sets = [squares(seed=0), squares(classes=12, each=8, seed=1)]
+    result = pretrain(random_run(), sets, CONFIG, seed=0)
+    alone = pretrain(random_run(), sets[:1], CONFIG, seed=0)
+    assert not tensors_equal(result, alone)
+
+
+def test_progress_counts_steps():
+    steps = []
+    pretrain(random_run(), [squares()], CONFIG, seed=0, on_step=lambda progress: steps.append(progress.steps))
+    assert steps[-1] == CONFIG.total_steps == 9
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (squares(classes=4), "to hold out and others"),
+        (squares(each=3), "to hold out and others"),
+        (Block(np.zeros((4, 5), np.float32), np.arange(4), "ND"), "layout ND"),
+    ],
+    ids=["few classes", "few samples", "features"],
+)
+def test_data_that_does_not_suffice(data, message):
+    with pytest.raises(DataError, match=message):
+        pretrain(random_run(), [data], CONFIG, seed=0)
+
+
+def test_small_classes_are_refused_or_left_out():
+    data = squares()
+    data = data.take(np.flatnonzero((data.y != 4) | (np.arange(len(data)) % 6 == 0)))
+    config = replace(CONFIG, validation=Validation(tasks=0))
+    with pytest.raises(DataError, match="class 4: 1 samples"):
+        pretrain(random_run(), [data], config, seed=0)
+    pretrain(random_run(), [data], replace(config, skip_small=True), seed=0)
+
+
+def test_a_loss_that_is_not_finite_ends_training():
+    config = replace(CONFIG, schedule=WarmCosine(epochs=3, rate=1e30, warmup_epochs=0), validation=Validation(tasks=0))
+    with pytest.raises(DataError, match="a loss of"):
+        pretrain(random_run(), [squares()], config, seed=0)
+
+
+def test_no_such_device():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(PartMissing, match="--device cpu"):
+        pretrain(random_run(), [squares()], CONFIG, seed=0, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": 0}, {"batchnorm": "on"}, {"augmentation": "magic"}, {"momentum": 1.0}, {"scale": 0}], ids=str
+)
+def test_settings_are_checked(settings):
+    with pytest.raises(UsageError):
+        Pretraining(**settings)
+
+
+# ------------------------------------------------------------------------------------------------------- the loop itself
+
+
+class Numbered:
+    """Units whose gradient at the scale is the unit's number."""
+
+    def __init__(self, learner):
+        self.learner = learner
+
+    def loss(self, number):
+        return self.learner.scale * number
+
+
+def test_a_step_follows_the_mean_gradient_of_its_units():
+    learner = Learner(torch.nn.BatchNorm1d(2), 0.0, torch.zeros(0, 2))
+    assert _gradients(learner, Numbered(learner), range(3, 7), ALONE) == 0.0
+    assert learner.scale.grad.item() == pytest.approx((3 + 4 + 5 + 6) / 4)
+
+
+def test_epochs_use_their_own_units_and_rates():
+    learner = Learner(torch.nn.BatchNorm1d(2), 0.0, torch.zeros(0, 2))
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
+    schedule = WarmCosine(epochs=2, rate=0.1, warmup_epochs=0, least_rate=0.1)
+    train_epoch(learner, Numbered(learner), optimizer, Epoch(1, 2, 2, schedule, False), ALONE, lambda done: None)
+    # epoch 1 of two steps of two units: units 4, 5 and 6, 7
+    assert learner.scale.item() == pytest.approx(-0.1 * (4.5 + 6.5))
+
+
+# ---------------------------------------------------------------------------------------------------------- two processes
+
+WORKER = """
+import sys
+import torch
+from stages.artifacts.hdf5 import encode
+from stages.fsl.team import joined
+from stages.pretraining import pretrain
+from tests.test_pretraining import CONFIG, random_run, squares
+rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+with joined(rank, 2, init_method=f"file://{store}") as team:
+    run = pretrain(random_run(), [squares()], CONFIG, seed=0, team=team)
+with open(f"{out}{rank}", "wb") as file:
+    file.write(encode(run))
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", WORKER]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(tmp_path / "run")], cwd=root, stderr=-1)
+        for rank in range(2)
+    ]
+    errors = [worker.communicate(timeout=120)[1].decode() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], errors
+    images = [(tmp_path / f"run{rank}").read_bytes() for rank in range(2)]
+    assert images[0] == images[1]
+    alone, together = pretrain(random_run(), [squares()], CONFIG, seed=0), decode(images[0])
+    for name, array in alone.model.tensors.items():
+        np.testing.assert_allclose(together.model.tensors[name], array, rtol=1e-5, atol=1e-6)
+    for name, column in alone.metrics[STAGE].items():
+        np.testing.assert_allclose(together.metrics[STAGE][name], column, rtol=1e-5)
+
+
+def test_a_team_needs_a_fair_share():
+    with pytest.raises(UsageError, match="a multiple of their number"):
+        pretrain(random_run(), [squares()], CONFIG, seed=0, team=Team(0, 4))
