@@ -15,6 +15,7 @@ from stages.models.deploy import Backbone
 from stages.models.inputs import adapt
 from stages.valuation.buffer import CandidateBuffer, Features
 from stages.valuation.coarse import FILTERS
+from stages.valuation.demand import DemandBuffer
 
 CHUNK = 256
 """Samples scored at once: bounds memory for windows of any length."""
@@ -25,7 +26,7 @@ class Filtering:
     """How candidates are chosen."""
 
     window: int = 100
-    """Samples per round (Titan section 4.1)."""
+    """Samples per round (Titan section 4.1); of rounds on demand the fewest."""
     keep: int = 30
     """Candidates per round (Titan section 4.1)."""
     strategy: str = "quota"
@@ -68,6 +69,35 @@ def filter_stream(
         UsageError: the strategy needs features and there are none.
         DataError: unlabelled samples, features that are not finite, blocks that do not fit each other.
     """
+    buffer = _buffer(config, features, seed, on_note)
+    for chunk, closes in arrivals(blocks, config.window):
+        buffer.add(chunk)
+        if closes:
+            yield buffer.close_round()
+            on_step(buffer.round)
+    if buffer.arrived:
+        yield buffer.close_round()
+        on_step(buffer.round)
+    yield End(buffer.round)
+
+
+def filter_on_demand(
+    config: Filtering,
+    *,
+    features: Features | None = None,
+    seed: int = 0,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> DemandBuffer:
+    """What `filter_stream` does where rounds end when downstream asks, to be fed and emptied by the caller.
+
+    Raises `UsageError` as `filter_stream`.
+    """
+    return DemandBuffer(_buffer(config, features, seed, on_note), config.window)
+
+
+def _buffer(
+    config: Filtering, features: Features | None, seed: int, on_note: Callable[[str], None]
+) -> CandidateBuffer:
     if config.needs_model and features is None:
         raise UsageError(
             "--strategy",
@@ -78,16 +108,7 @@ def filter_stream(
     warning = FILTERS[config.strategy].warning
     if warning:
         on_note(warning)
-    buffer = CandidateBuffer(config.strategy, config.keep, features=features, decay=config.decay, seed=seed)
-    for chunk, closes in arrivals(blocks, config.window):
-        buffer.add(chunk)
-        if closes:
-            yield buffer.close_round()
-            on_step(buffer.round)
-    if buffer.arrived:
-        yield buffer.close_round()
-        on_step(buffer.round)
-    yield End(buffer.round)
+    return CandidateBuffer(config.strategy, config.keep, features=features, decay=config.decay, seed=seed)
 
 
 def arrivals(blocks: Iterable[Block], window: int) -> Iterator[tuple[Block, bool]]:

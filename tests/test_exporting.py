@@ -22,6 +22,7 @@ from stages.exporting import Exported, _compare, export, format_of
 from stages.importing import Importing, Weights, import_model, input_from_text
 from stages.models import registry
 from stages.models.deploy import deploy, state, store
+from stages.models.graph import KINDS
 from stages.models.heads import logits, probabilities
 from stages.models.unfold import unfold
 from tests.models.nets import Classifier, PreActivation, randomise, write_module
@@ -180,6 +181,17 @@ def test_a_batchnorm_without_weights_cannot_hold_training() -> None:
     graph, tensors = fold(traced.graph, traced.tensors)
     with pytest.raises(UsageError, match="bn: BatchNorm without weight and bias"):
         unfold(module, traced, graph, tensors)
+
+
+@pytest.mark.parametrize("format", ["onnx", "pth"])
+def test_every_operator_is_exported(format: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "pooling_model.py").write_text("from tests.models.nets import Pools\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    arch = "pooling_model:Pools"
+    model = record(arch, "deploy", allow=arch, spec=input_from_text("3x13x11"))
+    kinds = {op.kind for op in deploy(model, allow=arch).graph.ops} | {"batchnorm", "global_pool"}
+    assert kinds == KINDS
+    assert export(model, format, allow=arch).difference < 1e-4
 
 
 def test_onnx_says_what_its_input_is() -> None:

@@ -90,10 +90,12 @@ def test_state_dicts_of_every_format_are_the_same_record(tmp_path: Path) -> None
         tmp_path / "d.bin",
         {name: value.half().float() if value.is_floating_point() else value for name, value in state.items()},
     )
+    parallel = {f"module.{name}": value for name, value in state.items()}
+    safetensors.torch.save_file(parallel, tmp_path / "e.safetensors")  # keeps no order: only names can fit
     expected = imported(tmp_path / "a.safetensors")
     assert expected.form == "batchnorm"
     assert not any("num_batches" in name for name in expected.tensors)
-    for name in ("b.pth", "c.pt"):
+    for name in ("b.pth", "c.pt", "e.safetensors"):
         found = imported(tmp_path / name)
         assert found.tensors.keys() == expected.tensors.keys()
         assert all(np.array_equal(found.tensors[key], value) for key, value in expected.tensors.items())
@@ -188,6 +190,22 @@ class Net(nn.Module):
     def forward(self, x):
         return self.fc(self.second(self.first(x)).mean((2, 3)))
 """
+
+
+@pytest.mark.parametrize("order", [("second", "first"), ("first", "second")], ids=["registered", "executed"])
+def test_the_order_that_fits_is_taken(order: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SWAPPED.replace("self.second = nn.Conv2d(3, 3, 3)", "self.second = nn.Conv2d(4, 3, 3)")
+    (tmp_path / "unequal_model.py").write_text(
+        source.replace("first = nn.Conv2d(3, 3, 3)", "first = nn.Conv2d(3, 4, 3)")
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arch = "unequal_model:Net"
+    state = build(arch, {}, allow=arch).state_dict()
+    mixed = {f"{layer}.{what}": state[f"{layer}.{what}"] for layer in (*order, "fc") for what in ("weight", "bias")}
+    weights = read_weights(save(tmp_path / "w.pth", renamed(mixed)))
+    settings = Importing(arch=arch, input=input_from_text("3x8x8"), classifier="features")
+    model = import_model(settings, weights).model
+    assert all(np.array_equal(value, state[name]) for name, value in model.tensors.items())
 
 
 def test_two_orders_that_both_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

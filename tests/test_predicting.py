@@ -140,8 +140,12 @@ def folder_of_images(folder: Path) -> Array:
     return x[[1, 0, 2]]
 
 
-def test_a_folder_of_images_is_read_in_order_of_name(backbone: Backbone, head: Head, tmp_path: Path) -> None:
+def test_a_folder_of_images_is_read_in_order_of_name(
+    backbone: Backbone, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = folder_of_images(tmp_path)
+    listed = sorted(tmp_path.rglob("*"), reverse=True)
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: listed)
     found = list(predict(backbone, head, chunks_of_images(tmp_path, backbone.input, 2)))
     assert [name for part in found for name in part.chunk.names] == ["a.PNG", "b.png", "sub/c.bmp"]
     expected = probabilities(head, backbone.features(adapt(x, "NHW", backbone.input)))

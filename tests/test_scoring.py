@@ -341,16 +341,12 @@ def test_mcunet_on_omniglot_chooses_the_layers_of_the_reference_experiment():
     """1 MB and 15 % at ratio 1/2: convolutions 30, 31, 34, 37 and 40, counted from the stem."""
     import h5py
 
-    arch, args = "mcunet-5fps", {"size": 128}
-    with h5py.File(real("weights/mcunet-5fps.h5")) as file:
-        tensors = {}
-        file.visititems(
-            lambda name, node: tensors.update({name.replace("/", "."): node}) if "shape" in dir(node) else None
-        )
-        tensors = {k: v[()].astype(np.float32) for k, v in tensors.items() if not k.startswith("classifier")}
+    from stages.importing import Importing, import_model, read_weights
+
+    weights = read_weights(real("weights/mcunet-5fps.h5"))
+    run = import_model(Importing(arch="mcunet-5fps", arch_args={"size": 128}), weights)
     with h5py.File(real("data/omniglot.h5")) as file:
         x, y = file["x"][-200::4], file["y"][-200::4].astype(np.int64)
-    run = Run(Model(arch, args, registry.input_spec(arch, args), "deploy", tensors))
     plan = score(run=run, support=Block(x, y, "NHW"), ratios=(0.5,), micro_batch=10).plan
     names = [op.name for op in deploy(run.model).graph.layers]
     assert [names.index(layer) for layer in plan.layers] == [30, 31, 34, 37, 40]

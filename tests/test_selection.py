@@ -100,10 +100,13 @@ def test_the_weighted_batch_stands_for_the_window(strategy):
         pool, _ = filter_stream([window], Filtering(window=40, keep=15), seed=seed)
         found = choose(pool, strategy=strategy, batch=6, seed=seed)
         weights[seed, found.columns["index"]] = found.columns["weight"]
-    error = np.abs(weights.mean(0) - 1 / 40) / (weights.std(0) / np.sqrt(repeats))
-    assert error.max() < 4.5  # of 40 samples; a rule without weights is off by tens
-    by_class = [weights[:, window.y == label].sum() / repeats for label in range(CLASSES)]
-    np.testing.assert_allclose(by_class, np.bincount(window.y) / 40, rtol=0.1)
+    often = (weights > 0).sum(0) >= 20  # enough draws to know the standard error
+    error = np.abs(weights.mean(0) - 1 / 40)[often] / (weights.std(0)[often] / np.sqrt(repeats))
+    assert often.sum() >= 20
+    assert error.max() < 4.5
+    for label, share in enumerate(np.bincount(window.y) / 40):
+        of_class = weights[:, window.y == label].sum(1)
+        assert abs(of_class.mean() - share) < 4.5 * of_class.std() / np.sqrt(repeats) + 1e-6
 
 
 def test_unweighted_draws_weigh_alike():
@@ -363,15 +366,18 @@ def test_auto_observes_then_chooses_and_says_so():
 def test_auto_stands_for_all_candidates_also_when_it_scores_only_some(monkeypatch):
     monkeypatch.setattr(Tuner, "choose", lambda self, size: Option("titan", size // 2, 4))
     config = Selection(strategy="auto", batch=4)
-    block = candidates(30, columns={"index": np.arange(30)})
-    total, repeats = np.zeros(30), 80
+    shares = np.array([0.6, 0.3, 0.1])
+    weight = shares[np.arange(30) % 3].astype(np.float32) / 10  # as filter writes them
+    block = candidates(30, columns={"index": np.arange(30), "weight": weight})
+    repeats = 100
+    weights = np.zeros((repeats, 30))
     for seed in range(repeats):
-        *found, _ = select_stream([block] * 4, config, weights=lambda number: WEIGHTS, seed=seed)
-        total[found[3].columns["index"]] += found[3].columns["weight"] / repeats
-    assert found[3].facts["auto_candidates"] == 15
-    assert total.sum() == pytest.approx(1.0, abs=0.07)
-    by_class = [total[block.y == label].sum() for label in range(CLASSES)]
-    np.testing.assert_allclose(by_class, 1 / 3, atol=0.05)
+        *_, found, _ = select_stream([block] * 4, config, weights=lambda number: WEIGHTS, seed=seed)
+        weights[seed, found.columns["index"]] = found.columns["weight"]
+    assert found.facts["auto_candidates"] == 15
+    for label, share in enumerate(shares):
+        of_class = weights[:, block.y == label].sum(1)
+        assert abs(of_class.mean() - share) < 4.5 * of_class.std() / np.sqrt(repeats)
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,11 @@ def test_a_plan_for_another_model_is_refused_by_the_layers_name() -> None:
         train_stream(new_run(other), stream(1), sgd())
 
 
+def test_a_plan_in_which_nothing_trains_is_refused() -> None:
+    with pytest.raises(DataError, match="nothing trains"):
+        train_stream(new_run(()), stream(1), sgd())
+
+
 def test_a_stream_without_blocks_is_an_error() -> None:
     with pytest.raises(DataError, match="no blocks"):
         train_stream(new_run(), [], sgd())

@@ -40,7 +40,8 @@ def predict(
 ) -> None:
     """Labels and probabilities for sample blocks or a folder of images.
 
-    HDF5 output is the samples with the columns `predicted` and `probability`.
+    HDF5 output is the samples with the columns `predicted` and `probability`, a block per micro-batch (`edgetrain
+    join` makes one of them).
 
     Example: edgetrain predict adapted.h5 photos/ -o answers.csv
     """

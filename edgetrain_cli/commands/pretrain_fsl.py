@@ -117,8 +117,8 @@ def pretrain_fsl(
 
     Example: torchrun --nproc-per-node 2 -m edgetrain_cli pretrain-fsl ... --per-step 2 -o base.h5
     """
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     arguments = {name: value for name, value in locals().items() if name != "device"}
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     with pipe.stage("pretrain-fsl", {**arguments, "quiet": quiet or rank > 0}) as io, ExitStack() as stack:
         from pathlib import Path
 

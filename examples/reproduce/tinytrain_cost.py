@@ -295,8 +295,8 @@ def report() -> str:
         "# TinyTrain's cost tables",
         "",
         "Written by `make reproduce-tinytrain-cost`; costs follow from shapes alone, so any machine gives the same.",
-        f"{len(cells)} cells: {len(close)} within 1 % or the paper's own rounding, {len(computed) - len(close)} off with",
-        f"a remark, {len(cells) - len(computed)} that cannot be computed. 1 MB = 2^20 bytes.",
+        f"{len(cells)} cells: {len(close)} within 1 % or the paper's own rounding, {len(computed) - len(close)} off",
+        f"with a remark, {len(cells) - len(computed)} that cannot be computed. 1 MB = 2^20 bytes.",
         "",
     ]
     for title, table in tables.items():

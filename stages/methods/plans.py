@@ -12,7 +12,7 @@ from stages.artifacts.records import Array, LayerUpdate, Scores
 from stages.cost.model import full_backward_macs, last_blocks
 from stages.cost.ops import layer_macs
 from stages.errors import UsageError, require
-from stages.fsl.protonet import cosine_logits
+from stages.fsl.protonet import cosine_logits, prototypes
 from stages.importance.criteria import CRITERIA
 from stages.importance.criteria import Evidence as LayerEvidence
 from stages.importance.fisher import fisher_pass
@@ -25,6 +25,7 @@ from stages.planning.budget import Budget, parse_macs, parse_memory
 from stages.planning.layers import SELECTORS, select_layers
 from stages.planning.problem import RATIOS, Channels, Evidence, pose
 from stages.sparse.adaptation import Adapting, adapt
+from stages.sparse.engine import SparseNet
 from stages.sparse.updates import features_of
 
 Updates = tuple[LayerUpdate, ...]
@@ -47,9 +48,12 @@ def planned(planner: Planner) -> Method:
     return method
 
 
-def nothing(backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Updates:
-    """No adaptation: prototypes of the backbone as it is."""
-    return ()
+def nothing(backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Answer:
+    """No adaptation: the nearest prototype of the backbone as it is. Nothing is drawn at random."""
+    features = features_of(SparseNet(backbone, ()), [task.support_x, task.query_x], micro_batch=how.micro_batch)
+    count = len(task.support_y)
+    means = prototypes(features[:count], task.support_y, task.ways)
+    return Answer(cosine_logits(features[count:], means, how.scale).argmax(dim=1))
 
 
 def named(name: str) -> Planner:

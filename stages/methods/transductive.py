@@ -7,13 +7,14 @@ paper trains a linear one that starts from them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stages.artifacts.records import LayerUpdate
 from stages.errors import require
 from stages.fsl.protonet import cosine_logits, prototypes
 from stages.methods.task import Answer, Task
@@ -39,23 +40,27 @@ class Transductive:
     def __call__(self, backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Answer:
         """Train on support and query together, then answer. Nothing is drawn at random."""
         updates = named_plan("full", backbone.graph)
+        net = self.train(backbone, updates, task, how)
+        features = features_of(net, [task.support_x, task.query_x], micro_batch=how.micro_batch)
+        count = len(task.support_y)
+        means = prototypes(features[:count], task.support_y, task.ways)
+        predicted = cosine_logits(features[count:], means, how.scale).argmax(dim=1)
+        return Answer(predicted, updates, self.rate)
+
+    def train(self, backbone: Backbone, updates: Sequence[LayerUpdate], task: Task, how: Adapting) -> SparseNet:
+        """A net whose live channels have had all passes."""
         net = SparseNet(backbone, updates)
         settings = replace(how.optimizing, learning_rate=self.rate)
         optimizer = make_optimizer(net.parameters(), settings)
-        inputs, size = [task.support_x, task.query_x], how.micro_batch
 
         def loss(features: Tensor) -> Tensor:
             return transductive_loss(features, task.support_y, task.ways, how.scale)
 
         for number in range(self.passes):
-            value = gradient_update(net, inputs, loss, micro_batch=size)
+            value = gradient_update(net, [task.support_x, task.query_x], loss, micro_batch=how.micro_batch)
             rate = learning_rate(number, settings)
             checked_step(optimizer, value, rate=rate, clip_norm=settings.clip_norm, where=f"pass {number}")
-        features = features_of(net, inputs, micro_batch=size)
-        count = len(task.support_y)
-        means = prototypes(features[:count], task.support_y, task.ways)
-        predicted = cosine_logits(features[count:], means, how.scale).argmax(dim=1)
-        return Answer(predicted, updates, self.rate)
+        return net
 
 
 def transductive_loss(features: Tensor, labels: Tensor, ways: int, scale: float) -> Tensor:
@@ -64,4 +69,4 @@ def transductive_loss(features: Tensor, labels: Tensor, ways: int, scale: float)
     logits = cosine_logits(features, prototypes(features[:count], labels, ways), scale)
     logs = functional.log_softmax(logits[count:], dim=1)
     entropy = -(logs.exp() * logs).sum(dim=1).mean()
-    return functional.cross_entropy(logits[:count], labels) + torch.nan_to_num(entropy)
+    return functional.cross_entropy(logits[:count], labels) + entropy

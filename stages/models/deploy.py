@@ -207,8 +207,8 @@ def deploy_code(model: Model, code: Code) -> Backbone:
         graph = with_blocks(graph.ops[:-1])
         tensors = {name: value for name, value in tensors.items() if name.rpartition(".")[0] != code.cut}
     if model.form != "batchnorm":
+        check_tensors(tensor_shapes(graph), model.tensors)
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in model.tensors.items()}
-        check_tensors(tensor_shapes(graph), tensors)
     tensors = {name: value.to(torch.float32).contiguous() for name, value in tensors.items()}
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
@@ -228,23 +228,16 @@ def tensor_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{op.name}.bias": (op.out_channels,) for op in graph.layers if op.bias}
 
 
-def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor] | Mapping[str, Array]) -> None:
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Array], where: str = "/model/tensors"
+) -> None:
     """Raise `DataError` for the first tensor that is missing, of another shape, or unknown."""
+    fix = "are --arch and --arg those of the weights?"
     for name, shape in expected.items():
         if name not in found:
-            raise DataError(f"/model/tensors/{name}", "missing", f"shape {shape}", "is it the same architecture?")
-        if tuple(found[name].shape) != shape:
-            raise DataError(
-                f"/model/tensors/{name}",
-                f"shape {tuple(found[name].shape)}",
-                f"{shape}",
-                "are --arch and --arg those of the weights?",
-            )
+            raise DataError(f"{where}/{name}", "missing", f"shape {shape}", fix)
+        if found[name].shape != shape:
+            raise DataError(f"{where}/{name}", f"shape {found[name].shape}", f"{shape}", fix)
     for name in found:
         if name not in expected:
-            raise DataError(
-                f"/model/tensors/{name}",
-                "not a tensor of this architecture",
-                "",
-                "are --arch and --arg those of the weights?",
-            )
+            raise DataError(f"{where}/{name}", "not a tensor of this architecture", "", fix)

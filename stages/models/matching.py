@@ -54,7 +54,7 @@ def _by_name(form: str, shapes: Mapping[str, Shape], weights: Mapping[str, Array
     rest = {name: value for name, value in weights.items() if name not in shapes}
     classifier = _classifier(rest, width)
     tensors = {name: value for name, value in weights.items() if name in shapes or classifier is None}
-    check_tensors(shapes, tensors)
+    check_tensors(shapes, tensors, WHERE)
     return Matched(form, tensors, classifier)
 
 

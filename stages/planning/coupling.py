@@ -190,7 +190,7 @@ class Coupling:
         tensor, size_bytes = kept_input(problem.graph, update, problem.budget.batch)
         return Raw(
             values=live_weights(op, update) + memory_model(problem.budget.memory_model).biases * len(update.bias),
-            saved_bytes=0 if tensor in self._shared else 0,
+            saved_bytes=0 if tensor in self._shared else size_bytes,
             macs=weight_gradient_macs(op, update),
             latency_ns=weight_gradient_ns(problem.measured, update) if problem.measured else 0,
         )

@@ -26,7 +26,7 @@ from stages.models.fused import ACTIVATIONS, Program, Step, laid_out
 from stages.models.graph import Graph, Op
 from stages.sparse.live import Live, channels_of
 from stages.sparse.masks import max_pool_gradient, pack, unpack, window_index
-from stages.sparse.weight_gradients import bias_gradient, weight_gradient
+from stages.sparse.weight_gradients import bias_gradient, is_matrix, weight_gradient
 
 Saved = dict[str, Tensor]
 """Kept tensors: `mask <value>`, `index <operator>`, `whole <value>`, `slice <layer>`."""
@@ -133,7 +133,7 @@ class Suffix:
         if not node.activation:
             return laid_out(flow.gradient, self.channels_last)
         bits = saved[f"mask {node.step.out}"]
-        passes = unpack(bits, len(flow.gradient), node.step.op.shape, self.channels_last)
+        passes = unpack(bits, flow.gradient.shape[0], node.step.op.shape, self.channels_last)
         return flow.gradient.mul_(passes) if flow.fresh else flow.gradient * passes
 
     def _live_gradients(self, live: Live, saved: Saved, gradient: Tensor) -> dict[str, Tensor]:
@@ -195,7 +195,10 @@ class Attached(torch.autograd.Function):
 
 
 def _pull_conv(suffix: Suffix, op: Op) -> Pull:
-    """The transposed convolution of the output gradient."""
+    """The transposed convolution of the output gradient; for 1x1 convolutions, one matrix product."""
+    if is_matrix(op) and set(op.stride) == {1}:
+        matrix = suffix.tensors[f"{op.name}.weight"].flatten(1)
+        return lambda saved, gradient: [Flow((gradient.movedim(1, -1) @ matrix).movedim(-1, 1), fresh=True)]
     spatial = zip(op.in_shape[1:], op.shape[1:], op.kernel, op.stride, op.padding, op.dilation, strict=True)
     unread = [
         size - ((out - 1) * step - 2 * pad + apart * (taps - 1) + 1) for size, out, taps, step, pad, apart in spatial
@@ -246,7 +249,7 @@ def _pull_avg_pool(suffix: Suffix, op: Op) -> Pull:
 
     def pull(saved: Saved, gradient: Tensor) -> list[Flow]:
         plane = gradient.unsqueeze(2) if line else gradient
-        like_input = plane.new_empty(1).expand(len(plane), *shape)  # only its sizes are read
+        like_input = plane.new_empty(1).expand(plane.shape[0], *shape)  # only its sizes are read
         spread = torch.ops.aten.avg_pool2d_backward(
             plane, like_input, kernel, stride, padding, op.ceil_mode, op.count_include_pad, None
         )

@@ -31,14 +31,8 @@ class Live:
         self.bias_channels = torch.tensor(update.bias, dtype=torch.int64, device=device)
         self.weight = nn.Parameter(self.weight_of(tensors)) if update.channels else None
         self.bias = nn.Parameter(self.bias_of(tensors)) if update.bias else None
-
-    @property
-    def keeps(self) -> str:
+        self.keeps = _keeps(op, update)
         """What of its input the weight gradient needs: `nothing`, `whole`, or the live channels' `slice`."""
-        if self.weight is None:
-            return "nothing"
-        sliced = self.by_input or self.op.is_depthwise
-        return "slice" if sliced and len(self.channels) < self.update.axis_channels else "whole"
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters by name: `<layer>.weight`, `<layer>.bias`."""
@@ -73,6 +67,13 @@ class Live:
         return by_group, (self.channels // inside, slice(None), self.channels % inside)
 
 
+def _keeps(op: Op, update: LayerUpdate) -> str:
+    if not update.channels:
+        return "nothing"
+    sliced = update.axis == "input" or op.is_depthwise
+    return "slice" if sliced and update.ratio < 1 else "whole"
+
+
 def channels_of(x: Tensor, channels: Tensor) -> Tensor:
     """Some channels of x (N, C, ...), copied in x's own memory layout.
 
@@ -82,7 +83,7 @@ def channels_of(x: Tensor, channels: Tensor) -> Tensor:
         return x.index_select(1, channels)
     batch, count, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(-1, count).index_select(1, channels)
-    return rows.view(batch, height, width, len(channels)).permute(0, 3, 1, 2)
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def live_layers(graph: Graph, updates: Sequence[LayerUpdate], tensors: Mapping[str, Tensor]) -> dict[str, Live]:

@@ -32,7 +32,7 @@ def weight_gradient(live: Live, x: Tensor, gradient: Tensor) -> Tensor:
     op = live.op
     if op.is_depthwise:
         return depthwise_gradient(op, x, channels_of(gradient, live.channels))
-    if op.kind == "linear" or _is_pointwise(op):
+    if is_matrix(op):
         return _matrix_gradient(live, _rows(op, x), _rows(op, gradient))
     return _input_grouped(live, x, gradient) if live.by_input else _output_grouped(live, x, gradient)
 
@@ -43,7 +43,8 @@ def bias_gradient(live: Live, gradient: Tensor) -> Tensor:
     return gradient.sum(over).index_select(0, live.bias_channels)
 
 
-def _is_pointwise(op: Op) -> bool:
+def is_matrix(op: Op) -> bool:
+    """Whether the layer is one matrix applied at every position: linear, or an unpadded 1x1 convolution."""
     return op.groups == 1 and prod(op.kernel) == 1 and not any(op.padding)
 
 
@@ -62,7 +63,7 @@ def _matrix_gradient(live: Live, x: Tensor, gradient: Tensor) -> Tensor:
     kernel = live.op.kernel
     if live.by_input:
         return (x.t() @ gradient).view(-1, live.op.out_channels, *kernel)
-    everything = len(live.channels) == live.op.out_channels
+    everything = live.update.ratio == 1
     rows = gradient if everything else gradient.index_select(1, live.channels)
     return (rows.t() @ x).view(-1, live.op.in_channels, *kernel)
 
@@ -149,7 +150,7 @@ def _outer_gradient(op: Op, x: Tensor, gradient: Tensor) -> Tensor:
     """Sum over samples of input position times output position, then over the pairs that meet at each kernel tap."""
     inputs, outputs = x.flatten(2).transpose(1, 2)[:, :, None], gradient.flatten(2).transpose(1, 2)[:, None]
     pairs = inputs[0] * outputs[0]
-    for i in range(1, len(inputs)):
+    for i in range(1, x.shape[0]):
         pairs.addcmul_(inputs[i], outputs[i])
     taps = pairs.new_zeros(prod(op.kernel) + 1, x.shape[1])
     places = _taps(op.in_shape[1:], op.shape[1:], op.kernel, op.stride, op.padding, op.dilation)

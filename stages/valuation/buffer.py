@@ -11,10 +11,10 @@ from stages.artifacts.records import Array, Block
 from stages.data.blocks import join_blocks
 from stages.errors import DataError
 from stages.randomness import generator
+from stages.valuation.class_statistics import ClassStatistics
 from stages.valuation.coarse import FILTERS, Arrivals, Filter, keys_of
 from stages.valuation.coreset import coreset
 from stages.valuation.shares import ClassShares
-from stages.valuation.statistics import ClassStatistics
 
 Features = Callable[[Block], Array]
 """Samples -> shallow features, float (n, F)."""
@@ -57,18 +57,30 @@ class CandidateBuffer:
         if not len(chunk):
             return
         chunk = self._numbered(chunk)
-        present, numbers = np.unique(chunk.y, return_counts=True)
-        for label, number in zip(present.tolist(), numbers.tolist(), strict=True):
-            self._seen[label] = self._seen.get(label, 0) + number
-        self._shares.arrive(chunk.y)
+        self._count(chunk.y)
         draws = 1.0 - self._rng.random(len(chunk))
         worth = self.strategy.worth(self._arrivals(chunk, draws))
         self._keys = np.concatenate([self._keys, keys_of(self.strategy, worth, draws)])
         self._worth = np.concatenate([self._worth, worth])
         self._mass = np.concatenate([self._mass, np.ones(len(chunk))])
         self._drop(chunk)
-        self.position += len(chunk)
-        self.arrived += len(chunk)
+        self._advance(len(chunk))
+
+    def miss(self, labels: Array) -> None:
+        """Count samples of the window that were dropped unseen: the candidates of their classes stand for them too."""
+        if len(labels):
+            self._count(labels)
+            self._advance(len(labels))
+
+    def _count(self, labels: Array) -> None:
+        present, numbers = np.unique(labels, return_counts=True)
+        for label, number in zip(present.tolist(), numbers.tolist(), strict=True):
+            self._seen[label] = self._seen.get(label, 0) + number
+        self._shares.arrive(labels)
+
+    def _advance(self, samples: int) -> None:
+        self.position += samples
+        self.arrived += samples
 
     def close_round(self) -> Block:
         """The candidates, with their weights in the window's mean loss, and the counts of the window's classes.

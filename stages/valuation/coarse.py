@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from stages.artifacts.records import Array
-from stages.valuation.statistics import ClassStatistics
+from stages.valuation.class_statistics import ClassStatistics
 
 CENTRE_SHARE = 0.1
 """`priority`: distances count from this share of the class's radius, so that no sample's priority is unbounded."""

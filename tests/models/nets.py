@@ -90,6 +90,25 @@ class Functional(nn.Module):
         return F.linear(both, self.weight).relu()
 
 
+class Pools(nn.Module):
+    """Pooling in all its ways, concatenation, addition, flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.wide = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2)
+        self.fc = nn.Linear(96, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.conv(x))
+        top = F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=True)
+        mean = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
+        x = torch.cat((top, mean), 1)
+        x = F.relu(self.wide(x)) + x
+        x = F.avg_pool2d(x, (2, 2), ceil_mode=True)
+        return F.relu(self.fc(x.flatten(1)))
+
+
 def write_module(folder: Path, name: str = "user_models") -> None:
     """A file that defines factories of user models, importable once `folder` is on the path."""
     source = """

@@ -1,6 +1,7 @@
 """Selectors against each other, against every combination, and against budgets that are one unit too small."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,6 +23,13 @@ from tests.planning.problems import costs, problems, random_scores
 @given(problem=problems())
 def test_knapsack_is_the_optimum(problem):
     assert knapsack(problem).score == pytest.approx(exhaustive(problem).score, rel=1e-7, abs=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems())
+def test_a_narrow_beam_is_widened_until_nothing_is_left_out(problem):
+    with patch("stages.planning.knapsack.BEAM", 1), patch("stages.planning.knapsack.RIVALS", 1):
+        assert knapsack(problem).score == pytest.approx(exhaustive(problem).score, rel=1e-7, abs=0)
 
 
 @settings(max_examples=60, deadline=None)

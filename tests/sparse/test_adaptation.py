@@ -41,13 +41,17 @@ class Trials:
 
     def __init__(self, results: dict[float, Any]) -> None:
         self.how, self.results = SimpleNamespace(learning_rates=tuple(results)), results
+        self.trained: list[Any] = []
+        self.scored: list[Any] = []
 
     def train(self, rows: Any, rate: float) -> tuple[float, tuple[()]]:
+        self.trained.append(rows)
         if isinstance(self.results[rate], Exception):
             raise self.results[rate]
         return rate, ()
 
     def score(self, net: float, rest: Any, left_out: Any) -> tuple[int, float]:
+        self.scored.append((rest, left_out))
         return self.results[net]  # type: ignore[no-any-return]
 
 
@@ -63,6 +67,17 @@ class Trials:
 def test_the_best_rate(results: dict[float, Any], best: float) -> None:
     fold = (np.array([0]), np.array([1]))
     assert choose_rate(Trials(results), [fold, fold]) == best  # type: ignore[arg-type]
+
+
+def test_candidates_train_on_the_rest_and_are_scored_on_what_was_left_out() -> None:
+    folds = leave_out_folds(np.array([0, 0, 1, 1]), 2, np.random.default_rng(0))
+    trials = Trials({0.0: (1, 1.0), 1e-3: (1, 2.0)})
+    choose_rate(trials, folds)  # type: ignore[arg-type]
+    expected = [*folds, *folds]
+    assert [list(rows) for rows in trials.trained] == [list(rest) for rest, _ in expected]
+    assert [(list(rest), list(out)) for rest, out in trials.scored] == [
+        (list(rest), list(out)) for rest, out in expected
+    ]
 
 
 def test_where_nothing_can_be_left_out_the_rate_is_the_fallback() -> None:

@@ -56,10 +56,10 @@ def check_gradients(case, dtype: torch.dtype, relative: float, floor: float, **o
     weighted(mine).backward()
     expected = expected_gradients(net, backbone, dense, updates)
     assert len(expected) == len(net.parameters()) > 0
-    scale = max(float(gradient.norm()) for gradient in expected)
+    scale = max(1.0, *(float(gradient.norm()) for gradient in dense.values()))  # sums that cancel round by this scale
     for parameter, gradient in zip(net.parameters(), expected, strict=True):
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert_close(found, gradient, relative, floor * max(1.0, scale))
+        assert_close(found, gradient, relative, floor * scale)
 
 
 @FEW
@@ -71,14 +71,14 @@ def test_gradients_equal_dense_autograd_in_double_precision(case):
 @FEW
 @given(cases())
 def test_gradients_equal_dense_autograd_in_single_precision(case):
-    check_gradients(case, torch.float32, 1e-5, 1e-6)
+    check_gradients(case, torch.float32, 1e-5, 5e-6)
 
 
 @settings(FEW, max_examples=25)
 @given(cases(), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
 def test_the_memory_layout_does_not_change_gradients(case, channels_last, dtype):
     relative = 1e-5 if dtype == torch.float32 else 1e-10
-    check_gradients(case, dtype, relative, relative / 10, channels_last=channels_last)
+    check_gradients(case, dtype, relative, relative / 2, channels_last=channels_last)
 
 
 def kept_bytes(net: SparseNet, x: torch.Tensor) -> int:

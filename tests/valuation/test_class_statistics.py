@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stages.valuation.statistics import ClassStatistics, by_class
+from stages.valuation.class_statistics import ClassStatistics, by_class
 
 
 def stream(n=60, dim=5, classes=3, seed=0):

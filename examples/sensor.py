@@ -1,0 +1,86 @@
+"""A sensor: sends the samples of a block file one by one, at a fixed rate, and counts how often it was made to wait.
+
+    python examples/sensor.py stream.h5 --rate 200 --seconds 10 --run run.h5 |
+        edgetrain filter --pace demand --window 30 | edgetrain select | edgetrain train-sparse -o adapted.h5
+
+A stall is a sample that could not be handed over before the next was due. The clock starts when the first sample has
+been taken in, for a sensor is switched on when there is somebody to listen. It ends with one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import fcntl
+import os
+import select
+import sys
+import termios
+import time
+from itertools import count, cycle, islice
+
+from stages.artifacts.hdf5 import encode
+from stages.artifacts.records import Block
+from stages.artifacts.stream import open_records
+
+
+def images(path: str, most: int) -> list[bytes]:
+    """The first samples of a file, each as a record of its own."""
+    blocks = (record for record in open_records(path) if isinstance(record, Block))
+    return [encode(sample) for sample in islice((one for block in blocks for one in block.slices(1)), most)]
+
+
+def unread_bytes() -> int:
+    """Bytes on stdout's pipe that nobody has taken yet."""
+    number = array.array("i", [0])
+    fcntl.ioctl(1, termios.FIONREAD, number)
+    return number[0]
+
+
+def hand_over(data: bytes, due_s: float) -> bool:
+    """Write all of it; whether that was done in time."""
+    view, late = memoryview(data), False
+    while view:
+        try:
+            view = view[os.write(1, view) :]
+        except BlockingIOError:
+            select.select([], [1], [], max(due_s - time.perf_counter(), 0.001))
+        late = late or (bool(view) and time.perf_counter() > due_s)
+    return not late
+
+
+def run(samples: list[bytes], rate: float, seconds: float) -> tuple[int, int]:
+    """Send samples until the time is up; how many there were and how many stalled."""
+    hand_over(samples[0], float("inf"))
+    while unread_bytes():
+        time.sleep(0.01)
+    stalls, start_s = 0, time.perf_counter()
+    for number, data in zip(count(1), cycle(samples), strict=False):
+        due_s = start_s + number / rate
+        if due_s > start_s + seconds:
+            return number, stalls
+        time.sleep(max(due_s - time.perf_counter(), 0.0))
+        stalls += not hand_over(data, due_s + 1.0 / rate)
+    raise AssertionError("the stream is endless")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("samples")
+    parser.add_argument("--rate", type=float, default=100.0, help="samples per second")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--run", help="a run record to send first")
+    parser.add_argument("--distinct", type=int, default=500, help="samples to read; they are sent over and over")
+    options = parser.parse_args()
+    os.set_blocking(1, False)
+    try:
+        if options.run is not None:
+            hand_over(open(options.run, "rb").read(), float("inf"))
+        sent, stalls = run(images(options.samples, options.distinct), options.rate, options.seconds)
+    except BrokenPipeError:
+        sys.exit(141)
+    print(f"sensor: {sent} samples, {stalls} stalls", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
