@@ -146,7 +146,9 @@ class Sender:
 def check_pipe(out: str) -> None:
     """Raise `UsageError` unless stdout is a pipe: only a pipe tells whether its reader is ready."""
     if out != STDIO or not stat.S_ISFIFO(os.fstat(1).st_mode):
-        raise UsageError("--pace", "demand without a pipe on stdout", "a stage that asks", "pipe into `edgetrain select`")
+        raise UsageError(
+            "--pace", "demand without a pipe on stdout", "a stage that asks", "pipe into `edgetrain select`"
+        )
 
 
 def unread_bytes(descriptor: int) -> int:

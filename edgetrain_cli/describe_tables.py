@@ -62,8 +62,21 @@ def _model_facts(model: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
+PROFILE_COLUMNS = (
+    "kind",
+    "parameters",
+    "macs",
+    "backward_macs",
+    "saved_bytes",
+    "buffer_bytes",
+    "forward_s",
+    "backward_s",
+)
+"""What fits a page; `--json` has the rest."""
+
+
 def _profile_table(profile: Mapping[str, Any]) -> Table:
-    names = [name for name, values in profile["columns"].items() if any(value not in (0, None) for value in values)]
+    names = [name for name in PROFILE_COLUMNS if name in profile["columns"]]
     table = _table("cost per layer", "layer", *names)
     rows = zip(profile["layer"], *(profile["columns"][name] for name in names), strict=True)
     return _filled(table, ([layer, *map(unit, names, values)] for layer, *values in rows))

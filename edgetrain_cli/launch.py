@@ -65,20 +65,26 @@ def run_pipeline(stages: Sequence[Sequence[str]], run_stage: Callable[[Sequence[
 
     The code is that of the stage that failed first, a stage that merely lost its reader (SIGPIPE) not counted.
     """
-    for module in PRELOADED:
-        importlib.import_module(module)
-    gc.collect()
-    gc.freeze()
+    preload()
     live = None
-    if LIVE_VARIABLE not in os.environ and not any("--live" in words for words in stages):
+    trains = any(words[0] == "train-sparse" for words in stages)
+    if trains and LIVE_VARIABLE not in os.environ and not any("--live" in words for words in stages):
         live = os.environ[LIVE_VARIABLE] = tempfile.mkdtemp(prefix="edgetrain-live-")
     try:
-        children = _start(stages, run_stage)
+        children = start(stages, run_stage)
         with _forwarding(list(children)):
             return exit_code(_wait(children, stages))
     finally:
         if live is not None:
             shutil.rmtree(live, ignore_errors=True)
+
+
+def preload() -> None:
+    """Import what the stages share, once, and keep the garbage collector from touching it after the fork."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
 
 
 def exit_code(ended: Sequence[Ended]) -> int:
@@ -91,7 +97,7 @@ def exit_code(ended: Sequence[Ended]) -> int:
     return next((code for code in failures if code != 128 + signal.SIGPIPE), failures[0] if failures else 0)
 
 
-def _start(stages: Sequence[Sequence[str]], run_stage: Callable[[Sequence[str]], int]) -> dict[int, int]:
+def start(stages: Sequence[Sequence[str]], run_stage: Callable[[Sequence[str]], int]) -> dict[int, int]:
     """Fork the stages with pipes between them; process id -> position."""
     children: dict[int, int] = {}
     source = 0

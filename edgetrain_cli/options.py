@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-In = Annotated[str, typer.Argument(metavar="[IN]", help="Artifact or stream to read; - is stdin.")]
+In = Annotated[str, typer.Argument(metavar="IN", help="Artifact or stream to read; - is stdin.")]
 Out = Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Where to write; - is stdout.")]
 RunFile = Annotated[
     str | None,

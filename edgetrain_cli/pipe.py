@@ -306,6 +306,8 @@ class Watched(io.RawIOBase):
                     break
             data = os.read(0, len(buffer))
         except Stopped:
+            if not self._owner.stop_requested():
+                raise
             return 0
         finally:
             self._owner._waiting = False
@@ -340,6 +342,17 @@ def _rounds(records: Iterator[Record], where: str) -> Iterator[Block]:
 def _with_first(first: Block | End, rest: Iterator[Record]) -> Iterator[Record]:
     yield first
     yield from rest
+
+
+def read_checkpoint(path: str) -> Run:
+    """The checkpoint in a file."""
+    from stages.artifacts.records import Run
+    from stages.artifacts.stream import open_records
+
+    record = next(open_records(path))
+    if not isinstance(record, Run):
+        raise DataError(path, "sample blocks", "a checkpoint of `edgetrain train-sparse --checkpoint`")
+    return record
 
 
 def write_stdout(data: bytes) -> None:

@@ -1,5 +1,6 @@
 """The demo's table and picture, from the artifacts that it left in a folder."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -41,20 +42,25 @@ def curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 def main(folder: Path) -> None:
     runs = {method: [read_run(path) for path in sorted(folder.glob(f"{method}-*.h5"))] for method in METHODS}
-    start, planned = read_run(folder / "before.h5"), read_run(folder / "run.h5")
+    planned, adapted = read_run(folder / "run.h5"), read_run(folder / "adapted.h5")
     test = next(open_records(folder / "test.h5"))
-    before = 100 * evaluate(start, [test]).interval.value
+    before = 100 * json.loads((folder / "before.json").read_text())["accuracy"]
+    few_shot = 100 * evaluate(adapted, [test]).interval.value
     graph = deploy(planned.model).graph
     full = make_plan("full", named_plan("full", graph), graph, memory_model=planned.plan.memory_model, optimizer="sgd")
     costs = {"titan": planned.plan, "random": planned.plan, "full": full}
-    Console().print(table(runs, costs, before))
-    draw(folder / "demo.png", runs, planned, before)
+    Console().print(table(runs, costs, before, few_shot))
+    draw(folder / "demo.png", runs, planned, before, few_shot)
     print(f"picture: {folder / 'demo.png'}")
 
 
-def table(runs, costs, before: float) -> Table:
+def table(runs, costs, before: float, few_shot: float) -> Table:
     seeds = len(runs["titan"])
-    result = Table(title=f"Accuracy on held-out digits, {seeds} seeds (before training: {before:.1f} %)")
+    result = Table(
+        title="Accuracy on held-out digits\n"
+        f"five samples per class, no training: {before:.1f} %; planned layers trained on them: {few_shot:.1f} %\n"
+        f"then from the stream, {seeds} seeds:"
+    )
     for heading in ("training", "half-way %", "end %", "gain", "samples used", "memory KiB", "backward k MACs"):
         result.add_column(heading, justify="left" if heading == "training" else "right")
     for method, (label, _) in METHODS.items():
@@ -74,14 +80,15 @@ def table(runs, costs, before: float) -> Table:
     return result
 
 
-def draw(path: Path, runs, planned: Run, before: float) -> None:
+def draw(path: Path, runs, planned: Run, before: float, few_shot: float) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
     for method, (label, colour) in METHODS.items():
         curves = [curve(run) for run in runs[method]]
         updates, accuracy = curves[0][0], np.array([values for _, values in curves])
         left.plot(updates, accuracy.mean(axis=0), color=colour, label=label)
         left.fill_between(updates, accuracy.min(axis=0), accuracy.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-    left.axhline(before, color="black", linestyle=":", label="before training")
+    left.axhline(few_shot, color="black", linestyle="--", linewidth=1, label="after the support set")
+    left.axhline(before, color="black", linestyle=":", linewidth=1, label="before training")
     left.set(xlabel="updates", ylabel="accuracy on held-out digits (%)", title="Learning from the stream")
     left.legend(frameon=False)
     layers = [op.name for op in deploy(planned.model).graph.layers]
@@ -89,7 +96,9 @@ def draw(path: Path, runs, planned: Run, before: float) -> None:
     right.barh(layers, [100] * len(layers), color="0.92")
     right.barh(layers, shares, color="tab:blue")
     right.invert_yaxis()
-    right.set(xlabel="channels that train (%)", xlim=(0, 100), title=f"The plan: {planned.plan.memory_bytes / 1024:.0f} KiB")
+    right.set(
+        xlabel="channels that train (%)", xlim=(0, 100), title=f"The plan: {planned.plan.memory_bytes / 1024:.0f} KiB"
+    )
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -1,6 +1,6 @@
 """The stages from Python, without the command line: import, plan, filter, select, train, evaluate.
 
-    python examples/library.py
+python examples/library.py
 """
 
 import numpy as np
@@ -38,7 +38,9 @@ def main() -> None:
     )
     trained = simulate(run, [bars(2000, 1)], settings)
     print("plan:", ", ".join(f"{update.layer} {100 * update.ratio:.0f} %" for update in run.plan.updates))
-    print(f"accuracy after {trained.model.version} updates: {100 * evaluate(trained, [bars(300, 2)]).interval.value:.1f} %")
+    print(
+        f"accuracy after {trained.model.version} updates: {100 * evaluate(trained, [bars(300, 2)]).interval.value:.1f} %"
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import sys
 import termios
 import time
 from itertools import count, cycle, islice
+from pathlib import Path
 
 from stages.artifacts.hdf5 import encode
 from stages.artifacts.records import Block
@@ -37,6 +38,14 @@ def unread_bytes() -> int:
     return number[0]
 
 
+def watch_reader() -> None:
+    """Raise `BrokenPipeError` when the reader has gone."""
+    poll = select.poll()
+    poll.register(1, 0)
+    if any(event & select.POLLERR for _, event in poll.poll(0)):
+        raise BrokenPipeError
+
+
 def hand_over(data: bytes, due_s: float) -> bool:
     """Write all of it; whether that was done in time."""
     view, late = memoryview(data), False
@@ -53,6 +62,7 @@ def run(samples: list[bytes], rate: float, seconds: float) -> tuple[int, int]:
     """Send samples until the time is up; how many there were and how many stalled."""
     hand_over(samples[0], float("inf"))
     while unread_bytes():
+        watch_reader()
         time.sleep(0.01)
     stalls, start_s = 0, time.perf_counter()
     for number, data in zip(count(1), cycle(samples), strict=False):
@@ -75,7 +85,7 @@ def main() -> None:
     os.set_blocking(1, False)
     try:
         if options.run is not None:
-            hand_over(open(options.run, "rb").read(), float("inf"))
+            hand_over(Path(options.run).read_bytes(), float("inf"))
         sent, stalls = run(images(options.samples, options.distinct), options.rate, options.seconds)
     except BrokenPipeError:
         sys.exit(141)

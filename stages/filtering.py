@@ -95,9 +95,7 @@ def filter_on_demand(
     return DemandBuffer(_buffer(config, features, seed, on_note), config.window)
 
 
-def _buffer(
-    config: Filtering, features: Features | None, seed: int, on_note: Callable[[str], None]
-) -> CandidateBuffer:
+def _buffer(config: Filtering, features: Features | None, seed: int, on_note: Callable[[str], None]) -> CandidateBuffer:
     if config.needs_model and features is None:
         raise UsageError(
             "--strategy",

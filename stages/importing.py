@@ -23,7 +23,7 @@ from stages.errors import DataError, UsageError, require
 from stages.models import registry
 from stages.models.deploy import deploy, final_linear, state
 from stages.models.matching import Matched, match
-from stages.models.trace import Traced, trace_module
+from stages.models.tracing import Traced, trace_module
 
 CLASSIFIERS = ("keep", "drop", "features")
 WRAPPERS = ("state_dict", "model_state_dict", "model")

@@ -72,7 +72,12 @@ def simulate(
     candidates = filter_stream(samples, pipeline.filtering, features=features, seed=pipeline.filter_seed)
     updates = None if run.plan is None else run.plan.updates
     batches = select_stream(
-        _blocks(candidates), pipeline.selection, weights=weights, updates=updates, seed=pipeline.select_seed
+        _blocks(candidates),
+        pipeline.selection,
+        weights=weights,
+        updates=updates,
+        backbone=backbone,
+        seed=pipeline.select_seed,
     )
     return train_stream(run, _blocks(batches), pipeline.training, publish=publish, on_step=on_step, allow=allow)
 

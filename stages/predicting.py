@@ -66,7 +66,7 @@ def predict(
 def head_for(model: Model, backbone: Backbone, support: Block | None, chunk: int) -> Head:
     """The record's head, or prototypes of the classes of `support`. Raises `UsageError` when there is neither."""
     if support is None:
-        if model.head is None:
+        if model.head is None or not len(model.head.labels):
             raise UsageError(
                 "/model/head",
                 "the model has no head",

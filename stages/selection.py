@@ -8,17 +8,20 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from stages.artifacts.records import Array, Block, End, LayerUpdate
 from stages.cost.model import forward_macs
 from stages.cost.training import plan_backward_macs
 from stages.errors import require
+from stages.models.deploy import Backbone
 from stages.models.graph import Graph
 from stages.randomness import generator
 from stages.valuation import fine
 from stages.valuation.designs import draw
 from stages.valuation.efficiency import Costs, Option, Tuner
 from stages.valuation.fine import SELECTIONS, Chosen, GradientView
+from stages.valuation.forward import Forward
 from stages.valuation.scoring import IMPORTANCES, flat_inputs, masses, scored
 from stages.valuation.scoring import Weights as Weights  # what callers hand in
 
@@ -46,6 +49,8 @@ class Selection:
     plan, or 3 (full training) without one."""
     overlap: bool = False
     """`auto` only: training goes on at the same time, on another processor."""
+    send_features: bool = False
+    """Chosen samples take the frozen layers' outputs with them, so that the trainer need not compute them again."""
 
     def __post_init__(self) -> None:
         require(self.batch >= 1, "--batch", f"{self.batch}", "at least 1")
@@ -56,6 +61,9 @@ class Selection:
         require(0.0 <= self.epsilon <= 1.0, "--epsilon", f"{self.epsilon}", "0 to 1")
         most = self.batch if self.max_batch is None else self.max_batch
         require(most >= self.batch, "--max-batch", f"{most}", f"at least --batch {self.batch}")
+        require(
+            not (self.send_features and self.strategy == AUTO), "--send", "features with --strategy auto", "a strategy"
+        )
         require(self.update_cost is None or self.update_cost >= 1, "--update-cost", f"{self.update_cost}", "at least 1")
 
     @property
@@ -70,6 +78,10 @@ def select_stream(
     *,
     weights: Callable[[int], Weights] | None = None,
     updates: Sequence[LayerUpdate] | None = None,
+    backbone: Backbone | None = None,
+    ready: Callable[[int], bool] | None = None,
+    passed: int = 0,
+    replayed: bool = True,
     seed: int = 0,
     on_note: Callable[[str], None] = lambda text: None,
     on_step: Callable[[int], None] = lambda round: None,
@@ -79,7 +91,12 @@ def select_stream(
     Args:
         blocks: candidates; a block without round gets its place in the stream as one.
         weights: round -> the weights to score it with; asked once per block, in order, where the strategy scores.
-        updates: the plan's, for `importance="live"`.
+        updates: the plan's, for `importance="live"`, and to know what is frozen.
+        backbone: with the starting weights: frozen layers are prepared once. Needed for `ready` and `send_features`.
+        ready: round -> whether its batch is wanted by now: scoring then stops and what has been scored stands for all
+            (anytime selection). None scores all candidates.
+        passed: so many rounds have been used already by a trainer that goes on from a checkpoint. `replayed`: the
+            stream begins anew and these rounds pass as empty blocks; else it goes on and rounds count from there.
         on_note: gets one line whenever `auto` changes its mind.
         on_step: gets the number of rounds done so far.
 
@@ -101,11 +118,28 @@ def select_stream(
         "a run record with a plan",
         "make one with `edgetrain score-layers`",
     )
+    require(
+        ready is None or (config.needs_model and config.importance == "last-layer" and config.strategy != AUTO),
+        "--until-ready",
+        f"--strategy {config.strategy} with --importance {config.importance}",
+        "a scored strategy (not auto) by last-layer importance",
+    )
+    require(
+        backbone is not None or not config.send_features,
+        "--send",
+        "features without a model",
+        "a run record with a plan",
+        "put the run record first in the stream, or give --run FILE",
+    )
+    wants_forward = backbone is not None and (config.needs_model or config.send_features) and config.strategy != AUTO
+    forward = Forward(backbone, updates, send=config.send_features) if wants_forward and backbone is not None else None
     done, told, tuner = 0, "", None
     for block in blocks:
-        number = done if block.round is None else block.round
+        number = (done if block.round is None else block.round) + (0 if replayed else passed)
         block, rng = replace(block, round=number), generator(seed, "select", number)
-        if config.strategy == AUTO and weights is not None and len(block):
+        if number < passed:
+            yield block.take(slice(0, 0))
+        elif config.strategy == AUTO and weights is not None and len(block):
             current = cache(partial(weights, number))
             tuner = tuner or _tuner(config, current().backbone.graph, updates)
             chosen, option = auto_block(block, config, tuner, current, updates, rng)
@@ -115,7 +149,8 @@ def select_stream(
             yield chosen
         else:
             known = weights(number) if weights is not None and config.needs_model else None
-            yield select_block(block, config, known, updates, rng)
+            wanted = None if ready is None else partial(ready, number)
+            yield select_block(block, config, known, updates, rng, forward=forward, ready=wanted)
         done += 1
         on_step(done)
     yield End(done)
@@ -127,21 +162,31 @@ def select_block(
     weights: Weights | None,
     updates: Sequence[LayerUpdate] | None,
     rng: np.random.Generator,
+    *,
+    forward: Forward | None = None,
+    ready: Callable[[], bool] | None = None,
 ) -> Block:
     """The batch chosen from one block of candidates.
 
     Columns `weight` and, where candidates were scored, `score` (the gradient norm); per class `allocation` (draws);
     facts `strategy`, `design`, `strata` and, where scored, `variance`, `variance_is`, `variance_random` in closed form
-    for this pool, and `squared_bias` for strategies without chance. Samples without mass are no candidates. An empty
-    block stays one.
+    for this pool, and `squared_bias` for strategies without chance; `candidates` is how many there were, `scored` how
+    many of them were looked at before `ready` said stop. Samples without mass are no candidates. An empty block stays
+    one. `forward` computes the features; None does it the plain way.
     """
     if not len(block):
         return replace(block, columns={**block.columns, "weight": np.zeros(0, np.float32)},
                        facts={**block.facts, "strategy": config.strategy})  # fmt: skip
     pool, mass = _with_mass(block)
-    view = view_of(pool, mass, config, weights, updates)
+    pool, features = replace(pool, facts={**pool.facts, "candidates": len(pool)}), None
+    if forward is not None and weights is not None:
+        looked = forward.look(pool, mass, weights, ready=ready, rng=rng)
+        pool, mass, features = looked.pool, looked.mass, looked.features
+        pool = replace(pool, facts={**pool.facts, "scored": len(pool)})
+    view = view_of(pool, mass, config, weights, updates, features)
     chosen = SELECTIONS[config.strategy].choose(view, config.batch, config.epsilon, rng)
-    return _emit(pool, view, chosen, config)
+    batch = _emit(pool, view, chosen, config)
+    return batch if forward is None or weights is not None else forward.attach(batch)
 
 
 def _tuner(config: Selection, graph: Graph, updates: Sequence[LayerUpdate] | None) -> Tuner:
@@ -199,7 +244,12 @@ def _with_mass(block: Block) -> tuple[Block, Array]:
 
 
 def view_of(
-    block: Block, mass: Array, config: Selection, weights: Weights | None, updates: Sequence[LayerUpdate] | None
+    block: Block,
+    mass: Array,
+    config: Selection,
+    weights: Weights | None,
+    updates: Sequence[LayerUpdate] | None,
+    features: Tensor | None = None,
 ) -> GradientView:
     """What the configured strategy may look at, and no more: only strategies that need gradients cost a pass."""
     needs = SELECTIONS[config.strategy].needs
@@ -207,7 +257,7 @@ def view_of(
         return GradientView(block.y, mass, inputs=flat_inputs(block))
     if needs == "labels" or weights is None:
         return GradientView(block.y, mass)
-    return scored(block, mass, weights, config.importance, updates)
+    return scored(block, mass, weights, config.importance, updates, features)
 
 
 def _emit(pool: Block, view: GradientView, chosen: Chosen, config: Selection) -> Block:

@@ -17,19 +17,21 @@ import numpy as np
 import torch
 
 from stages.artifacts.history import model_hash
-from stages.artifacts.records import Array, Block, Head, LayerUpdate, Run
+from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate, Run
 from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
 from stages.models import heads
-from stages.models.deploy import Backbone, deploy, store
+from stages.models.deploy import deploy, store
 from stages.models.graph import Graph
 from stages.models.inputs import adapt as model_input
 from stages.planning.baselines import named_plan
 from stages.planning.plans import check_plan
 from stages.sparse.adaptation import Adapting, adapt
 from stages.sparse.checkpoints import Checkpoint, read_checkpoint
+from stages.sparse.engine import SparseNet
 from stages.sparse.learner import Batch, StreamLearner
 from stages.sparse.optimizers import Optimizing, load_state, state_arrays
 from stages.sparse.prefix_file import PrefixFile
+from stages.sparse.updates import PrefixCache, Source
 
 STAGE = "train-sparse"
 """Name of the metrics' table in the run record."""
@@ -259,7 +261,7 @@ class _Trainer:
 
     def take(self, block: Block, holdout: Holdout | None) -> Update:
         """One update from one block."""
-        figures = self.learner.update(_batch(block, self.backbone))
+        figures = self.learner.update(_batch(block, self.learner.net, self.backbone.input))
         self.blocks += 1
         measured = holdout is not None and self.blocks % holdout.every == 0
         update = Update(
@@ -302,7 +304,7 @@ class _Trainer:
         return hits / len(block)
 
 
-def _batch(block: Block, backbone: Backbone) -> Batch:
+def _batch(block: Block, net: SparseNet, spec: InputSpec) -> Batch:
     """A block as model inputs, with its importance weights or else 1 / N."""
     size = len(block)
     weights = block.columns.get("weight")
@@ -310,12 +312,20 @@ def _batch(block: Block, backbone: Backbone) -> Batch:
         weights = np.full(size, 1 / max(size, 1), np.float32)
     elif np.shape(weights) != (size,):
         raise DataError("weight", f"shape {np.shape(weights)}", f"({size},)")
-    x = (
-        model_input(np.asarray(block.x[:]), block.layout, backbone.input)
-        if size
-        else torch.zeros(0, *backbone.input.shape)
-    )
-    return Batch(x, np.asarray(block.y), np.asarray(weights), heads.class_names(block))
+    return Batch(_source(block, net, spec), np.asarray(block.y), np.asarray(weights), heads.class_names(block))
+
+
+def _source(block: Block, net: SparseNet, spec: InputSpec) -> Source:
+    """Where training on a block starts: at the model's input, or behind the frozen layers where `select` ran them."""
+    if not len(block):
+        return torch.zeros(0, *spec.shape)
+    if "boundary" not in block.facts:
+        return model_input(np.asarray(block.x[:]), block.layout, spec)
+    if block.facts["boundary"] != " ".join(net.boundary):
+        found, expected = f"features of {block.facts['boundary']}", f"those of {' '.join(net.boundary)}"
+        raise DataError("stream", found, expected, "train the plan that `select` was given")
+    names = [name for name in block.columns if name.startswith("boundary")]
+    return PrefixCache.from_arrays({name: block.columns[name] for name in names})
 
 
 def _with_rows(run: Run, columns: Mapping[str, Array]) -> Run:

@@ -174,7 +174,7 @@ def test_a_batchnorm_without_weights_cannot_hold_training() -> None:
             return self.conv(self.bn(x)).mean((2, 3))
 
     from stages.models.deploy import fold
-    from stages.models.trace import trace_module
+    from stages.models.tracing import trace_module
 
     module = randomise(Net())
     traced = trace_module(module, (3, 8, 8))

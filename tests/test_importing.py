@@ -27,7 +27,7 @@ from stages.importing import (
 )
 from stages.models.deploy import deploy, fold
 from stages.models.registry import build
-from stages.models.trace import trace
+from stages.models.tracing import trace
 from tests.models.nets import Classifier, randomise, write_module
 from tests.realdata import real
 

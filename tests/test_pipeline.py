@@ -1,16 +1,18 @@
 """The streaming pipeline in one process: what the lag means, round by round."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from stages.artifacts.live import Version, version_for
 from stages.artifacts.records import Block
-from stages.errors import UsageError
+from stages.errors import DataError, UsageError
 from stages.filtering import filter_stream
 from stages.models.deploy import deploy
 from stages.pipeline import Pipeline, simulate
 from stages.randomness import generator
-from stages.selection import Weights, select_block
+from stages.selection import Selection, Weights, select_block
 from stages.sparse_training import train_stream
 from tests.pipes.streaming import assert_same, new_run, pipeline, samples
 
@@ -57,3 +59,20 @@ def test_every_update_is_reported():
 def test_a_negative_lag_is_refused():
     with pytest.raises(UsageError, match="lag"):
         Pipeline(lag=-1)
+
+
+def test_training_behind_the_frozen_layers_equals_training_from_the_input():
+    plain, sent = (
+        simulate(new_run(), [samples(110)], pipeline(1, selection=Selection(batch=4, send_features=send)))
+        for send in (False, True)
+    )
+    assert plain.model.version == sent.model.version == 6
+    for name, tensor in plain.model.tensors.items():
+        np.testing.assert_allclose(sent.model.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(sent.metrics["train-sparse"]["loss"], plain.metrics["train-sparse"]["loss"], rtol=1e-4)
+
+
+def test_features_of_another_plan_are_refused():
+    settings = pipeline(1, selection=Selection(batch=4, send_features=True))
+    with pytest.raises(DataError, match="features of"):
+        simulate(new_run(), [samples(110)], replace(settings, training=replace(settings.training, plan="full")))

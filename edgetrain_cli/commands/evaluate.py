@@ -87,7 +87,9 @@ def evaluate(
     quiet: Quiet = False,
     cpus: Cpus = None,
 ) -> None:
-    """Accuracy with its 95 % interval: of a run record on samples, or of adaptation methods over many few-shot tasks.
+    """Accuracy with its 95 % interval.
+
+    Of a run record on samples, or of adaptation methods over many few-shot tasks.
 
     On samples the record's head answers, or class means of --support. With --tasks every method adapts the backbone to
     the same tasks, drawn as Meta-Dataset draws them or with fixed --ways; the table shows paired differences.

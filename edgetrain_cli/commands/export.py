@@ -21,7 +21,9 @@ def export(
     arch: Arch = None,
     quiet: Quiet = False,
 ) -> None:
-    """The trained model for other tools: .safetensors, .pth (a state dict under the model's own names) or .onnx.
+    """Write the trained model for other tools.
+
+    As .safetensors, .pth (a state dict under the model's own names) or .onnx, by the name of the output.
 
     The exported model is run once and compared with ours.
 

@@ -14,7 +14,9 @@ def filter_samples(
     source: In = "-",
     out: Out = "-",
     run_file: RunFile = None,
-    window: Annotated[int, typer.Option("--window", min=1, help="Samples per round; at --pace demand the fewest.")] = 100,
+    window: Annotated[
+        int, typer.Option("--window", min=1, help="Samples per round; at --pace demand the fewest.")
+    ] = 100,
     pace: Annotated[
         str,
         typer.Option(
@@ -46,7 +48,9 @@ def filter_samples(
     history: History = True,
     cpus: Cpus = None,
 ) -> None:
-    """Keep the candidates worth scoring: one block per window of a stream.
+    """Keep the candidates of a stream worth scoring.
+
+    One block per window of the stream.
 
     Reads samples (after a run record, if there is one, which is forwarded at once) and keeps --keep of every --window,
     by default a random sample of each class with the places shared evenly. Each block of candidates says how many

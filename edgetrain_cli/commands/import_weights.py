@@ -46,7 +46,9 @@ def import_weights(
     quiet: Quiet = False,
     history: History = True,
 ) -> None:
-    """Weights from another tool, or random ones, as a run record.
+    """Make a run record from weights.
+
+    Those of another tool, or random ones.
 
     Pixels are scaled to 2 * (pixel / 255) - 1 unless --scale and --offset say otherwise.
 

@@ -18,7 +18,9 @@ def inspect_artifact(
     as_json: Json = False,
     max_record: MaxRecord = "1GiB",
 ) -> None:
-    """Show what is in an artifact or a stream: every record, and what each stage added.
+    """Show what is in an artifact or a stream.
+
+    Every record, and what each stage added.
 
     Everything is read once, so damage shows as an error (exit code 65) after what could be read.
 

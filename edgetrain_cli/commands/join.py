@@ -19,7 +19,9 @@ def join(
     max_record: MaxRecord = "1GiB",
     quiet: Quiet = False,
 ) -> None:
-    """Join blocks into one, in memory, in the order in which they come.
+    """Join blocks into one.
+
+    In memory, in the order in which they come.
 
     Columns that every block has are kept; weights, scores and counts of rounds keep no meaning across rounds, so what
     counts per class is left out. Run records are not carried along.

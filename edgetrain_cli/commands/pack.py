@@ -75,7 +75,9 @@ def pack(
     on_bad: OnBad = "fail",
     quiet: Quiet = False,
 ) -> None:
-    """Turn data into sample blocks: folders of images or .wav, tables, .npz, .npy, HDF5, published data sets.
+    """Turn your data into sample blocks.
+
+    Folders of images or .wav, tables, .npz, .npy, HDF5, published data sets.
 
     A few-shot support set and its query set are two shares of one seed, disjoint by construction:
 

@@ -38,7 +38,9 @@ def predict(
     cpus: Cpus = None,
     quiet: Quiet = False,
 ) -> None:
-    """Labels and probabilities for sample blocks or a folder of images.
+    """Label samples or a folder of images.
+
+    With the probability of every class, as a table, CSV, JSON lines or HDF5.
 
     HDF5 output is the samples with the columns `predicted` and `probability`, a block per micro-batch (`edgetrain
     join` makes one of them).

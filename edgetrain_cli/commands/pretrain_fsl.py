@@ -105,7 +105,9 @@ def pretrain_fsl(
     history: History = True,
     cpus: Cpus = None,
 ) -> None:
-    """Meta-train a backbone with ProtoNet for few-shot learning, from imported weights or from scratch.
+    """Meta-train a backbone for few-shot learning.
+
+    ProtoNet with cosine similarity, from imported weights or from scratch.
 
     The defaults are those of P>M>F: 100 epochs of 2000 episodes, SGD with warm-up and cosine, a learnable cosine scale.
     With --init BatchNorm keeps its statistics. The best weights on validation tasks are written. Several processes
@@ -191,8 +193,9 @@ def _initial(
     path = None if init is None else io.named(init)
     if path is not None and path.is_file():
         with path.open("rb") as file:
-            start = file.read(8)
-            is_run = start == hdf5.SIGNATURE and "edgetrain" in hdf5.read_tree(file, path.name).attrs
+            stored = file.read(8) == hdf5.SIGNATURE
+            file.seek(0)
+            is_run = stored and "edgetrain" in hdf5.read_tree(file, path.name).attrs
         if is_run:
             return io.read_run(str(path))
     if arch is None:

@@ -31,7 +31,9 @@ def profile(
     cpus: Cpus = None,
     max_record: MaxRecord = "1GiB",
 ) -> None:
-    """Measure what a model costs on this device, layer by layer, and put it into deploy form.
+    """Measure what a model costs on this device.
+
+    Layer by layer, in deploy form (BatchNorm folded), which the written record is in too.
 
     Computed per layer: parameters, multiply-accumulates (MACs) forward and backward, bytes kept for the backward pass,
     buffers. Measured: forward and backward time (median and spread), memory of the process, and energy where the

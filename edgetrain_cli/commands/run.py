@@ -11,7 +11,7 @@ import typer
 def run(
     pipeline: Annotated[str, typer.Argument(metavar="'STAGE ... | STAGE ...'", help="Stages as in a shell pipeline.")],
 ) -> None:
-    """Run a pipeline of stages from one process image.
+    """Run a pipeline of stages as one command.
 
     Torch is imported once and the stages are forks of that process, connected by real pipes: less memory and a
     quicker start than separate commands, the same artifacts. A live directory is made unless you name one with --live.

@@ -84,7 +84,9 @@ def score_layers(
     history: History = True,
     cpus: Cpus = None,
 ) -> None:
-    """Choose which layers and channels train on the samples of --support, within budgets of memory and compute.
+    """Choose the layers and channels that train.
+
+    By what they matter for the samples of --support, within budgets of memory and compute.
 
     Measures how much the loss depends on each channel (Fisher potential, one pass over the samples), weighs that
     against what training the layer costs, and writes scores and plan into the run. Exit code 75: nothing fits; the

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgetrain_cli import pipe
-from edgetrain_cli.options import Arch, Cpus, History, In, MaxRecord, Out, Quiet, RunFile, Seed
+from edgetrain_cli.options import Arch, Cpus, History, In, MaxRecord, MetricsFile, Out, Quiet, RunFile, Seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from stages.artifacts.live import LiveDirectory
     from stages.artifacts.records import Run
     from stages.selection import Weights
 
@@ -61,6 +62,26 @@ def select_samples(
     lag: Annotated[
         str, typer.Option("--lag", metavar="0|1|any", help="With --live: updates that weights may be behind.")
     ] = "1",
+    until_ready: Annotated[
+        bool,
+        typer.Option(
+            "--until-ready", help="With --live: score only as many candidates as there is time for (anytime)."
+        ),
+    ] = False,
+    send: Annotated[
+        str,
+        typer.Option(
+            "--send", metavar="samples|features", help="features: chosen samples bring the frozen layers' output along."
+        ),
+    ] = "samples",
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="FILE", help="The checkpoint that `train-sparse --resume` goes on from."),
+    ] = None,
+    replayed: Annotated[
+        bool, typer.Option("--replayed/--continued", help="With --resume: as for `train-sparse`.")
+    ] = True,
+    metrics: MetricsFile = None,
     seed: Seed = 0,
     arch: Arch = None,
     max_record: MaxRecord = "1GiB",
@@ -68,17 +89,33 @@ def select_samples(
     history: History = True,
     cpus: Cpus = None,
 ) -> None:
-    """Choose the batch worth training on from each block of candidates.
+    """Choose the batches worth training on.
+
+    One from each block of candidates.
 
     Scores the candidates with the current model and draws --batch of them so that the weighted loss of the batch is an
     unbiased estimate of the loss of all, with the least variance that the pool allows. Each block carries the weights,
     the allocation over classes, and the variances of this choice, of importance sampling and of random choice.
 
+    --until-ready stops scoring as soon as the trainer has published the version that this round's batch is awaited
+    for; at least one candidate of each class is scored, and those that were stand for the others of their class, so the
+    estimate stays unbiased. How many were scored is in each block (`scored`). It depends on timing.
+
+    --send features adds columns `boundary0`, ... with the output of the layers that never train; `train-sparse` starts
+    there, so frozen layers run once, on this stage's processor.
+
+    Memory: one block of candidates and its activations, whatever the stream's length.
+
     Example: edgetrain filter < stream.h5 | edgetrain select --batch 10 | edgetrain train-sparse -o adapted.h5
     """
     with pipe.stage("select", locals()) as io:
-        from stages.selection import Selection, select_stream
+        from edgetrain_cli.status import Status
+        from stages.artifacts.records import Block
+        from stages.errors import require
+        from stages.models.deploy import deploy
+        from stages.selection import Selection, Weights, select_stream
 
+        require(send in ("samples", "features"), "--send", repr(send), "samples or features")
         config = Selection(
             batch=batch,
             strategy=strategy,
@@ -88,35 +125,70 @@ def select_samples(
             max_batch=max_batch,
             update_cost=update_cost,
             overlap=overlap,
+            send_features=send == "features",
         )
+        require(not until_ready or live is not None, "--until-ready", "without --live", "a live directory to watch")
+        require(not until_ready or lag != "0", "--until-ready", "with --lag 0", "1 or more: training while scoring")
+        passed = 0 if resume is None else _blocks_used(resume)
         run, candidates = io.read_stream(source, run_file)
         updates = None if run is None or run.plan is None else run.plan.updates
         with io.writer(out) as writer:
             if run is not None:
                 writer.write(run)
-            weights = _weights(io, run, arch, live, lag) if config.needs_model and run is not None else None
-            progress = io.progress("rounds")
+            start = weights = ready = None
+            if run is not None and (config.needs_model or config.send_features):
+                start = Weights(deploy(run.model, allow=arch), run.model.head)
+                directory = None if live is None else _directory(live, run, None if resume is None else passed)
+                weights = _weights(io, start, directory, lag, passed)
+                ready = directory.has if until_ready and directory is not None else None
+            status = Status(io, metrics)
             for record in select_stream(
-                candidates, config, weights=weights, updates=updates, seed=seed, on_note=io.note, on_step=progress
+                candidates,
+                config,
+                weights=weights,
+                updates=updates,
+                backbone=None if start is None else start.backbone,
+                ready=ready,
+                passed=passed,
+                replayed=replayed,
+                seed=seed,
+                on_note=io.note,
             ):
                 writer.write(record)
+                if isinstance(record, Block):
+                    status.passed(record)
 
 
-def _weights(io: pipe.Stage, run: Run, arch: str | None, live: str | None, lag: str) -> Callable[[int], Weights]:
-    """Round -> weights: the run's own, or those that the live directory holds for the round."""
+def _directory(live: str, run: Run, passed: int | None) -> LiveDirectory:
+    """The live directory; on resuming without versions that the trainer will publish anew."""
     from pathlib import Path
 
     from stages.artifacts.history import model_hash
-    from stages.artifacts.live import LiveDirectory, version_for
-    from stages.errors import UsageError
-    from stages.models.deploy import deploy
-    from stages.selection import Weights
+    from stages.artifacts.live import LiveDirectory
 
-    start = Weights(deploy(run.model, allow=arch), run.model.head)
-    if live is None:
+    directory = LiveDirectory(Path(live), model_hash(run))
+    if passed is not None:
+        directory.forget(passed)
+    return directory
+
+
+def _blocks_used(checkpoint: str) -> int:
+    from edgetrain_cli.pipe import read_checkpoint
+    from stages.sparse.checkpoints import blocks_used
+
+    return blocks_used(read_checkpoint(checkpoint))
+
+
+def _weights(
+    io: pipe.Stage, start: Weights, directory: LiveDirectory | None, lag: str, first: int
+) -> Callable[[int], Weights]:
+    """Round -> weights: the run's own, or those that the live directory holds for the round."""
+    from stages.artifacts.live import version_for
+    from stages.errors import UsageError
+
+    if directory is None:
         io.note("no --live directory: every round is scored with the starting weights")
         return lambda number: start
-    directory = LiveDirectory(Path(live), model_hash(run))
     if lag == "any":
         return lambda number: start if (newest := directory.newest()) is None else start.at(newest)
     if not lag.isdecimal():
@@ -124,6 +196,6 @@ def _weights(io: pipe.Stage, run: Run, arch: str | None, live: str | None, lag: 
 
     def weights(number: int) -> Weights:
         version = version_for(number, int(lag))
-        return start if version == 0 else start.at(directory.wait(version, io.check_downstream))
+        return start if version == 0 else start.at(directory.wait(version, io.check_downstream, first=first))
 
     return weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from functools import partial
 from time import perf_counter
@@ -12,6 +11,7 @@ import typer
 
 from edgetrain_cli import pipe
 from edgetrain_cli.options import Arch, Cpus, History, In, MaxRecord, MetricsFile, Out, Quiet, RunFile, Seed
+from edgetrain_cli.status import Status, append
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stages.artifacts.records import Block, Run
     from stages.sparse_training import Checkpointing, Publish, SupportTraining, Update
 
-STREAM_RATE = 0.02
+STREAM_RATE, STREAM_CLIP = 0.02, 2.0
 """Titan states 0.1, at which a small CNN lost a third of its accuracy; 0.02 was best there, with plain SGD."""
 
 
@@ -56,7 +56,10 @@ def train_sparse(
     ] = "constant",
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Updates of linear warm-up.")] = 0,
     total_updates: Annotated[int, typer.Option("--updates", min=0, help="Streams: length of the cosine schedule.")] = 0,
-    clip: Annotated[float, typer.Option("--clip", min=0, help="Largest gradient norm; 0 is any.")] = 0.0,
+    clip: Annotated[
+        float | None,
+        typer.Option("--clip", min=0, help="Largest gradient norm; 0 is any. Default: 2 for streams, 0 for supports."),
+    ] = None,
     iterations: Annotated[int, typer.Option("--iterations", min=1, help="Support: passes over it.")] = 40,
     folds: Annotated[
         int, typer.Option("--folds", min=2, help="Support: parts left out in turn to choose the learning rate.")
@@ -114,7 +117,9 @@ def train_sparse(
     history: History = True,
     cpus: Cpus = None,
 ) -> None:
-    """Train exactly the live channels of the run's plan, on a support set or on a stream.
+    """Train exactly the live channels of a plan.
+
+    On a support set or on a stream.
 
     With SUPPORT: few-shot adaptation with the ProtoNet loss on augmented copies of the support set; its class means
     become the head. Without: one update per block of the stream, of the live channels and a linear head, weighted as
@@ -140,7 +145,7 @@ def train_sparse(
             schedule=schedule,
             warmup_updates=warmup,
             total_updates=total_updates if support is None else iterations,
-            clip_norm=clip,
+            clip_norm=(STREAM_CLIP if support is None else 0.0) if clip is None else clip,
         )
         if support is not None:
             for option, value in (("--checkpoint", checkpoint), ("--resume", resume), ("--holdout", holdout)):
@@ -164,14 +169,15 @@ def train_sparse(
         start, blocks = io.read_stream(source, run_file)
         if start is None:
             raise UsageError("stream", "no run record", "one before the blocks", "put it first, or give --run FILE")
-        state = None if resume is None else _read_checkpoint(resume)
+        status = Status(io, None, last=True)
+        state = None if resume is None else pipe.read_checkpoint(resume)
         publish, clear = _way_back(live, start, state, live_keep)
         watched = None if holdout is None else Holdout(block=io.read_samples(holdout), every=holdout_every)
         io.finish_on_signals()
         try:
             result = train_stream(
                 start,
-                blocks,
+                status.watch(blocks),
                 StreamTraining(plan=plan, optimizing=optimizing, micro_batch=micro_batch),
                 resume=state,
                 replayed=replayed,
@@ -179,14 +185,15 @@ def train_sparse(
                 checkpoint=None if checkpoint is None else _checkpointing(checkpoint, checkpoint_every),
                 holdout=watched,
                 stop=io.stop_requested,
-                on_step=_reporter(io, metrics),
+                on_step=_reporter(status, metrics),
                 allow=arch,
             )
         except TrainingStopped as stopped:
             io.write(stopped.run, out)
             raise
         io.write(result, out)
-        clear()
+        if checkpoint is None or not io.stop_requested():  # a run that is to go on needs its versions
+            clear()
         if io.stop_requested():
             raise pipe.Stopped(io.stop_requested())
 
@@ -229,7 +236,7 @@ def _on_support(
     if metrics is not None:
         columns = result.metrics[STAGE]
         for row in range(len(columns["loss"]) - done, len(columns["loss"])):
-            _append(metrics, {name: float(values[row]) for name, values in columns.items()})
+            append(metrics, {name: float(values[row]) for name, values in columns.items()})
     if io.stop_requested():
         raise pipe.Stopped(io.stop_requested())
     if not done:
@@ -254,17 +261,6 @@ def _way_back(live: str | None, run: Run, state: Run | None, keep: int) -> tuple
     return partial(directory.publish, keep=keep), directory.clear
 
 
-def _read_checkpoint(path: str) -> Run:
-    from stages.artifacts.records import Run
-    from stages.artifacts.stream import open_records
-    from stages.errors import DataError
-
-    record = next(open_records(path))
-    if not isinstance(record, Run):
-        raise DataError(path, "sample blocks", "a checkpoint of `edgetrain train-sparse --checkpoint`")
-    return record
-
-
 def _checkpointing(path: str, every: int) -> Checkpointing:
     from pathlib import Path
 
@@ -276,19 +272,15 @@ def _checkpointing(path: str, every: int) -> Checkpointing:
     return Checkpointing(write=lambda record: atomic_write(Path(path), encode(record)), every=every)
 
 
-def _reporter(io: pipe.Stage, metrics: str | None) -> Callable[[Update], None]:
-    """Each update on the progress bar and, as a line of JSON with the seconds since the start, in the metrics file."""
-    progress, start_s = io.progress("updates"), perf_counter()
+def _reporter(status: Status, metrics: str | None) -> Callable[[Update], None]:
+    """Each update on the status line and, as a line of JSON with the seconds since the start, in the metrics file."""
+    start_s, shown = perf_counter(), {}
 
     def report(update: Update) -> None:
         figures = {name: value for name, value in asdict(update).items() if value == value}  # without NaN
-        progress(update.version, **{name: figures[name] for name in ("loss", "accuracy") if name in figures})
+        shown.update({name: round(figures[name], 4) for name in ("loss", "accuracy") if name in figures})
+        status.show(**shown)
         if metrics is not None:
-            _append(metrics, {**figures, "seconds": round(perf_counter() - start_s, 6)})
+            append(metrics, {**figures, "seconds": round(perf_counter() - start_s, 6)})
 
     return report
-
-
-def _append(path: str, row: dict[str, float]) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")

@@ -28,7 +28,7 @@ from stages.cost.training import (
 from stages.models.deploy import fold
 from stages.models.graph import Graph
 from stages.models.registry import build, input_spec
-from stages.models.trace import trace
+from stages.models.tracing import trace
 from stages.planning.baselines import SCHEMES, named_plan
 
 MB, KB = 2**20, 2**10

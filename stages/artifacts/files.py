@@ -12,8 +12,8 @@ from typing import BinaryIO
 from stages.errors import EdgeTrainError, OutputError, TransferError
 
 
-def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write every byte to a file descriptor, however small the pieces it takes.
+def write_all(descriptor: int, data: bytes | memoryview, where: str = "output") -> None:
+    """Write every byte to a file descriptor, however small the pieces it takes; `where` names it in errors.
 
     Raises:
         BrokenPipeError: the reader left.
@@ -27,7 +27,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
             raise
         except OSError as error:
             message = f"writing failed ({error.strerror})"
-            raise TransferError("output", message, "", "free some space and run again") from error
+            raise TransferError(where, message, "", "free some space and run again") from error
 
 
 def atomic_write(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -62,7 +62,7 @@ class AtomicFile:
         return self
 
     def write(self, data: bytes) -> None:
-        write_all(self.file.fileno(), data)
+        write_all(self.file.fileno(), data, str(self.path))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:

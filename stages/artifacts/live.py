@@ -56,6 +56,8 @@ class LiveDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(str(self.path), f"cannot be made ({error.strerror})", "a writable place") from error
+        for half in self.path.glob(".*.h5.*.tmp"):  # left by a trainer that was killed while publishing
+            half.unlink(missing_ok=True)
         numbers = self.numbers()
         if keep_up_to is None and numbers:
             raise UsageError(
@@ -64,8 +66,13 @@ class LiveDirectory:
                 "an empty live directory",
                 "remove them, or continue that run with --resume",
             )
-        for number in numbers:
-            if keep_up_to is not None and number > keep_up_to:
+        if keep_up_to is not None:
+            self.forget(keep_up_to)
+
+    def forget(self, newest: int) -> None:
+        """Drop versions beyond `newest`: a trainer that goes on from there publishes them anew."""
+        for number in self.numbers():
+            if number > newest:
                 self._file(number).unlink(missing_ok=True)
 
     def publish(self, number: int, tensors: Mapping[str, Array], head: Head | None, *, keep: int) -> None:
@@ -122,10 +129,30 @@ class LiveDirectory:
                 return version
         return None
 
-    def wait(self, number: int, alive: Callable[[], None]) -> Version:
-        """Version `number` as soon as it is there; `alive` raises when waiting has become pointless."""
+    def has(self, number: int) -> bool:
+        """Whether version `number` is there."""
+        return self._file(number).exists()
+
+    def wait(self, number: int, alive: Callable[[], None], *, first: int = 0) -> Version:
+        """Version `number` as soon as it is there; `alive` raises when waiting has become pointless.
+
+        `first` is where a trainer that goes on from a checkpoint begins to publish: it stands in for earlier versions
+        that are no longer there.
+
+        Raises:
+            DataError: the version has been dropped already.
+        """
         pause_s = POLL_S
         while (version := self.read(number)) is None:
+            if any(later > number for later in self.numbers()) and not self.has(number):
+                if number < first:
+                    return self.wait(first, alive)
+                raise DataError(
+                    str(self._file(number)),
+                    "gone: later versions are there",
+                    "as many versions as `select --lag` needs",
+                    "give `train-sparse` a higher --live-keep",
+                )
             alive()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_POLL_S)

@@ -22,7 +22,7 @@ from stages.errors import DataError, UsageError
 from stages.models import execute, registry
 from stages.models.builder import with_blocks
 from stages.models.graph import Graph, Op
-from stages.models.trace import Traced, trace_module
+from stages.models.tracing import Traced, trace_module
 
 FOLDABLE = frozenset({"conv", "linear"})
 

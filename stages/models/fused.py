@@ -116,7 +116,7 @@ class Program:
 
         `watch` sees each step with its inputs and its output as soon as it has run.
         """
-        held = {name: laid_out(value, self.channels_last) for name, value in values.items()}
+        held = dict(values)
         batch = next(iter(held.values())).shape[0]
         with torch.no_grad():
             for step, kernel in zip(self.steps, self._prepared(batch), strict=True):

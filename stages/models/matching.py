@@ -11,7 +11,7 @@ from stages.artifacts.records import Array
 from stages.errors import DataError
 from stages.models.deploy import check_tensors, fold, is_weight, tensor_shapes
 from stages.models.graph import Shape
-from stages.models.trace import Traced
+from stages.models.tracing import Traced
 
 WHERE = "weights"
 

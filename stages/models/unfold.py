@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stages.errors import UsageError
 from stages.models.graph import Graph, Op
-from stages.models.trace import Traced
+from stages.models.tracing import Traced
 
 
 def unfold(module: nn.Module, traced: Traced, graph: Graph, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -200,6 +200,8 @@ class _Task:
         drawn: Sequence[Tensor] = [x, *(self._draw(number) for number in range(how.views))]
         lots: Sequence[Source] = self._cached(drawn, cache_file) if how.cache_prefix else drawn
         self.support, self.views = lots[0], lots[1:]
+        if not how.cache_prefix:  # the support itself never changes: its frozen part runs once, not in every iteration
+            self.support = cache_prefix(SparseNet(backbone, updates), x, micro_batch=how.micro_batch)
 
     def train(self, rows: NDArray[np.int64], rate: float) -> tuple[SparseNet, tuple[float, ...]]:
         """A fresh net trained on these rows of the support, and its loss at each iteration."""

@@ -49,9 +49,7 @@ def read_checkpoint(record: Run, *, start: str, configuration: str) -> Checkpoin
         DataError: not a checkpoint, or one of a run that started from another model.
         UsageError: the training is configured otherwise than it was.
     """
-    group = record.extra.groups.get(GROUP)
-    if group is None or not {"blocks", "start", "configuration"} <= group.attrs.keys():
-        raise DataError("--resume", "a run record", "a checkpoint", "`edgetrain train-sparse --checkpoint` writes one")
+    group = _group(record)
     if group.attrs["start"] != start:
         found = f"a checkpoint of a run that started from model {str(group.attrs['start'])[:12]}"
         raise DataError("--resume", found, f"model {start[:12]}", "begin with the same run record")
@@ -67,3 +65,15 @@ def read_checkpoint(record: Run, *, start: str, configuration: str) -> Checkpoin
         configuration=configuration,
         optimizer=state,
     )
+
+
+def blocks_used(record: Run) -> int:
+    """How many blocks of the stream a checkpoint has used. Raises `DataError` for a record that is none."""
+    return int(_group(record).attrs["blocks"])
+
+
+def _group(record: Run) -> Group:
+    group = record.extra.groups.get(GROUP)
+    if group is None or not {"blocks", "start", "configuration"} <= group.attrs.keys():
+        raise DataError("--resume", "a run record", "a checkpoint", "`edgetrain train-sparse --checkpoint` writes one")
+    return group

@@ -52,13 +52,18 @@ class SparseNet:
         self._input = graph.ops[0].name
         self._prefix = Program(graph, self._tensors, before, self._suffix.boundary, channels_last=channels_last)
 
+    @property
+    def boundary(self) -> tuple[str, ...]:
+        """The operators whose outputs `prefix` gives, in its order."""
+        return self._suffix.boundary
+
     # -------------------------------------------------------------------------------------------------- execution
 
     def prefix(self, x: Tensor) -> Boundary:
         """Model input (N, *input) -> what enters the trained part, without autograd. Never changes while training."""
         if tuple(x.shape[1:]) != self.input_shape:
             raise DataError("model input", f"shape {tuple(x.shape)}", f"(N, {', '.join(map(str, self.input_shape))})")
-        values = self._prefix({self._input: x})
+        values = self._prefix({self._input: x.contiguous()})
         return tuple(values[name] for name in self._suffix.boundary)
 
     def suffix(self, boundary: Boundary) -> Tensor:
@@ -105,6 +110,15 @@ class SparseNet:
                 raise DataError(f"live slice {name}", f"{tuple(tensors[name].shape)}", f"{tuple(parameter.shape)}")
             with torch.no_grad():
                 parameter.copy_(tensors[name])
+
+    def load_whole(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the live slices to those of whole tensors by name, as `changed_tensors` gives them."""
+        with torch.no_grad():
+            for live in self._live.values():
+                if live.weight is not None:
+                    live.weight.copy_(live.weight_of(tensors))
+                if live.bias is not None:
+                    live.bias.copy_(live.bias_of(tensors))
 
     def changed_tensors(self) -> dict[str, Tensor]:
         """Copies of the whole tensors that hold live values, by name; frozen values bit-equal to the backbone's."""

@@ -70,34 +70,37 @@ class Suffix:
         executed = self.names | _flattened(graph, self.names)
         sources = {source for name in executed for source in graph[name].inputs} - executed
         self.boundary = tuple(op.name for op in graph.ops if op.name in sources) if self.names else (self.output,)
-        whole = {root(graph, name) for name, part in live.items() if part.keeps == "whole"}
-        self.entering = tuple(name for name in self.boundary if name in whole)
-        keep = {self.output} | (whole & self.names)
+        self.whole = {root(graph, name) for name, part in live.items() if part.keeps == "whole"}
+        keep = {self.output} | (self.whole & self.names)
         self.program = Program(graph, tensors, executed, keep, channels_last=channels_last, changing=set(live))
-        self.nodes = {step.out: self._node(step, whole) for step in self.program.steps}
+        self.nodes = {step.out: self._node(step) for step in self.program.steps}
 
-    def _node(self, step: Step, whole: Set[str]) -> Node:
+    def _node(self, step: Step) -> Node:
         op = step.op
         activation = step.activation or (op.kind if op.kind in ACTIVATIONS else "")
         pull = None if self.names.isdisjoint(op.inputs) else PULL[op.kind](self, op)
-        return Node(step, activation, self.live.get(op.name), step.out in whole, pull)
+        return Node(step, activation, self.live.get(op.name), step.out in self.whole, pull)
 
     # ----------------------------------------------------------------------------------------------------- forward
 
     def forward(self, boundary: Sequence[Tensor]) -> Tensor:
         """Values at the boundary, one per name of `self.boundary` -> features (N, D)."""
-        return self.program(dict(zip(self.boundary, boundary, strict=True)))[self.output]
+        return self.program(self._entering(boundary))[self.output]
 
     def forward_saving(self, boundary: Sequence[Tensor]) -> tuple[Tensor, Saved]:
         """The same, with what the backward pass needs."""
-        entries = zip(self.boundary, boundary, strict=True)
-        values = {name: laid_out(value, self.channels_last) for name, value in entries}
-        saved = {f"whole {name}": values[name] for name in self.entering}
+        values = self._entering(boundary)
+        saved = {f"whole {name}": values[name] for name in self.boundary if name in self.whole}
 
         def watch(step: Step, inputs: Sequence[Tensor], output: Tensor) -> None:
             self._keep(self.nodes[step.out], inputs, output, saved)
 
         return self.program(values, watch)[self.output], saved
+
+    def _entering(self, boundary: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The boundary's values by name, in the suffix's layout: kernels, and so last bits, depend on the layout."""
+        entries = zip(self.boundary, boundary, strict=True)
+        return {name: laid_out(value, self.channels_last) for name, value in entries}
 
     def _keep(self, node: Node, inputs: Sequence[Tensor], output: Tensor, saved: Saved) -> None:
         op = node.step.op

@@ -23,15 +23,15 @@ from stages.sparse.optimizers import (
     make_optimizer,
     replace_parameter,
 )
-from stages.sparse.updates import features_of, gradient_update
+from stages.sparse.updates import Source, features_of, gradient_update
 
 
 @dataclass(frozen=True)
 class Batch:
     """Samples of one update."""
 
-    x: Tensor
-    """Model inputs (N, *input), float32."""
+    x: Source
+    """Model inputs (N, *input), float32; or what the frozen layers make of them."""
     y: Array
     """int64 (N,): class labels."""
     weights: Array

@@ -95,9 +95,7 @@ class DemandBuffer:
             return None
         block = self.buffer.close_round()
         labels = np.zeros(0, np.int64) if block.labels is None else block.labels
-        kept, missed = (
-            np.bincount(np.searchsorted(labels, y), minlength=len(labels)) for y in (block.y, self._missed)
-        )
+        kept, missed = (np.bincount(np.searchsorted(labels, y), minlength=len(labels)) for y in (block.y, self._missed))
         per_class = {**block.per_class, "dropped": block.per_class["seen"] - kept, "missed": missed}
         weight = block.columns["weight"]
         if len(self._missed):  # a class may have been missed altogether

@@ -81,11 +81,16 @@ def flat_inputs(block: Block) -> Array:
 
 
 def scored(
-    block: Block, mass: Array, weights: Weights, importance: str, updates: Sequence[LayerUpdate] | None
+    block: Block,
+    mass: Array,
+    weights: Weights,
+    importance: str,
+    updates: Sequence[LayerUpdate] | None,
+    features: Tensor | None = None,
 ) -> GradientView:
-    """Probabilities and gradients of candidates under `weights`."""
+    """Probabilities and gradients of candidates under `weights`; `features` (n, D) where they are known already."""
     names = heads.class_names(block)
-    features = _features(weights.backbone, block)
+    features = _features(weights.backbone, block) if features is None else features
     _check_finite(features.sum(dim=1).numpy(), block, "features")
     head = _head_for(block, weights.head, names, features.shape[1])
     targets = heads.rows(head, block.y, names)

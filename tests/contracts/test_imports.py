@@ -21,7 +21,20 @@ MAY_IMPORT = {
     "fsl": {"errors", "artifacts", "data", "randomness"},
     "importance": {"errors", "artifacts", "models", "fsl", "randomness"},
     "sparse": {"errors", "artifacts", "models", "fsl", "randomness"},
-    "valuation": {"errors", "artifacts", "data", "models", "sparse", "randomness"},
+    "measurement": {"errors", "artifacts", "models"},
+    "methods": {
+        "errors",
+        "artifacts",
+        "models",
+        "cost",
+        "planning",
+        "importance",
+        "sparse",
+        "fsl",
+        "data",
+        "randomness",
+    },
+    "valuation": {"errors", "artifacts", "cost", "data", "models", "sparse", "randomness"},
 }
 """Domain package -> what of `stages` it may import besides itself. Stage modules may import every package."""
 

@@ -5,7 +5,7 @@ from functools import cache
 from stages.models.deploy import fold
 from stages.models.graph import Graph, Op
 from stages.models.registry import build, input_spec
-from stages.models.trace import trace
+from stages.models.tracing import trace
 
 
 @cache

@@ -5,7 +5,7 @@ from torch import nn
 
 from stages.artifacts.records import InputSpec
 from stages.models.deploy import Backbone, fold
-from stages.models.trace import trace
+from stages.models.tracing import trace
 
 
 class Bottleneck(nn.Module):

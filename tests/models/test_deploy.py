@@ -18,7 +18,7 @@ from stages.errors import DataError, UsageError
 from stages.models.deploy import Backbone, deploy, fold, restore, state, store
 from stages.models.execute import run
 from stages.models.registry import build, input_spec
-from stages.models.trace import trace
+from stages.models.tracing import trace
 from tests.models.nets import Classifier, PreActivation, randomise, write_module
 from tests.models.test_registry import SMALL
 

@@ -13,7 +13,7 @@ from stages.errors import PartMissing, UsageError
 from stages.models.execute import run
 from stages.models.graph import Graph
 from stages.models.registry import ARCHITECTURES, build, input_spec
-from stages.models.trace import trace
+from stages.models.tracing import trace
 from tests.models.nets import write_module
 
 SMALL: dict[str, dict[str, Any]] = {

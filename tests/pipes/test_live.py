@@ -1,13 +1,15 @@
 """The live pipeline as three processes: with a fixed lag they compute what one process does, bit for bit."""
 
+import json
 import sys
 
 import pytest
 import torch
 
+from stages.artifacts.stream import open_records
 from stages.pipeline import simulate
 from tests.pipes.conftest import Shell
-from tests.pipes.streaming import RATE, assert_same, new_run, pipeline, read_run, samples, write
+from tests.pipes.streaming import RATE, WIDTH, assert_same, new_run, pipeline, read_run, samples, write
 
 RELAY = """
 import os, random, sys, time
@@ -59,3 +61,24 @@ def test_forks_of_one_process_equal_the_simulator(stream):
     )
     assert result.returncode == 0, result.stderr.decode()
     assert_same(read_run(stream.directory / "out.h5"), expected(1))
+
+
+def test_features_and_anytime_selection_through_real_pipes(stream):
+    """What select hands down says so, and the trainer takes it."""
+    result = stream(
+        f"""edgetrain run 'filter --window 20 --keep 12 --metrics filter.jsonl -q |
+        select --batch 4 --send features --until-ready --metrics select.jsonl -q |
+        train-sparse --lr {RATE} --metrics train.jsonl -q -o out.h5' < stream.h5 &&
+        edgetrain run 'filter --window 20 --keep 12 -q | select --send features -q' < stream.h5 > batches.h5"""
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert read_run(stream.directory / "out.h5").model.version == 9
+    lines = {name: [json.loads(line) for line in (stream.directory / f"{name}.jsonl").read_text().splitlines()]
+             for name in ("filter", "select", "train")}  # fmt: skip
+    assert [len(rows) for rows in lines.values()] == [9, 9, 9]
+    assert [row["seen"] for row in lines["filter"]] == [20] * 8 + [10]
+    assert [row["dropped"] for row in lines["filter"]] == [8] * 8 + [0]
+    assert all(4 <= row["scored"] <= row["candidates"] <= 12 for row in lines["select"])
+    assert all(row["variance_gain"] > 0 for row in lines["select"])
+    block = list(open_records(stream.directory / "batches.h5"))[1]
+    assert block.columns["boundary0"].shape == (len(block), WIDTH)

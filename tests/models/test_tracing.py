@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stages.errors import UsageError
 from stages.models.execute import run
-from stages.models.trace import trace, trace_module
+from stages.models.tracing import trace, trace_module
 from tests.models.nets import Classifier, Functional, PreActivation, randomise
 
 

@@ -1,0 +1,158 @@
+"""The forward pass over candidates: frozen layers prepared once, their outputs kept for the trainer if it wants them,
+and, where time is short, only as many candidates as there is time for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.artifacts.records import Array, Block, LayerUpdate
+from stages.cost.training import whole_update
+from stages.errors import DataError, require
+from stages.models.deploy import Backbone
+from stages.models.inputs import adapt
+from stages.sparse.engine import SparseNet
+from stages.sparse.updates import PrefixCache
+from stages.valuation.scoring import CHUNK, Weights
+
+ANYTIME_CHUNK = 8
+"""Candidates between two looks at the clock."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Candidates that have been passed forward, in the pool's order, standing for the whole pool."""
+
+    pool: Block
+    mass: Array
+    """float64 (n,): masses; those of candidates that were left out are their classes'."""
+    features: Tensor
+    """float32 (n, D)."""
+
+
+class Forward:
+    """Features of candidates under the weights of the moment.
+
+    `updates` says what trains, so that the layers below are prepared once; layers that turn out to change as well are
+    added when they do. With `send` the pool gets the frozen layers' outputs as columns `boundary0`, ...
+
+    Raises `UsageError` when `send` is asked for and nothing is frozen below the first layer that trains.
+    """
+
+    def __init__(self, start: Backbone, updates: Sequence[LayerUpdate] | None, *, send: bool = False) -> None:
+        self._start, self._send = start, send
+        self._layers = {update.layer for update in updates or ()}
+        self._net = self._built()
+        inputs = (start.graph.ops[0].name,)
+        require(
+            not send or (updates is not None and self._net.boundary != inputs),
+            "--send",
+            "features without a frozen part",
+            "a plan whose first live layer is not the model's first",
+            "leave --send out, or make such a plan with `edgetrain score-layers`",
+        )
+
+    def look(
+        self,
+        pool: Block,
+        mass: Array,
+        weights: Weights,
+        *,
+        ready: Callable[[], bool] | None = None,
+        rng: np.random.Generator,
+    ) -> Looked:
+        """Pass the pool forward, chunk by chunk; where `ready` is given, until it says that the batch is wanted.
+
+        At least one candidate of every class is looked at, in an order drawn by chance within classes. With m of a
+        class's n candidates looked at, each weighs n / m times its mass: the estimate stays unbiased for any m that
+        does not depend on what the candidates look like, as the time they take does not.
+        """
+        self._load(weights.backbone)
+        size = len(pool)
+        order, step = (np.arange(size), CHUNK) if ready is None else (scoring_order(pool.y, rng), ANYTIME_CHUNK)
+        pieces: list[tuple[Block, Tensor]] = []
+        done, least = 0, len(np.unique(pool.y))
+        while done < size:
+            end = max(done + step, least)
+            pieces.append(self._pass(pool.take(order[done:end])))
+            done = min(end, size)
+            if ready is not None and ready():
+                break
+        back = np.argsort(order[:done])
+        features = torch.cat([features for _, features in pieces])[torch.from_numpy(back)]
+        boundary = {name: np.concatenate([piece.columns[name] for piece, _ in pieces])[back]
+                    for name in self._columns()}  # fmt: skip
+        rows = order[:done][back]
+        kept = self._labelled(pool.take(rows), boundary)
+        return Looked(kept, standing_for(pool.y, mass, rows), features)
+
+    def attach(self, block: Block) -> Block:
+        """The block with the frozen layers' outputs as columns, if they are to be sent."""
+        if not self._send or not len(block):
+            return block
+        pieces = [self._pass(piece)[0] for piece in block.slices(CHUNK)]
+        columns = {name: np.concatenate([piece.columns[name] for piece in pieces]) for name in self._columns()}
+        return self._labelled(block, columns)
+
+    def _pass(self, piece: Block) -> tuple[Block, Tensor]:
+        boundary = self._net.prefix(adapt(np.asarray(piece.x), piece.layout, self._start.input))
+        with torch.no_grad():
+            features = self._net.suffix(boundary)
+        arrays = PrefixCache(boundary).arrays() if self._send else {}
+        return replace(piece, columns={**piece.columns, **arrays}), features
+
+    def _columns(self) -> list[str]:
+        return [f"boundary{i}" for i in range(len(self._net.boundary))] if self._send else []
+
+    def _labelled(self, block: Block, columns: Mapping[str, Array]) -> Block:
+        if not self._send:
+            return block
+        facts = {**block.facts, "boundary": " ".join(self._net.boundary)}
+        return replace(block, columns={**block.columns, **columns}, facts=facts)
+
+    def _load(self, backbone: Backbone) -> None:
+        """Take over the weights of the moment."""
+        changed = {
+            name.rpartition(".")[0]
+            for name, tensor in backbone.tensors.items()
+            if tensor is not self._start.tensors[name]
+        }
+        if not changed <= self._layers:
+            before = self._net.boundary
+            self._layers |= changed
+            self._net = self._built()
+            if self._send and self._net.boundary != before:
+                raise DataError(
+                    "live directory",
+                    "weights that changed below the plan's first live layer",
+                    "those of the plan that `select` was given",
+                    "leave --send out, or train the same plan",
+                )
+        self._net.load_whole(backbone.tensors)
+
+    def _built(self) -> SparseNet:
+        graph = self._start.graph
+        return SparseNet(self._start, [whole_update(graph[name]) for name in sorted(self._layers)])
+
+
+def scoring_order(labels: Array, rng: np.random.Generator) -> Array:
+    """A random order within classes, the classes interleaved in proportion to their sizes: int64 (n,).
+
+    Every beginning that has one of each class is a random sample of each class whose size depends on the number alone.
+    """
+    stratum = np.unique(labels, return_inverse=True)[1].reshape(-1)
+    sizes = np.bincount(stratum)
+    by_class = np.lexsort((rng.random(len(labels)), stratum))
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.asarray(by_class[np.lexsort((np.arange(len(rank)), rank / sizes[stratum[by_class]]))])
+
+
+def standing_for(labels: Array, mass: Array, rows: Array) -> Array:
+    """Masses of some rows of a pool that stand for all of it: q_i n_c / m_c, float64 (m,) (Horvitz and Thompson)."""
+    stratum = np.unique(labels, return_inverse=True)[1].reshape(-1)
+    sizes, taken = np.bincount(stratum), np.bincount(stratum[rows])
+    return np.asarray(mass[rows] * (sizes / np.maximum(taken, 1))[stratum[rows]])
