@@ -11,7 +11,7 @@ step() { printf '\n== %s\n' "$*"; }
 
 step "Meta-train a small backbone on letters of many scripts (on a server, once)"
 edgetrain pretrain-fsl --arch cnn4-w16 --size 32 --glyphs --epochs 4 --steps 75 --ways 20 --queries 5 --lr 0.3 \
-    --validation-tasks 50 -o base.h5
+    --validation-tasks 50 --cpus 0 -o base.h5
 
 step "What does it cost on this device, layer by layer?"
 edgetrain profile base.h5 --plot profile.png -o run.h5

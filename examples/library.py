@@ -38,9 +38,8 @@ def main() -> None:
     )
     trained = simulate(run, [bars(2000, 1)], settings)
     print("plan:", ", ".join(f"{update.layer} {100 * update.ratio:.0f} %" for update in run.plan.updates))
-    print(
-        f"accuracy after {trained.model.version} updates: {100 * evaluate(trained, [bars(300, 2)]).interval.value:.1f} %"
-    )
+    accuracy = evaluate(trained, [bars(300, 2)]).interval.value
+    print(f"accuracy after {trained.model.version} updates: {100 * accuracy:.1f} %")
 
 
 if __name__ == "__main__":

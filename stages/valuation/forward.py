@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from stages.valuation.scoring import CHUNK, Weights
 
 ANYTIME_CHUNK = 8
 """Candidates between two looks at the clock."""
+CHUNK_VALUES = 400_000
+"""Input values of the candidates that pass at once: bounds the memory of large inputs (8 pictures of 3 x 128 x 128)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Forward:
 
     def __init__(self, start: Backbone, updates: Sequence[LayerUpdate] | None, *, send: bool = False) -> None:
         self._start, self._send = start, send
+        self._chunk = max(1, min(CHUNK, CHUNK_VALUES // prod(start.input.shape)))
         self._layers = {update.layer for update in updates or ()}
         self._net = self._built()
         inputs = (start.graph.ops[0].name,)
@@ -73,7 +77,7 @@ class Forward:
         """
         self._load(weights.backbone)
         size = len(pool)
-        order, step = (np.arange(size), CHUNK) if ready is None else (scoring_order(pool.y, rng), ANYTIME_CHUNK)
+        order, step = (np.arange(size), self._chunk) if ready is None else (scoring_order(pool.y, rng), ANYTIME_CHUNK)
         pieces: list[tuple[Block, Tensor]] = []
         done, least = 0, len(np.unique(pool.y))
         while done < size:
@@ -94,7 +98,7 @@ class Forward:
         """The block with the frozen layers' outputs as columns, if they are to be sent."""
         if not self._send or not len(block):
             return block
-        pieces = [self._pass(piece)[0] for piece in block.slices(CHUNK)]
+        pieces = [self._pass(piece)[0] for piece in block.slices(self._chunk)]
         columns = {name: np.concatenate([piece.columns[name] for piece in pieces]) for name in self._columns()}
         return self._labelled(block, columns)
 
