@@ -27,8 +27,9 @@ Loss = Callable[[Tensor], Tensor]
 class PrefixCache:
     """The frozen prefix's outputs for fixed samples: they never change while the suffix trains.
 
-    Features and gradients from a cache are bit-equal to those from the pixels: a sample's prefix output does not depend
-    on the batch that it was computed in.
+    Features and gradients from a cache are bit-equal to those from the pixels: a convolution's result for one sample
+    does not depend on the batch around it. (A matrix product's may, in the last bit: a prefix with linear layers must be
+    cached in the micro-batches that it is used in.)
     """
 
     boundary: Boundary
@@ -39,7 +40,9 @@ class PrefixCache:
 
     def __getitem__(self, rows: slice | Array) -> PrefixCache:
         """Some of the samples: a slice, or an array of indices."""
-        index = rows if isinstance(rows, slice) else torch.from_numpy(np.asarray(rows))
+        if isinstance(rows, slice):  # copied, because matrix products round by the alignment of their input
+            return PrefixCache(tuple(value[rows].clone() for value in self.boundary))
+        index = torch.from_numpy(np.asarray(rows))
         return PrefixCache(tuple(value[index] for value in self.boundary))
 
     def arrays(self) -> dict[str, Array]:

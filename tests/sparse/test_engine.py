@@ -320,6 +320,68 @@ def test_an_input_of_another_shape_is_refused(backbone):
         SparseNet(backbone, [MIDDLE]).prefix(torch.zeros(1, 2, 5, 6))
 
 
+def test_gradients_that_branches_share_are_not_overwritten():
+    """`sum` sends one gradient both ways; `side` adds to it on one way only, and `act` masks it on the other."""
+    shape = (4, 6, 6)
+    ops = (
+        *chain().ops[:3],
+        conv("trunk", "act", shape, shape),
+        conv("side", "trunk", shape, shape),
+        Op("sum", "add", ("trunk", "act"), shape, in_shape=shape),
+        Op("both", "concat", ("sum", "side"), (8, 6, 6), in_shape=shape),
+        Op("mean", "global_pool", ("both",), (8,), in_shape=(8, 6, 6)),
+    )
+    whole = [LayerUpdate(name, "output", (0, 1, 2, 3), 4) for name in ("stem", "trunk", "side")]
+    check_gradients((Graph(ops), whole, 2, 5), torch.float64, 1e-10, 1e-12)
+
+
+def test_a_gradient_goes_through_a_mask_on_one_branch_only():
+    """Both inputs of `sum` get the same gradient; the mask of `middle.act` must not touch what `act` gets."""
+    whole = [LayerUpdate(name, "output", (0, 1, 2, 3), 4) for name in ("stem", "middle")]
+    check_gradients((chain(), whole, 2, 5), torch.float64, 1e-10, 1e-12)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("axes", [1, 2])
+def test_averages_at_the_edge_count_padding_or_not(padded, axes):
+    ones, size = (1,) * axes, (6,) * axes
+    ops = (
+        Op("input", "input", (), (2, *size)),
+        Op("stem", "conv", ("input",), (3, *size), (2, *size), ones, ones, (0,) * axes, ones, bias=True),
+        Op("pool", "avg_pool", ("stem",), (3, *(4,) * axes), (3, *size), (3,) * axes, (2,) * axes, ones, ones,
+           count_include_pad=padded, ceil_mode=True),
+        Op("flat", "flatten", ("pool",), (3 * 4**axes,), (3, *(4,) * axes)),
+    )  # fmt: skip
+    check_gradients((Graph(ops), [LayerUpdate("stem", "output", (0, 2), 3)], 2, 1), torch.float64, 1e-10, 1e-12)
+
+
+def test_a_tensor_that_two_live_layers_read_is_kept_once(x):
+    """By output or by all input channels: both need all of `act`, (3, 4, 6, 6) floats; one ReLU6 mask follows."""
+    ops = (
+        *chain().ops[:5],
+        conv("other", "act", (4, 6, 6), (4, 6, 6)),
+        Op("sum", "add", ("middle.act", "other"), (4, 6, 6), in_shape=(4, 6, 6)),
+        Op("mean", "global_pool", ("sum",), (4,), in_shape=(4, 6, 6)),
+    )
+    plan = [MIDDLE, LayerUpdate("other", "input", (0, 1, 2, 3), 4)]
+    net = SparseNet(random_backbone(Graph(ops), 0, torch.float32), plan)
+    assert kept_bytes(net, x) == 4 * 3 * 4 * 36 + 3 * 4 * 36 // 8 == saved_activation_bytes(Graph(ops), plan, 3)
+
+
+def test_no_gradient_flows_below_the_earliest_live_layer(backbone, x, monkeypatch):
+    """One 3x3 convolution is live, and its input's gradient is nobody's: no transposed convolution may run."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("an input gradient was computed")
+
+    monkeypatch.setattr(torch.nn.functional, "conv_transpose2d", refuse)
+    net = SparseNet(backbone, [MIDDLE])
+    weighted(net.suffix(net.prefix(x))).backward()
+    with pytest.raises(AssertionError, match="input gradient"):
+        both = SparseNet(backbone, [MIDDLE, replace(MIDDLE, layer="stem", axis_channels=4)])
+        weighted(both.suffix(both.prefix(x))).backward()
+
+
 def test_a_live_layer_that_nothing_reads_gets_no_gradient(x):
     graph = chain()
     dead = conv("dead", "act", (4, 6, 6), (4, 6, 6))
