@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/usr/bin/env bash
 # Learn from a sensor on a small board (Raspberry Pi class), for days: cores pinned, memory bounded, restarts survived.
 #
 #   sensor | bash examples/batch/board.sh run.h5 adapted.h5 state

@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/usr/bin/env bash
 # Few-shot tasks over the processors of one machine: N processes, every N-th task each, then one table.
 #   bash examples/batch/evaluate.sh base.h5 omniglot.h5 results 4 --tasks 40 --methods none,full,tinytrain
 set -euo pipefail

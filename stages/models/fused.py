@@ -58,25 +58,16 @@ def fuse(graph: Graph, names: Collection[str], keep: Collection[str]) -> tuple[S
     behind = {op.name: reader for op in ops if (reader := _fused_activation(graph, op, names)) and op.name not in keep}
     fused_away = {reader.name for reader in behind.values()}
     left = [op for op in ops if op.name not in fused_away]
+    outs = {op.name: behind.get(op.name, op).name for op in left}
     last_reader = {source: op.name for op in left for source in op.inputs}
-    fresh = {
-        behind[op.name].name if op.name in behind else op.name for op in left if op.kind not in ("flatten", "input")
-    }
-    fresh -= set(keep) | {source for op in left if op.kind == "flatten" for source in op.inputs}
+    views = {name for op in left if op.kind == "flatten" for name in (op.name, *op.inputs)}
+    own = set(outs.values()) - views
     steps = []
     for op in left:
-        dying = [source for source in dict.fromkeys(op.inputs) if last_reader[source] == op.name and source not in keep]
-        overwrite = next((i for i, source in enumerate(op.inputs) if source in dying and source in fresh), None)
-        activation = behind.get(op.name)
-        steps.append(
-            Step(
-                op,
-                activation.kind if activation else "",
-                activation.name if activation else op.name,
-                overwrite,
-                tuple(dying),
-            )
-        )
+        drop = tuple(name for name in dict.fromkeys(op.inputs) if last_reader[name] == op.name and name not in keep)
+        overwrite = next((i for i, name in enumerate(op.inputs) if name in drop and name in own), None)
+        activation = behind[op.name].kind if op.name in behind else ""
+        steps.append(Step(op, activation, outs[op.name], overwrite, drop))
     return tuple(steps)
 
 

@@ -28,8 +28,8 @@ class PrefixCache:
     """The frozen prefix's outputs for fixed samples: they never change while the suffix trains.
 
     Features and gradients from a cache are bit-equal to those from the pixels: a convolution's result for one sample
-    does not depend on the batch around it. (A matrix product's may, in the last bit: a prefix with linear layers must be
-    cached in the micro-batches that it is used in.)
+    does not depend on the batch around it. (A matrix product's may, in the last bit: for a prefix with linear layers
+    this holds when the cache is filled in the micro-batches that it is used in.)
     """
 
     boundary: Boundary
