@@ -49,13 +49,18 @@ class SupportTraining:
     adapting: Adapting = field(default_factory=Adapting)
 
 
+STREAM_OPTIMIZING = Optimizing(optimizer="sgd", learning_rate=0.02, clip_norm=2.0)
+"""Plain SGD, which Titan's theory is about. Titan states a rate of 0.1, at which a small CNN lost a third of its
+accuracy; 0.02 was best there. Why the gradient is limited: docs/decisions.md, "Training"."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamTraining:
     """Training on a stream of blocks."""
 
     plan: str | None = None
     """A named plan, such as `full` or `last-layer`; None takes the run's own."""
-    optimizing: Optimizing = field(default_factory=Optimizing)
+    optimizing: Optimizing = STREAM_OPTIMIZING
     micro_batch: int = 64
     """Samples of a block that are in memory at once in a pass; 0 is all of them. The update is the same."""
 

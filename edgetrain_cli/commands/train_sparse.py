@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from stages.artifacts.records import Block, Run
     from stages.sparse_training import Checkpointing, Publish, SupportTraining, Update
 
-STREAM_RATE, STREAM_CLIP = 0.02, 2.0
-"""Titan states 0.1, at which a small CNN lost a third of its accuracy; 0.02 was best there, with plain SGD."""
-
 
 def train_sparse(
     source: In = "-",
@@ -133,19 +130,26 @@ def train_sparse(
         from stages.errors import UsageError, require
         from stages.sparse.adaptation import LEARNING_RATES, Adapting
         from stages.sparse.optimizers import Optimizing
-        from stages.sparse_training import Holdout, StreamTraining, SupportTraining, TrainingStopped, train_stream
+        from stages.sparse_training import (
+            STREAM_OPTIMIZING,
+            Holdout,
+            StreamTraining,
+            SupportTraining,
+            TrainingStopped,
+            train_stream,
+        )
 
         require(not (full and last_layer), "--full", "together with --last-layer", "one of the two")
         plan = "full" if full else "last-layer" if last_layer else None
         optimizing = Optimizing(
             optimizer=optimizer or ("sgd" if support is None else "adam"),
-            learning_rate=STREAM_RATE if lr is None else lr,
+            learning_rate=STREAM_OPTIMIZING.learning_rate if lr is None else lr,
             momentum=momentum,
             weight_decay=weight_decay,
             schedule=schedule,
             warmup_updates=warmup,
             total_updates=total_updates if support is None else iterations,
-            clip_norm=(STREAM_CLIP if support is None else 0.0) if clip is None else clip,
+            clip_norm=clip if clip is not None else STREAM_OPTIMIZING.clip_norm if support is None else 0.0,
         )
         if support is not None:
             for option, value in (("--checkpoint", checkpoint), ("--resume", resume), ("--holdout", holdout)):

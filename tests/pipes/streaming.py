@@ -14,8 +14,7 @@ from stages.models.deploy import deploy, state, store
 from stages.pipeline import Pipeline
 from stages.planning.plans import make_plan
 from stages.selection import Selection
-from stages.sparse.optimizers import Optimizing
-from stages.sparse_training import StreamTraining
+from stages.sparse_training import STREAM_OPTIMIZING, StreamTraining
 
 DIM, WIDTH, CLASSES = 12, 16, 4
 RATE = 0.05
@@ -44,7 +43,7 @@ def samples(count: int, seed: int = 0) -> Block:
 
 def pipeline(lag: int, **changes: object) -> Pipeline:
     """The settings that the command lines of the tests give."""
-    training = StreamTraining(optimizing=Optimizing(learning_rate=RATE))
+    training = StreamTraining(optimizing=replace(STREAM_OPTIMIZING, learning_rate=RATE))
     settings = {"filtering": Filtering(window=20, keep=8), "selection": Selection(batch=4), "training": training}
     return Pipeline(**{**settings, **changes}, lag=lag)  # type: ignore[arg-type]
 
