@@ -11,7 +11,7 @@ step() { printf '\n== %s\n' "$*"; }
 
 step "Meta-train a small backbone on letters of many scripts (on a server, once)"
 edgetrain pretrain-fsl --arch cnn4-w16 --size 32 --glyphs --epochs 4 --steps 75 --ways 20 --queries 5 --lr 0.3 \
-    --validation-tasks 50 --cpus 0 -o base.h5
+    --validation-tasks 50 --cpus 0,1 -o base.h5
 
 step "What does it cost on this device, layer by layer?"
 edgetrain profile base.h5 --plot profile.png -o run.h5
@@ -22,9 +22,9 @@ edgetrain pack digits.npz --size 32 --per-class 5 -o support.h5                 
 edgetrain pack digits.npz --size 32 --per-class 40 --skip-per-class 5 -o test.h5      # held out
 edgetrain pack digits.npz --size 32 --per-class 125 --skip-per-class 45 -o stream.h5  # what arrives later
 
-step "Few-shot: which layers and channels fit 128 KiB and half of the backward pass? Train only those"
+step "Few-shot: which layers and channels fit 128 KiB and 15 % of the backward pass? Train only those"
 edgetrain evaluate run.h5 test.h5 --support support.h5 --json > before.json
-edgetrain score-layers run.h5 --support support.h5 --memory 128KiB --macs 50% --plot plan.png -o run.h5
+edgetrain score-layers run.h5 --support support.h5 --memory 128KiB --macs 15% --plot plan.png -o run.h5
 edgetrain train-sparse run.h5 support.h5 -o adapted.h5
 edgetrain evaluate adapted.h5 test.h5
 

@@ -33,24 +33,23 @@ def read_run(path: Path) -> Run:
     return record
 
 
-def curve(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Updates and accuracy in per cent, where it was measured."""
+def curve(run: Run, already: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Updates beyond the first `already`, and accuracy in per cent, where it was measured."""
     table = run.metrics["train-sparse"]
     measured = ~np.isnan(table["accuracy"])
-    return table["version"][measured], 100 * table["accuracy"][measured]
+    return table["version"][measured] - already, 100 * table["accuracy"][measured]
 
 
 def main(folder: Path) -> None:
     runs = {method: [read_run(path) for path in sorted(folder.glob(f"{method}-*.h5"))] for method in METHODS}
     planned, adapted = read_run(folder / "run.h5"), read_run(folder / "adapted.h5")
-    test = next(open_records(folder / "test.h5"))
     before = 100 * json.loads((folder / "before.json").read_text())["accuracy"]
-    few_shot = 100 * evaluate(adapted, [test]).interval.value
+    few_shot = 100 * evaluate(adapted, open_records(folder / "test.h5")).interval.value
     graph = deploy(planned.model).graph
     full = make_plan("full", named_plan("full", graph), graph, memory_model=planned.plan.memory_model, optimizer="sgd")
     costs = {"titan": planned.plan, "random": planned.plan, "full": full}
-    Console().print(table(runs, costs, before, few_shot))
-    draw(folder / "demo.png", runs, planned, before, few_shot)
+    Console(width=110).print(table(runs, costs, before, few_shot))
+    draw(folder / "demo.png", runs, adapted, before, few_shot)
     print(f"picture: {folder / 'demo.png'}")
 
 
@@ -80,24 +79,28 @@ def table(runs, costs, before: float, few_shot: float) -> Table:
     return result
 
 
-def draw(path: Path, runs, planned: Run, before: float, few_shot: float) -> None:
+def draw(path: Path, runs, adapted: Run, before: float, few_shot: float) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
     for method, (label, colour) in METHODS.items():
-        curves = [curve(run) for run in runs[method]]
+        curves = [curve(run, adapted.model.version) for run in runs[method]]
         updates, accuracy = curves[0][0], np.array([values for _, values in curves])
         left.plot(updates, accuracy.mean(axis=0), color=colour, label=label)
         left.fill_between(updates, accuracy.min(axis=0), accuracy.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     left.axhline(few_shot, color="black", linestyle="--", linewidth=1, label="after the support set")
     left.axhline(before, color="black", linestyle=":", linewidth=1, label="before training")
-    left.set(xlabel="updates", ylabel="accuracy on held-out digits (%)", title="Learning from the stream")
+    left.set(
+        xlabel="updates from the stream (batches of 10)",
+        ylabel="accuracy on held-out digits (%)",
+        title="Learning from the stream",
+    )
     left.legend(frameon=False)
-    layers = [op.name for op in deploy(planned.model).graph.layers]
-    shares = [100 * planned.plan[name].ratio if name in planned.plan.layers else 0.0 for name in layers]
+    layers = [op.name for op in deploy(adapted.model).graph.layers]
+    shares = [100 * adapted.plan[name].ratio if name in adapted.plan.layers else 0.0 for name in layers]
     right.barh(layers, [100] * len(layers), color="0.92")
     right.barh(layers, shares, color="tab:blue")
     right.invert_yaxis()
     right.set(
-        xlabel="channels that train (%)", xlim=(0, 100), title=f"The plan: {planned.plan.memory_bytes / 1024:.0f} KiB"
+        xlabel="channels that train (%)", xlim=(0, 100), title=f"The plan: {adapted.plan.memory_bytes / 1024:.0f} KiB"
     )
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
