@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from edgetrain_cli import __version__, console
-from edgetrain_cli.sizes import size_bytes
 from stages.errors import DataError, InputMissing, StreamBroken, UsageError
 
 if TYPE_CHECKING:
@@ -80,9 +79,11 @@ class Stage:
     """What a command's body uses to read, write and report."""
 
     def __init__(self, command: str, arguments: dict[str, Any]) -> None:
+        from stages.planning.budget import parse_memory
+
         self.command = command
         self.quiet = bool(arguments.get("quiet"))
-        self.max_record_bytes = size_bytes(arguments.get("max_record") or "1GiB", "--max-record")
+        self.max_record_bytes = parse_memory(arguments.get("max_record") or "1GiB", "--max-record")
         self._arguments = {name: _recorded(value) for name, value in arguments.items() if name not in NOT_IN_HISTORY}
         self._keep_history = bool(arguments.get("history", True))
         self._inputs: dict[str, str] = {}

@@ -21,8 +21,8 @@ MAC_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 LATENCY_UNITS = {"US": Fraction(1, 10**6), "MS": Fraction(1, 1000), "S": Fraction(1)}
 
 
-def parse_memory(text: str) -> int:
-    """Bytes from `1MB`, `512KiB`, `900kB`, `1048576`: MB and MiB alike are 2^20 bytes.
+def parse_memory(text: str, where: str = "memory budget") -> int:
+    """Bytes from `1MB`, `512KiB`, `900kB`, `1048576`: MB and MiB alike are 2^20 bytes. `where` is named in errors.
 
     >>> parse_memory("1MB"), parse_memory("0.5 KiB")
     (1048576, 512)
@@ -30,8 +30,8 @@ def parse_memory(text: str) -> int:
     Raises:
         UsageError: not a positive number with a unit of memory.
     """
-    number, unit = _split(text, "memory budget", MEMORY_UNITS, "1MB, 512KiB or a number of bytes")
-    return _positive(int(number * MEMORY_UNITS[unit]), "memory budget", text)
+    number, unit = _split(text, where, MEMORY_UNITS, "1MB, 512KiB or a number of bytes")
+    return _positive(int(number * MEMORY_UNITS[unit]), where, text)
 
 
 def parse_macs(text: str, full_macs: int) -> int:
