@@ -48,12 +48,18 @@ def main(folder: Path) -> None:
     graph = deploy(planned.model).graph
     full = make_plan("full", named_plan("full", graph), graph, memory_model=planned.plan.memory_model, optimizer="sgd")
     costs = {"titan": planned.plan, "random": planned.plan, "full": full}
-    Console(width=110).print(table(runs, costs, before, few_shot))
+    Console(width=110).print(table(runs, costs, before, few_shot, adapted.model.version))
     draw(folder / "demo.png", runs, adapted, before, few_shot)
     print(f"picture: {folder / 'demo.png'}")
 
 
-def table(runs, costs, before: float, few_shot: float) -> Table:
+def drawn(run: Run, already: int) -> float:
+    """Samples trained on in the updates beyond the first `already`."""
+    table = run.metrics["train-sparse"]
+    return float(table["samples"][table["version"] > already].sum())
+
+
+def table(runs, costs, before: float, few_shot: float, already: int) -> Table:
     seeds = len(runs["titan"])
     result = Table(
         title="Accuracy on held-out digits\n"
@@ -65,7 +71,7 @@ def table(runs, costs, before: float, few_shot: float) -> Table:
     for method, (label, _) in METHODS.items():
         curves = np.array([curve(run)[1] for run in runs[method]])
         middle, end = curves[:, curves.shape[1] // 2], curves[:, -1]
-        used = np.mean([run.metrics["train-sparse"]["samples"].sum() for run in runs[method]])
+        used = np.mean([drawn(run, already) for run in runs[method]])
         cost = costs[method]
         result.add_row(
             label,
