@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test check bench bench-engine bench-selection bench-pipeline \
+.PHONY: setup demo test check bench bench-engine bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
 help:            ## list the targets
@@ -33,9 +33,13 @@ format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-engine bench-selection bench-pipeline  ## all benchmarks, written to docs/results
+bench: bench-engine bench-selection bench-pipeline bench-faults  ## all benchmarks, written to docs/results
 
-bench-engine bench-selection bench-pipeline: bench-%: $(READY)
+bench-engine:    ## what the sparse engine saves
+bench-selection: ## what choosing samples brings
+bench-pipeline:  ## what choosing beside training costs: throughput, transport, memory
+bench-faults:    ## 300 random faults in a live pipeline
+bench-engine bench-selection bench-pipeline bench-faults: bench-%: $(READY)
 	$(BIN)/python examples/bench/$*.py
 
 reproduce-tinytrain-cost: $(READY)      ## every cell of TinyTrain's cost tables

@@ -132,10 +132,19 @@ def register() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _terminated)
+    raise_on_signals()
     register()
-    app()
+    try:
+        app()
+    except Stopped as stop:  # before a command's body began, or after it ended
+        sys.exit(128 + stop.signal)
 
 
-def _terminated(number: int, frame: object) -> None:
+def raise_on_signals() -> None:
+    """SIGINT and SIGTERM end a command the same way, at any moment."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stopped)
+
+
+def _stopped(number: int, frame: object) -> None:
     raise Stopped(number)

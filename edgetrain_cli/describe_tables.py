@@ -95,7 +95,9 @@ def _plan_tree(plan: Mapping[str, Any]) -> Tree:
     for update in plan["updates"]:
         live, channels = update["live_channels"], update["channels"]
         bias = f", {update['live_biases']} biases" if update["live_biases"] else ""
-        tree.add(f"{update['layer']}: {live} of {channels} {update['axis']} channels ({live / channels:.0%}){bias}")
+        what = f"{live} of {channels} {update['axis']} channels ({live / channels:.0%}){bias}"
+        ends = "; passes no gradient on" if update["detached"] else ""
+        tree.add(f"{update['layer']}: {what if live or bias else 'frozen'}{ends}")
     if plan["facts"]:
         tree.add(", ".join(f"{name} {unit(name, value)}" for name, value in plan["facts"].items()))
     return tree

@@ -164,13 +164,16 @@ class Stage:
         from stages.artifacts.stream import is_regular, open_records, records
 
         if source != STDIO:
-            self.named(source)
-            return open_records(source, max_record_bytes=self.max_record_bytes)
-        if sys.stdin is None or sys.stdin.isatty():
+            if not self.named(source).is_fifo():
+                return open_records(source, max_record_bytes=self.max_record_bytes)
+            descriptor = os.open(source, os.O_RDONLY)
+        elif sys.stdin is None or sys.stdin.isatty():
             raise NoInput
-        raw = cast(BinaryIO, io.FileIO(sys.stdin.fileno(), closefd=False))
-        file = raw if is_regular(raw) else cast(BinaryIO, io.BufferedReader(Watched(self), 1 << 16))
-        return records(file, "stdin", max_record_bytes=self.max_record_bytes)
+        else:
+            descriptor = sys.stdin.fileno()
+        raw = cast(BinaryIO, io.FileIO(descriptor, closefd=False))
+        file = raw if is_regular(raw) else cast(BinaryIO, io.BufferedReader(Watched(self, descriptor), 1 << 16))
+        return records(file, _where(source), max_record_bytes=self.max_record_bytes)
 
     def _known(self, run: Run, source: str) -> Run:
         from stages.artifacts.history import run_hash
@@ -283,12 +286,12 @@ class Writer:
 
 
 class Watched(io.RawIOBase):
-    """Stdin as a pipe, read while watching stdout: when the reader of our output leaves, waiting is over."""
+    """A pipe, read while watching stdout: when the reader of our output leaves, waiting is over."""
 
-    def __init__(self, owner: Stage) -> None:
-        self._owner = owner
+    def __init__(self, owner: Stage, descriptor: int) -> None:
+        self._owner, self._descriptor = owner, descriptor
         self._poll = select.poll()
-        self._poll.register(0, select.POLLIN)
+        self._poll.register(descriptor, select.POLLIN)
         self._poll.register(1, 0)
 
     def readable(self) -> bool:
@@ -303,17 +306,15 @@ class Watched(io.RawIOBase):
                 events = dict(self._poll.poll())
                 if events.get(1, 0) & select.POLLERR:
                     raise BrokenPipeError
-                if 0 in events:
+                if self._descriptor in events:
                     break
-            data = os.read(0, len(buffer))
+            return os.readv(self._descriptor, [buffer])
         except Stopped:
             if not self._owner.stop_requested():
                 raise
             return 0
         finally:
             self._owner._waiting = False
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def _rounds(records: Iterator[Record], where: str) -> Iterator[Block]:
@@ -331,6 +332,7 @@ def _rounds(records: Iterator[Record], where: str) -> Iterator[Block]:
             return
         last_round = record.round if record.round is not None else last_round
         yield record
+        del record  # before the next one is read: blocks may be large
     if last_round is not None:
         raise StreamBroken(
             where,

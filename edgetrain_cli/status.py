@@ -60,7 +60,8 @@ def round_figures(block: Block) -> dict[str, Any]:
     """What a block of the pipeline says about its round.
 
     `samples` in the block; of the window `seen`, `dropped` by the filter and, at `--pace demand`, `missed` unlooked at;
-    `candidates`, how many of them were `scored`, and `variance_gain`, the variance of random choice over that of this.
+    `candidates`, how many of them were `scored`, and `variance_gain`, the variance of random choice over that of this;
+    what `select --strategy auto` decided.
     """
     figures: dict[str, Any] = {"samples": len(block)}
     if block.round is not None:
@@ -68,6 +69,9 @@ def round_figures(block: Block) -> dict[str, Any]:
     figures["candidates"] = int(block.facts.get("candidates", len(block)))
     if "scored" in block.facts:
         figures["scored"] = int(block.facts["scored"])
+    if "auto_batch" in block.facts:
+        figures["strategy"] = str(block.facts["strategy"])
+        figures |= {name: value for name, value in block.facts.items() if name.startswith("auto_")}
     for name in ("seen", "missed"):
         if name in block.per_class:
             figures[name] = int(block.per_class[name].sum())

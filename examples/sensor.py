@@ -1,10 +1,11 @@
-"""A sensor: sends the samples of a block file one by one, at a fixed rate, and counts how often it was made to wait.
+"""A sensor: sends the samples of a block file at a fixed rate and counts how often it was made to wait.
 
     python examples/sensor.py stream.h5 --rate 200 --seconds 10 --run run.h5 |
         edgetrain filter --pace demand --window 30 | edgetrain select | edgetrain train-sparse -o adapted.h5
 
-A stall is a sample that could not be handed over before the next was due. The clock starts when the first sample has
-been taken in, for a sensor is switched on when there is somebody to listen. It ends with one line on stderr.
+A stall is a record (one sample, or --per-record) that could not be handed over before the next was due. The clock
+starts when the first has been taken in, for a sensor is switched on when there is somebody to listen. It ends with one
+line on stderr.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from stages.artifacts.records import Block
 from stages.artifacts.stream import open_records
 
 
-def images(path: str, most: int) -> list[bytes]:
-    """The first samples of a file, each as a record of its own."""
+def images(path: str, most: int, size: int) -> list[bytes]:
+    """The first samples of a file, so many to a record."""
     blocks = (record for record in open_records(path) if isinstance(record, Block))
-    return [encode(sample) for sample in islice((one for block in blocks for one in block.slices(1)), most)]
+    pieces = (piece for block in blocks for piece in block.slices(size) if len(piece) == size)
+    return [encode(piece) for piece in islice(pieces, max(1, most // size))]
 
 
 def unread_bytes() -> int:
@@ -53,13 +55,13 @@ def hand_over(data: bytes, due_s: float) -> bool:
         try:
             view = view[os.write(1, view) :]
         except BlockingIOError:
-            select.select([], [1], [], max(due_s - time.perf_counter(), 0.001))
+            select.select([], [1], [], min(max(due_s - time.perf_counter(), 0.001), 1.0))
         late = late or (bool(view) and time.perf_counter() > due_s)
     return not late
 
 
 def run(samples: list[bytes], rate: float, seconds: float) -> tuple[int, int]:
-    """Send samples until the time is up; how many there were and how many stalled."""
+    """Send records at a rate until the time is up; how many there were and how many stalled."""
     hand_over(samples[0], float("inf"))
     while unread_bytes():
         watch_reader()
@@ -80,16 +82,18 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=100.0, help="samples per second")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--run", help="a run record to send first")
+    parser.add_argument("--per-record", type=int, default=1, help="samples that are handed over together")
     parser.add_argument("--distinct", type=int, default=500, help="samples to read; they are sent over and over")
     options = parser.parse_args()
     os.set_blocking(1, False)
     try:
         if options.run is not None:
             hand_over(Path(options.run).read_bytes(), float("inf"))
-        sent, stalls = run(images(options.samples, options.distinct), options.rate, options.seconds)
+        size = options.per_record
+        sent, stalls = run(images(options.samples, options.distinct, size), options.rate / size, options.seconds)
     except BrokenPipeError:
         sys.exit(141)
-    print(f"sensor: {sent} samples, {stalls} stalls", file=sys.stderr)
+    print(f"sensor: {sent * size} samples, {stalls} stalls", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ import torch
 
 from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Head, Run
-from stages.cost.training import live_values, memory_bytes, plan_backward_macs
 from stages.errors import DataError, UsageError, require
 from stages.fsl.episode_list import data_hash
 from stages.fsl.episodes import Episode, Shape, VariousShape, check_pool, draw_episodes, pool_of
 from stages.fsl.intervals import Interval, wilson
 from stages.methods.registry import find_method
 from stages.methods.results import Row
-from stages.methods.task import Answer, make_task
+from stages.methods.task import Answer, make_task, plan_cost
 from stages.models import heads
 from stages.models.deploy import Backbone, deploy
 from stages.models.graph import Graph
@@ -230,9 +229,7 @@ def draw_tasks(block: Block, config: Tasks, seed: int) -> Iterator[Episode]:
 
 def _row(graph: Graph, dataset: str, number: int, method: str, episode: Episode, answer: Answer, seconds: float) -> Row:
     right = answer.predicted.numpy() == episode.query_labels
-    updates = answer.updates
-    trains = bool(updates)
-    macs = plan_backward_macs(graph, updates) if trains else 0
+    cost = answer.cost or plan_cost(graph, answer.updates)
     return Row(
         dataset=dataset,
         task=number,
@@ -242,10 +239,6 @@ def _row(graph: Graph, dataset: str, number: int, method: str, episode: Episode,
         support=len(episode.support),
         query=len(episode.query),
         learning_rate=answer.learning_rate,
-        layers=len(updates),
-        live_values=live_values(graph, updates) + answer.extra_values,
-        backward_macs=macs if answer.extra_macs is None else answer.extra_macs,
-        memory_bytes=memory_bytes(graph, updates, model="paper") if trains else 0,
-        saved_bytes=memory_bytes(graph, updates, model="saved") if trains else 0,
+        **asdict(cost),
         seconds=seconds,
     )

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from stages.artifacts.records import Array, Block, End
 from stages.data.blocks import join_blocks
 from stages.errors import UsageError, require
 from stages.models.deploy import Backbone
+from stages.models.graph import Graph
 from stages.models.inputs import adapt
+from stages.sparse.engine import SparseNet
 from stages.valuation.buffer import CandidateBuffer, Features
 from stages.valuation.coarse import FILTERS
 from stages.valuation.demand import DemandBuffer
 
 CHUNK = 256
 """Samples scored at once: bounds memory for windows of any length."""
+
+FEATURES_CHUNK = 16
+"""Samples that pass the first blocks at once: these have the largest maps, which should stay in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +76,7 @@ def filter_stream(
     buffer = _buffer(config, features, seed, on_note)
     for chunk, closes in arrivals(blocks, config.window):
         buffer.add(chunk)
+        del chunk  # while a round is written, nothing but its candidates is held
         if closes:
             yield buffer.close_round()
             on_step(buffer.round)
@@ -120,19 +125,22 @@ def arrivals(blocks: Iterable[Block], window: int) -> Iterator[tuple[Block, bool
         start = 0
         while start < len(block):
             room = min(CHUNK, window - position) - waiting
-            piece = block.take(slice(start, start + room))
-            pieces.append(piece)
-            start, waiting = start + len(piece), waiting + len(piece)
-            if len(piece) == room:
+            pieces.append(block.take(slice(start, start + room)))
+            taken = len(pieces[-1])
+            start, waiting = start + taken, waiting + taken
+            if taken == room:
                 position = (position + waiting) % window
-                yield _joined(pieces), position == 0
-                pieces, waiting = [], 0
+                yield _emptied(pieces), position == 0
+                waiting = 0
     if waiting:
-        yield _joined(pieces), False
+        yield _emptied(pieces), False
 
 
-def _joined(pieces: list[Block]) -> Block:
-    return pieces[0] if len(pieces) == 1 else join_blocks(pieces, where="stream")
+def _emptied(pieces: list[Block]) -> Block:
+    """The pieces as one block; the list holds none of them any more."""
+    joined = pieces[0] if len(pieces) == 1 else join_blocks(pieces, where="stream")
+    pieces.clear()
+    return joined
 
 
 def shallow_features(backbone: Backbone, depth: int) -> Features:
@@ -143,11 +151,11 @@ def shallow_features(backbone: Backbone, depth: int) -> Features:
     graph = backbone.graph
     there = len(graph.blocks)
     require(1 <= depth <= there, "--blocks", f"{depth}", f"1 to {there}, the model's blocks")
-    last = max((op for op in graph.ops if op.block == depth - 1), key=lambda op: graph.position[op.name])
+    last = max(graph.position[op.name] for op in graph.ops if op.block == depth - 1)
+    shallow = SparseNet(replace(backbone, graph=Graph(graph.ops[: last + 1], graph.blocks[:depth])), [])
 
     def features(block: Block) -> Array:
-        with torch.inference_mode():
-            shallow = backbone.until(adapt(np.asarray(block.x), block.layout, backbone.input), last.name)
-        return np.asarray(shallow.flatten(1).numpy())
+        pieces = (adapt(np.asarray(piece.x), piece.layout, backbone.input) for piece in block.slices(FEATURES_CHUNK))
+        return np.concatenate([shallow.prefix(piece)[0].flatten(1).numpy() for piece in pieces])
 
     return features

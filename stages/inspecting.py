@@ -94,7 +94,7 @@ def rounds(descriptions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per round of a stream: how many samples, variances and their ratios, the allocation over classes.
 
     Ratios say what selection gains: `to_random` 0.25 is the gradient variance that random selection reaches only with
-    four times as many samples.
+    four times as many samples. `batch` is what `select --strategy auto` chose.
     """
     rows = []
     for block in descriptions:
@@ -107,6 +107,7 @@ def rounds(descriptions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "round": block["round"],
                 "samples": block["samples"],
                 "strategy": facts.get("strategy", facts.get("filter")),
+                "batch": facts.get("auto_batch"),
                 "variance": variance,
                 "variance_is": facts.get("variance_is"),
                 "variance_random": random,
@@ -216,6 +217,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
                 "live_channels": len(update.channels),
                 "channels": update.axis_channels,
                 "live_biases": len(update.bias),
+                "detached": update.detached,
             }
             for update in plan.updates
         ],

@@ -11,17 +11,16 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from stages.artifacts.records import Array, Block, Head, LayerUpdate, Plan, Run, Scores
+from stages.artifacts.records import Array, Block, Head, LayerUpdate, Plan, Run
 from stages.cost.latency import Durations, durations
-from stages.cost.model import full_backward_macs, last_blocks
-from stages.cost.ops import layer_macs
+from stages.cost.model import full_backward_macs
 from stages.cost.training import HEAD, live_values, whole_update, with_head
 from stages.errors import BudgetError, UsageError, require
-from stages.importance.criteria import CRITERIA, Evidence
+from stages.importance.criteria import CRITERIA
 from stages.importance.fisher import Fisher, fisher_bytes, fisher_pass
 from stages.importance.tasks import TASKS, build_task
+from stages.methods.layer_scores import GRADIENTS, LAYERS, SEARCHES, Search, candidates, detached, scores_of
 from stages.models.deploy import Backbone, deploy
 from stages.models.graph import Graph, Op
 from stages.planning import problem as planning
@@ -32,7 +31,7 @@ from stages.planning.knapsack import knapsack
 from stages.planning.layers import SELECTORS, select_layers
 from stages.planning.plans import Ranking, make_plan, parse_plan
 
-SEARCH = ("criterion", "select", "channels", "ratios", "train_bias", "blocks")
+SEARCH = ("search", "criterion", "select", "channels", "ratios", "train_bias", "blocks", "layers")
 """Settings of the search, which have no meaning beside a plan that is given."""
 
 MEMORY, MACS = "1MB", "15%"
@@ -62,12 +61,18 @@ class Scoring:
     batch: int = 1
     """Samples whose activations training keeps at once."""
     optimizer: str = "adam"
-    criterion: str = "score"
-    select: str = "greedy"
+    search: str = "tinytrain"
+    """One of `SEARCHES`: what the five settings after it are where they are None."""
+    criterion: str | None = None
+    select: str | None = None
+    layers: str | None = None
+    """Which of the inspected layers may train: one of `LAYERS`."""
+    gradient: str | None = None
+    """How gradients flow back: one of `GRADIENTS`. With a given plan None is exact."""
+    ratios: tuple[float, ...] | None = None
+    """Channel ratios that the selector may choose from."""
     channels: str = "output"
     """The axis that channels are counted along."""
-    ratios: tuple[float, ...] | None = None
-    """Channel ratios that the selector may choose from. None: `planning.RATIOS`, 1 to 1/8."""
     channel_rule: str | None = None
     """What ranks channels. None: `fisher` for a search, `l2` for a given plan."""
     train_bias: bool = False
@@ -79,8 +84,15 @@ class Scoring:
     """Samples looked at together; more take more memory and less time, and give the same result."""
 
     def __post_init__(self) -> None:
-        require(self.criterion in CRITERIA, "--criterion", repr(self.criterion), "one of " + ", ".join(CRITERIA))
-        require(self.select in SELECTORS, "--select", repr(self.select), "one of " + ", ".join(SELECTORS))
+        require(self.search in SEARCHES, "--search", repr(self.search), "one of " + ", ".join(SEARCHES))
+        require(
+            self.criterion in (None, *CRITERIA), "--criterion", repr(self.criterion), "one of " + ", ".join(CRITERIA)
+        )
+        require(self.select in (None, *SELECTORS), "--select", repr(self.select), "one of " + ", ".join(SELECTORS))
+        require(self.layers in (None, *LAYERS), "--layers", repr(self.layers), "one of " + ", ".join(LAYERS))
+        require(
+            self.gradient in (None, *GRADIENTS), "--gradient", repr(self.gradient), "one of " + ", ".join(GRADIENTS)
+        )
         require(self.head in (None, *TASKS), "--head", repr(self.head), "one of " + ", ".join(TASKS))
         require(self.blocks > 0, "--blocks", str(self.blocks), "at least 1")
         require(self.micro_batch > 0, "--micro-batch", str(self.micro_batch), "at least 1")
@@ -95,6 +107,12 @@ class Scoring:
     def given(self) -> bool:
         """Whether the plan is given, not searched for."""
         return self.plan is not None or self.plan_text is not None
+
+    def how(self) -> Search:
+        """How to search, with what the user chose in place; for a given plan only the gradient counts."""
+        named = SEARCHES[self.search]
+        chosen = {field.name: getattr(self, field.name) for field in fields(Search)}
+        return replace(named, **{name: value for name, value in chosen.items() if value is not None})
 
     def budget(self, full_macs: int) -> Budget:
         """The limits in numbers; shares are shares of `full_macs`."""
@@ -111,8 +129,7 @@ class Scoring:
     def channel_choice(self) -> planning.Channels:
         """How a search chooses channels; for a given plan only the rule counts."""
         rule = self.channel_rule or ("l2" if self.given else "fisher")
-        ratios = planning.RATIOS if self.ratios is None else self.ratios
-        return planning.Channels(ratios=ratios, axis=self.channels, rule=rule, bias=self.train_bias)
+        return planning.Channels(ratios=self.how().ratios, axis=self.channels, rule=rule, bias=self.train_bias)
 
 
 @dataclass(frozen=True)
@@ -171,42 +188,19 @@ def score_layers(
 
 
 def _searched(job: _Job) -> Run:
-    graph, config = job.backbone.graph, job.config
-    fisher, head, facts = job.fisher(last_blocks(graph, config.blocks))
-    scores = scores_of(config.criterion, job.backbone, fisher, job.rng)
+    graph, config, how = job.backbone.graph, job.config, job.config.how()
+    window = candidates(graph, config.blocks, how.layers)
+    fisher, head, facts = job.fisher(window)
+    scores = scores_of(how.criterion, job.backbone, fisher, window, job.rng)
     costs = _costs(job, head)
     problem = planning.pose(
         costs.graph, scores, costs.budget, config.channel_choice(), planning.Evidence(job.weights, job.rng),
-        fixed=costs.fixed, measured=costs.measured,
+        fixed=costs.fixed, measured=costs.measured, detached=costs.detached,
     )  # fmt: skip
-    found = select_layers(problem, config.select)
-    optimum = found if config.select == "knapsack" else knapsack(problem)
+    found = select_layers(problem, how.select)
+    optimum = found if how.select == "knapsack" else knapsack(problem)
     facts |= {"score": found.score, "optimum_score": optimum.score}
-    return replace(job.run, scores=scores, plan=_plan(config.select, problem, found.updates, facts))
-
-
-def scores_of(criterion: str, backbone: Backbone, fisher: Fisher, rng: np.random.Generator) -> Scores:
-    """The scores record: every inspected layer's worth by the criterion, and its channels' Fisher information."""
-    graph = backbone.graph
-    ops = [graph[name] for name in fisher.layers]
-    norms = [float(torch.linalg.vector_norm(backbone.tensors[f"{op.name}.weight"])) for op in ops]
-    evidence = Evidence(
-        fisher=np.array([fisher.output[op.name].sum() for op in ops]),
-        parameters=np.array([float(op.weights) for op in ops]),
-        macs=np.array([float(layer_macs(op)) for op in ops]),
-        most_parameters=max(op.weights for op in graph.layers),
-        most_macs=max(layer_macs(op) for op in graph.layers),
-        weight_l2=np.array(norms),
-        rng=rng,
-    )
-    return Scores(
-        criterion,
-        fisher.layers,
-        CRITERIA[criterion](evidence),
-        evidence.fisher,
-        tuple(fisher.output[op.name].astype(np.float32) for op in ops),
-        tuple(fisher.input[op.name].astype(np.float32) for op in ops),
-    )
+    return replace(job.run, scores=scores, plan=_plan(how.select, problem, found.updates, facts))
 
 
 # ------------------------------------------------------------------------------------------------------ a plan given
@@ -269,7 +263,7 @@ def _costs(job: _Job, head: Head | None) -> planning.Problem:
         fixed = (whole_update(graph[HEAD]),)
     budget = job.config.budget(full_backward_macs(graph))
     measured = _with_free_head(durations(job.run.profile)) if budget.latency_s is not None else None
-    return planning.Problem(graph, (), budget, fixed, measured)
+    return planning.Problem(graph, (), budget, fixed, measured, detached(graph, job.config.how().gradient))
 
 
 def _with_free_head(measured: Durations) -> Durations:
@@ -296,7 +290,8 @@ def _plan(name: str, problem: planning.Problem, updates: Sequence[LayerUpdate], 
         **facts,
     }
     plan = make_plan(
-        name, updates, problem.graph, memory_model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer,
+        name, problem.complete(updates), problem.graph,
+        memory_model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer,
         facts={name: value for name, value in known.items() if value is not None},
     )  # fmt: skip
     return replace(plan, memory_bytes=memory, backward_macs=macs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -18,8 +18,9 @@ from stages.models.deploy import Backbone
 from stages.models.graph import Graph
 from stages.randomness import generator
 from stages.valuation import fine
+from stages.valuation.costs import Clock, Meter
 from stages.valuation.designs import draw
-from stages.valuation.efficiency import Costs, Option, Tuner
+from stages.valuation.efficiency import Decision, Option, Tuner
 from stages.valuation.fine import SELECTIONS, Chosen, GradientView
 from stages.valuation.forward import Forward
 from stages.valuation.scoring import IMPORTANCES, flat_inputs, masses, scored
@@ -45,8 +46,8 @@ class Selection:
     max_batch: int | None = None
     """`auto` only: the largest batch it may choose; None keeps to `batch`."""
     update_cost: float | None = None
-    """`auto` only: forward passes that training on a sample costs; None takes 1 + backward / forward MACs of the
-    plan, or 3 (full training) without one."""
+    """`auto` only: forward passes that training on a sample costs. None takes what the trainer measured, and until it
+    has 1 + backward / forward MACs of the plan, or 3 (full training) without one."""
     overlap: bool = False
     """`auto` only: training goes on at the same time, on another processor."""
     send_features: bool = False
@@ -83,6 +84,8 @@ def select_stream(
     passed: int = 0,
     replayed: bool = True,
     seed: int = 0,
+    clock: Clock | None = None,
+    replay: Mapping[int, Decision] | None = None,
     on_note: Callable[[str], None] = lambda text: None,
     on_step: Callable[[int], None] = lambda round: None,
 ) -> Iterator[Block | End]:
@@ -97,6 +100,9 @@ def select_stream(
             (anytime selection). None scores all candidates.
         passed: so many rounds have been used already by a trainer that goes on from a checkpoint. `replayed`: the
             stream begins anew and these rounds pass as empty blocks; else it goes on and rounds count from there.
+        clock: with which `auto` measures what scoring costs; None counts forward passes, and then the same input gives
+            the same choices.
+        replay: round -> what `auto` chose in an earlier run (`efficiency.recorded`), to do the same again.
         on_note: gets one line whenever `auto` changes its mind.
         on_step: gets the number of rounds done so far.
 
@@ -131,8 +137,9 @@ def select_stream(
         "a run record with a plan",
         "put the run record first in the stream, or give --run FILE",
     )
-    wants_forward = backbone is not None and (config.needs_model or config.send_features) and config.strategy != AUTO
-    forward = Forward(backbone, updates, send=config.send_features) if wants_forward and backbone is not None else None
+    forward = None
+    if backbone is not None and (config.needs_model or config.send_features):
+        forward = Forward(backbone, updates, send=config.send_features)
     done, told, tuner = 0, "", None
     for block in blocks:
         number = (done if block.round is None else block.round) + (0 if replayed else passed)
@@ -141,10 +148,10 @@ def select_stream(
             yield block.take(slice(0, 0))
         elif config.strategy == AUTO and weights is not None and len(block):
             current = cache(partial(weights, number))
-            tuner = tuner or _tuner(config, current().backbone.graph, updates)
-            chosen, option = auto_block(block, config, tuner, current, updates, rng)
-            if (found := f"{option.strategy} {option.batch} {option.scored}") != told:
-                on_note(f"round {number}: {tuner.explain(option)}")
+            tuner = tuner or _tuner(config, current().backbone.graph, updates, clock, replay)
+            chosen, decision = auto_block(block, config, tuner, current, updates, rng, forward)
+            if (found := f"{decision.option.strategy} {decision.option.batch} {decision.option.scored}") != told:
+                on_note(f"round {number}: {tuner.explain(decision)}")
                 told = found
             yield chosen
         else:
@@ -189,12 +196,18 @@ def select_block(
     return batch if forward is None or weights is not None else forward.attach(batch)
 
 
-def _tuner(config: Selection, graph: Graph, updates: Sequence[LayerUpdate] | None) -> Tuner:
-    cost = config.update_cost
-    if cost is None:
-        cost = 3.0 if updates is None else 1.0 + plan_backward_macs(graph, updates) / forward_macs(graph)
-    most = config.batch if config.max_batch is None else config.max_batch
-    return Tuner(config.batch, most, Costs(update=cost, overlap=config.overlap))
+def _tuner(
+    config: Selection,
+    graph: Graph,
+    updates: Sequence[LayerUpdate] | None,
+    clock: Clock | None = None,
+    replay: Mapping[int, Decision] | None = None,
+) -> Tuner:
+    ratio = config.update_cost
+    if ratio is None:
+        ratio = 3.0 if updates is None else 1.0 + plan_backward_macs(graph, updates) / forward_macs(graph)
+    meter = Meter(ratio, fixed_ratio=config.update_cost is not None, overlap=config.overlap, clock=clock)
+    return Tuner(config.batch, config.max_batch or config.batch, meter, replay)
 
 
 def auto_block(
@@ -204,28 +217,60 @@ def auto_block(
     weights: Callable[[], Weights],
     updates: Sequence[LayerUpdate] | None,
     rng: np.random.Generator,
-) -> tuple[Block, Option]:
+    forward: Forward | None = None,
+) -> tuple[Block, Decision]:
     """The batch of a round whose strategy the tuner chooses; rounds that are due are scored whole and observed first.
 
-    As `select_block`, with facts that let the choice be replayed: `strategy` is what was chosen, `auto_batch` and
-    `auto_candidates` what it was given, `auto_observed` whether the tuner learnt from this round. Weights are asked
-    for only where candidates are scored.
+    As `select_block`, with facts that let the choice be replayed (`Decision.facts`): `strategy` is what was chosen,
+    `auto_batch` and `auto_candidates` what it was given, `auto_observed` whether the tuner learnt from this round.
+    Weights are asked for only where candidates are scored; the time of that and of the choice is measured.
     """
+    number, meter, view = block.round or 0, tuner.meter, None
     pool, mass = _with_mass(block)
-    observed = tuner.due()
-    if observed:
-        view = scored(pool, mass, weights(), config.importance, updates)
-        tuner.observe(view, config.epsilon)
-    option = tuner.choose(len(pool))
+    arrived = int(block.per_class["seen"].sum()) if "seen" in block.per_class else len(pool)
+    if tuner.due(number):
+        meter.updates(weights().update_times)
+        view = meter.time(lambda: _scored_whole(pool, mass, config, weights(), updates, rng, forward))
+        tuner.observe(view, config.epsilon, arrived)
+    decision = tuner.decide(number, len(pool))
+    option = decision.option
     settings = replace(config, strategy=option.strategy, batch=option.batch, max_batch=None)
-    if observed:
-        chosen = SELECTIONS[option.strategy].choose(view, option.batch, config.epsilon, rng)
-        found = _emit(pool, view, chosen, settings)
-    else:
+    found = meter.time(lambda: _spend(pool, mass, settings, option, view, weights, updates, rng, forward))
+    looked_at = option.scored if view is None else len(pool)
+    meter.close_round(looked_at)
+    counts = {"candidates": len(pool), "scored": looked_at}
+    return replace(found, facts={**found.facts, **counts, **decision.facts()}), decision
+
+
+def _scored_whole(
+    pool: Block,
+    mass: Array,
+    config: Selection,
+    weights: Weights,
+    updates: Sequence[LayerUpdate] | None,
+    rng: np.random.Generator,
+    forward: Forward | None,
+) -> GradientView:
+    features = None if forward is None else forward.look(pool, mass, weights, rng=rng).features
+    return scored(pool, mass, weights, config.importance, updates, features)
+
+
+def _spend(
+    pool: Block,
+    mass: Array,
+    settings: Selection,
+    option: Option,
+    view: GradientView | None,
+    weights: Callable[[], Weights],
+    updates: Sequence[LayerUpdate] | None,
+    rng: np.random.Generator,
+    forward: Forward | None,
+) -> Block:
+    """The batch of one option, from the whole pool where that has been scored already."""
+    if view is None:
         current = weights() if settings.needs_model else None
-        found = select_block(_thinned(pool, mass, option, rng), settings, current, updates, rng)
-    facts = {"auto_batch": option.batch, "auto_candidates": option.candidates, "auto_observed": int(observed)}
-    return replace(found, facts={**found.facts, **facts}), option
+        return select_block(_thinned(pool, mass, option, rng), settings, current, updates, rng, forward=forward)
+    return _emit(pool, view, SELECTIONS[option.strategy].choose(view, option.batch, settings.epsilon, rng), settings)
 
 
 def _thinned(pool: Block, mass: Array, option: Option, rng: np.random.Generator) -> Block:

@@ -140,4 +140,5 @@ def test_settings_are_checked(wrong):
 
 
 def test_there_are_methods():
-    assert {"none", "full", "last-layer", "sparse-update", "tinytrain", "transductive"} <= set(METHODS)
+    published = {"none", "full", "last-layer", "sparse-update", "tinytrain", "transductive", "tinytl"}
+    assert published | {f"adapter-drop-{percent}" for percent in (75, 50, 25)} <= set(METHODS)

@@ -40,3 +40,68 @@ def test_shell_scripts_are_sound(script, tmp_path):
 
 def test_there_are_scripts():
     assert len(list(EXAMPLES.rglob("*.sh"))) >= 2
+
+
+def test_titans_comparison_runs_from_trials_to_page(tmp_path):
+    chosen = [
+        "--modality",
+        "activity",
+        "--order",
+        "iid",
+        "noisy-y",
+        "--methods",
+        "random",
+        "auto to 30",
+        "quota + c-is",
+    ]
+    small = [
+        "--rounds",
+        "26",
+        "--seeds",
+        "1",
+        "--elsewhere-seeds",
+        "1",
+        "--rates",
+        "0.05",
+        "--jobs",
+        "1",
+        "--out",
+        "trials",
+        "--page",
+        "page.md",
+    ]
+    script = str(EXAMPLES / "reproduce" / "titan.py")
+    run([sys.executable, script, *chosen, *small], tmp_path)
+    page = (tmp_path / "page.md").read_text()
+    assert "156 rounds looked at; c-is above is in 0, c-is above random in 0" in page  # of all six trials
+    assert page.count("| quota + c-is | 0.05 |") == 2
+    assert "## activity, noisy-y" in page
+    assert "`auto to 30` took " in page
+    assert len(list(tmp_path.rglob("*-checked.json"))) == 6
+
+
+def test_costs_to_an_accuracy_are_those_of_the_first_smoothed_point_there():
+    reproduce = str(EXAMPLES / "reproduce")
+    sys.path.insert(0, reproduce)
+    try:
+        import titan_page
+    finally:
+        sys.path.remove(reproduce)
+
+    def result(*accuracies, update=1.0):
+        curve = [{"round": 10 * at, "accuracy": value, "filter": 0.1 * at, "select": 0.4 * at, "update": update * at}
+                 for at, value in enumerate(accuracies, start=1)]  # fmt: skip
+        return {"curve": curve}
+
+    reference = result(0.1, 0.2, 0.3, 0.6, 0.6, 0.6)
+    assert titan_page.final(reference) == pytest.approx(0.6)
+    fast, slow = result(0.6, 0.6, 0.6, 0.6, 0.6, 0.6, update=2.0), result(*[0.1] * 6)
+    assert titan_page.cost_to([reference], [reference], "rounds") == "1.00"
+    assert titan_page.cost_to([fast], [reference], "rounds") == "0.50"
+    assert titan_page.cost_to([fast], [reference], "seconds") == "0.83"  # 3 x 2.5 over 6 x 1.5
+    assert titan_page.cost_to([fast], [reference], "pipelined seconds") == "1.00"  # 3 x 2 over 6 x 1
+    between = result(0.1, 0.2, 0.3, 0.9, 0.9, 0.9)  # means 0.2, 0.467, 0.7, 0.9: 0.6 lies between the second and third
+    assert titan_page.cost_to([between], [reference], "rounds") == f"{(4 + 0.4 / 0.7) / 6:.2f}"
+    assert titan_page.cost_to([slow], [reference], "rounds") == "never"
+    assert titan_page.cost_to([fast, slow], [reference] * 2, "rounds") == "> (1 of 2) 0.75"
+    assert titan_page.cost_to([fast] * 3, [reference] * 3, "rounds") == "0.50 (0.50-0.50)"

@@ -78,7 +78,7 @@ def test_a_run_in_full() -> None:
     }  # fmt: skip
     assert found["profile"]["columns"] == {"macs": [2_500_000]}
     assert found["plan"]["updates"] == [
-        {"layer": "stem", "axis": "output", "live_channels": 2, "channels": 3, "live_biases": 1}
+        {"layer": "stem", "axis": "output", "live_channels": 2, "channels": 3, "live_biases": 1, "detached": False}
     ]
     loss = found["metrics"]["train-sparse"]["loss"]
     assert (loss["length"], loss["first"], loss["last"], loss["mean"]) == (3, 2.0, 1.0, 1.5)

@@ -19,6 +19,7 @@ from stages.models import registry
 from stages.models.deploy import deploy, store
 from stages.planning.channels import top_channels
 from stages.planning.layers import SELECTORS
+from stages.planning.shortcuts import residual_entries
 from stages.scoring import Scoring, score_layers
 from tests.realdata import real
 
@@ -59,6 +60,32 @@ def linear_head(classes, dim=GRAPH.feature_dim):
 
 
 # --------------------------------------------------------------------------------------------------- a plan searched
+
+
+def test_a_shortcut_search_trains_entries_of_blocks_and_detaches_residual_branches():
+    found = score(search="shortcut", memory="1MB", macs="15%")
+    residual = residual_entries(GRAPH)
+    assert (found.scores.criterion, found.plan.name) == ("fisher", "knapsack")
+    assert set(found.plan.layers) <= {name for name in LAYERS if name.endswith("expand")}
+    assert {update.ratio for update in found.plan.live} <= {1.0, 0.5}
+    ends = {update.layer for update in found.plan.updates if update.detached}
+    first = min(LAYERS.index(name) for name in found.plan.layers)
+    assert ends == {name for name in residual if LAYERS.index(name) > first} | (residual & set(found.plan.layers))
+    assert found.plan.backward_macs == plan_backward_macs(GRAPH, found.plan.updates) <= found.plan.facts["budget_macs"]
+    exact = [replace(update, detached=False) for update in found.plan.live]
+    assert plan_backward_macs(GRAPH, exact) > found.plan.backward_macs
+
+
+def test_parts_of_a_search_can_be_changed():
+    found = score(search="shortcut", layers="all", select="greedy", ratios=(0.25,), **EVERYTHING)
+    assert found.plan.name == "greedy"
+    assert any(name.endswith("depthwise") for name in found.plan.layers)
+
+
+def test_a_given_plan_can_take_shortcuts():
+    plain, short = score(plan="last-9"), score(plan="last-9", gradient="shortcut")
+    assert plain.plan.layers == short.plan.layers
+    assert short.plan.backward_macs < plain.plan.backward_macs
 
 
 @pytest.mark.parametrize(
@@ -305,6 +332,10 @@ def test_a_published_scheme_keeps_its_ratios_under_another_channel_rule():
     [
         {"criterion": "magic"},
         {"select": "magic"},
+        {"search": "magic"},
+        {"layers": "magic"},
+        {"gradient": "magic"},
+        {"plan": "full", "search": "shortcut"},
         {"head": "magic"},
         {"channels": "sideways"},
         {"channel_rule": "magic"},

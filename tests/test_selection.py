@@ -1,9 +1,12 @@
 """`select` as a stage: masses, scoring, what blocks carry, and every odd pool."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from stages.artifacts.hdf5 import encode
 from stages.artifacts.live import Version
 from stages.artifacts.records import Block, End, Head, InputSpec, LayerUpdate
 from stages.errors import DataError, UsageError
@@ -12,7 +15,8 @@ from stages.models.deploy import Backbone
 from stages.models.execute import run
 from stages.models.graph import Graph, Op
 from stages.selection import Selection, Weights, _tuner, select_block, select_stream
-from stages.valuation.efficiency import Option, Tuner
+from stages.valuation.costs import Costs, Line
+from stages.valuation.efficiency import Decision, Option, Tuner, recorded
 from stages.valuation.fine import SELECTIONS
 from stages.valuation.scoring import IMPORTANCES, masses, scored
 
@@ -357,14 +361,15 @@ def test_auto_observes_then_chooses_and_says_so():
     *found, end = select_stream(blocks, config, weights=weights, on_note=notes.append)
     assert end == End(7)
     assert [block.facts["auto_observed"] for block in found] == [1, 1, 1, 0, 1, 0, 0]
-    assert {block.facts["strategy"] for block in found} <= {"random", "stratified", "titan"}
+    assert {block.facts["strategy"] for block in found} <= {"random", "stratified", "is", "titan"}
     assert notes[0].startswith(f"round 0: {found[0].facts['strategy']}, batch 4")
     scored_rounds = [block.round for block in found if "score" in block.columns]
     assert asked == scored_rounds
 
 
 def test_auto_stands_for_all_candidates_also_when_it_scores_only_some(monkeypatch):
-    monkeypatch.setattr(Tuner, "choose", lambda self, size: Option("titan", size // 2, 4))
+    decide = lambda self, number, size: Decision(Option("titan", size // 2, 4), self.due(number), 0.0, 0.0, "")  # noqa: E731
+    monkeypatch.setattr(Tuner, "decide", decide)
     config = Selection(strategy="auto", batch=4)
     shares = np.array([0.6, 0.3, 0.1])
     weight = shares[np.arange(30) % 3].astype(np.float32) / 10  # as filter writes them
@@ -389,7 +394,37 @@ def test_auto_stands_for_all_candidates_also_when_it_scores_only_some(monkeypatc
     ],
 )
 def test_the_cost_of_an_update_is_the_plans(settings, updates, expected):
-    assert _tuner(Selection(strategy="auto", **settings), backbone().graph, updates).costs.update == expected
+    tuner = _tuner(Selection(strategy="auto", **settings), backbone().graph, updates)
+    assert tuner.meter.costs() == Costs(update=Line(0.0, expected))
+
+
+def test_auto_measures_and_takes_what_the_trainer_measured():
+    """A clock that moves by one at each look: every timed piece of work takes a second."""
+    ticks = iter(range(10**6))
+    told = replace(WEIGHTS, update_times=[(4, 50.0), (8, 90.0), (4, 50.0)])
+    config = Selection(strategy="auto", batch=4, max_batch=8)
+    blocks = [candidates(30, seed=number, round=number) for number in range(5)]
+    *found, _ = select_stream(blocks, config, weights=lambda number: told, clock=lambda: float(next(ticks)))
+    units = [block.facts["auto_unit"] for block in found]
+    assert units == ["forward passes", "forward passes", *["seconds"] * 3]  # nothing is known before a second round
+    trained = [block.facts["auto_batch"] for block in found]
+    assert {4, 8} <= set(trained)
+    assert [block.facts["scored"] for block in found][:3] == [30, 30, 30]
+    last = found[-1].facts
+    assert last["auto_update_cost"] == pytest.approx(10 + 10 * last["auto_batch"], rel=0.3)  # fewer where some repeat
+    assert last["auto_select_cost"] > 0
+
+
+def test_a_replayed_run_is_bit_equal_whatever_the_clock():
+    config = Selection(strategy="auto", batch=4, max_batch=8)
+    blocks = [candidates(30, seed=number, round=number) for number in range(9)]
+    ticks = np.random.default_rng(0).exponential(size=10**4).cumsum()
+    *first, _ = select_stream(blocks, config, weights=lambda number: WEIGHTS, clock=iter(ticks).__next__)
+    rows = [{"round": block.round, **block.facts} for block in first]
+    assert len({(row["strategy"], row["auto_batch"]) for row in rows}) > 1
+    *again, _ = select_stream(blocks, config, weights=lambda number: WEIGHTS, clock=iter(ticks[::-1]).__next__,
+                              replay=recorded(rows, "metrics"))  # fmt: skip
+    assert [encode(block) for block in first] == [encode(block) for block in again]
 
 
 @pytest.mark.parametrize("y", [[0, -1, 2], [0, 7, 2]], ids=["unlabelled", "unlisted"])
@@ -397,3 +432,38 @@ def test_labels_that_make_no_sense_are_refused(y):
     block = Block(candidates(3).x, np.array(y, np.int64), "ND", labels=np.arange(3))
     with pytest.raises(DataError, match=rf"sample 1: label {y[1]}, .*pack"):
         choose(block)
+
+
+@pytest.mark.parametrize(("n", "classes"), [(1, 1), (3, 3), (4, 1), (5, 2), (30, 1)])
+@pytest.mark.parametrize("known", [True, False])
+def test_auto_takes_odd_pools(n, classes, known):
+    """Fewer candidates than places, one class, fewer places than classes, no class met yet."""
+    weights = Weights(backbone(), head(known=known))
+    config = Selection(strategy="auto", batch=2, max_batch=4)
+    blocks = [candidates(n, classes, seed=number, round=number) for number in range(10)]
+    *found, _ = select_stream(blocks, config, weights=lambda number: weights)
+    for block in found:
+        assert 1 <= len(block) <= 4
+        assert np.isfinite(block.columns["weight"]).all()
+        assert block.columns["weight"].min() > 0
+    if n <= config.batch:
+        assert {block.facts["strategy"] for block in found} == {"all"}
+
+
+def test_auto_where_all_gradients_are_zero():
+    """Nothing varies, so no choice is better than another, and none fails."""
+    certain = Head("linear", np.arange(1), np.zeros((1, DIM), np.float32), np.zeros(1, np.float32), np.ones(1, bool))
+    blocks = [candidates(12, 1, seed=number, round=number) for number in range(4)]
+    *found, _ = select_stream(
+        blocks, Selection(strategy="auto", batch=4), weights=lambda n: Weights(backbone(), certain)
+    )
+    assert [len(block) for block in found] == [4] * 4
+    assert {block.facts["strategy"] for block in found} == {"random"}
+    assert found[0].facts["variance"] == 0
+
+
+def test_auto_names_a_sample_that_is_not_finite():
+    block = candidates(12, round=0)
+    block.x[5, 1] = np.nan
+    with pytest.raises(DataError, match=r"sample 5"):
+        list(select_stream([block], Selection(strategy="auto", batch=4), weights=lambda number: WEIGHTS))

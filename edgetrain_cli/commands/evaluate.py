@@ -94,6 +94,9 @@ def evaluate(
     On samples the record's head answers, or class means of --support. With --tasks every method adapts the backbone to
     the same tasks, drawn as Meta-Dataset draws them or with fixed --ways; the table shows paired differences.
 
+    Methods: none, full, last-layer, last-K (layers), bias, sparse-update, tinytrain, transductive, tinytl,
+    adapter-drop-75, adapter-drop-50, adapter-drop-25, and every named plan of score-layers.
+
     Example: edgetrain evaluate adapted.h5 query.h5
 
     Example: edgetrain evaluate base.h5 omniglot.h5 --tasks 200 --methods none,full,sparse-update,tinytrain

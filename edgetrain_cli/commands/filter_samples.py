@@ -83,6 +83,7 @@ def filter_samples(
                     from stages.models.deploy import deploy
 
                     features = shallow_features(deploy(run.model, allow=arch), blocks)
+            del run  # a stream may be endless, and its tensors are large
             if pace == "demand":
                 demand = filter_on_demand(config, features=features, seed=seed, on_note=io.note)
                 writer.write(End(serve(samples, demand, writer, status.passed)))

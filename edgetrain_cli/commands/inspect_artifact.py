@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgetrain_cli import pipe
-from edgetrain_cli.options import In, Json, MaxRecord
+from edgetrain_cli.options import In, Json, MaxRecord, Plot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def inspect_artifact(
@@ -16,6 +19,7 @@ def inspect_artifact(
         bool, typer.Option("--rounds", help="One row per round: what selection gained, and its allocation.")
     ] = False,
     as_json: Json = False,
+    plot: Plot = None,
     max_record: MaxRecord = "1GiB",
 ) -> None:
     """Show what is in an artifact or a stream.
@@ -26,16 +30,18 @@ def inspect_artifact(
 
       edgetrain inspect adapted.h5
 
-      edgetrain filter < stream.h5 | edgetrain select | edgetrain inspect --rounds
+      edgetrain filter < stream.h5 | edgetrain select | edgetrain inspect --rounds --plot rounds.png
     """
     with pipe.stage("inspect", locals(), writes="text") as io:
         import json
 
         from edgetrain_cli import describe_tables
-        from stages.errors import DataError
+        from stages.errors import DataError, require
         from stages.inspecting import describe
         from stages.inspecting import rounds as rounds_of
 
+        require(plot is None or rounds, "--plot", "without --rounds", "both")
+        picture = None if plot is None else _picture(plot)
         found, failure = [], None
         try:
             for record in io.read_records(source):
@@ -48,5 +54,19 @@ def inspect_artifact(
         elif found:
             table = describe_tables.rounds_table(rounds_of(found)) if rounds else describe_tables.tables(found)
             io.show(table)
+        if picture is not None:
+            picture(rounds_of(found))
         if failure is not None:
             raise failure
+
+
+def _picture(path: str) -> Callable[[list[dict[str, Any]]], None]:
+    """What draws rounds into a file, after a look at whether it can."""
+    from functools import partial
+    from pathlib import Path
+
+    from edgetrain_cli.plots.profile import check_plot
+    from edgetrain_cli.plots.rounds import plot_rounds
+
+    check_plot(Path(path))
+    return partial(plot_rounds, path=Path(path))

@@ -28,9 +28,12 @@ def run(
 def run_words(words: Sequence[str]) -> int:
     """Run one command line in this process and return its exit code."""
     from edgetrain_cli.app import app
+    from edgetrain_cli.pipe import Stopped
 
     try:
         app(list(words), prog_name="edgetrain")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 70
+    except Stopped as stop:  # before the command's body began, or after it ended
+        return 128 + stop.signal
     return 0

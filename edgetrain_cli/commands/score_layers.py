@@ -50,17 +50,54 @@ def score_layers(
     optimizer: Annotated[
         str, typer.Option("--optimizer", help="Whose state --memory counts: adam, adamw, momentum, sgd.")
     ] = "adam",
-    criterion: Annotated[
+    search: Annotated[
         str,
-        typer.Option("--criterion", help="A layer's worth: score, fisher, fisher-memory, fisher-compute, l2, random."),
-    ] = "score",
+        typer.Option(
+            "--search",
+            metavar="tinytrain|shortcut",
+            help="How to search. tinytrain: as published. shortcut: block entries by Fisher information, gradients "
+            "past residual branches; more accurate at the same cost. Each option below changes one part of it.",
+        ),
+    ] = "tinytrain",
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            "--criterion",
+            metavar="NAME",
+            help="A layer's worth: score (tinytrain), fisher (shortcut), fisher-memory, fisher-compute, l2, random.",
+        ),
+    ] = None,
     select: Annotated[
-        str, typer.Option("--select", help="Search: greedy, strict-prefix, knapsack (the optimum), exhaustive.")
-    ] = "greedy",
+        str | None,
+        typer.Option(
+            "--select",
+            metavar="NAME",
+            help="greedy (tinytrain), strict-prefix, knapsack (the optimum; shortcut), exhaustive.",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="all|entries",
+            help="Candidates: all layers (tinytrain), or the first of each block that mixes channels (shortcut).",
+        ),
+    ] = None,
+    gradient: Annotated[
+        str | None,
+        typer.Option(
+            "--gradient",
+            metavar="exact|shortcut",
+            help="Through all layers (tinytrain), or past those of residual branches (shortcut). Also with --plan.",
+        ),
+    ] = None,
     channels: Annotated[str, typer.Option("--channels", help="Which channels train: output or input ones.")] = "output",
     ratio: Annotated[
         list[float] | None,
-        typer.Option("--ratio", help="Share of a layer's channels; repeat for a choice. Default 1, 1/2, 1/4, 1/8."),
+        typer.Option(
+            "--ratio",
+            help="Share of a layer's channels; repeat for a choice. tinytrain: 1, 1/2, 1/4, 1/8; shortcut: 1, 1/2.",
+        ),
     ] = None,
     channel_rule: Annotated[
         str | None,
@@ -97,6 +134,8 @@ def score_layers(
 
       edgetrain score-layers run.h5 --support support.h5 --select knapsack --plot plan.png -o run.h5
 
+      edgetrain score-layers run.h5 --support support.h5 --search shortcut -o run.h5
+
       edgetrain score-layers run.h5 --plan mcunet-99kb -o run.h5
 
     With --json and no -o scores and plan go to stdout and no record is written.
@@ -123,7 +162,10 @@ def score_layers(
             memory_model=memory_model,
             batch=batch,
             optimizer=optimizer,
+            search=search,
             criterion=criterion,
+            layers=layers,
+            gradient=gradient,
             select=select,
             channels=channels,
             ratios=tuple(ratio) if ratio else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import thread_time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,10 +12,12 @@ from edgetrain_cli.options import Arch, Cpus, History, In, MaxRecord, MetricsFil
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from stages.artifacts.live import LiveDirectory
     from stages.artifacts.records import Run
     from stages.selection import Weights
+    from stages.valuation.efficiency import Decision
 
 
 def select_samples(
@@ -48,11 +51,15 @@ def select_samples(
     ] = None,
     update_cost: Annotated[
         float | None,
-        typer.Option("--update-cost", help="auto: forward passes that training on a sample costs; none: by the plan."),
+        typer.Option("--update-cost", help="auto: forward passes that training on a sample costs; none: as measured."),
     ] = None,
     overlap: Annotated[
         bool, typer.Option("--overlap", help="auto: training runs at the same time, on another processor.")
     ] = False,
+    replay: Annotated[
+        str | None,
+        typer.Option("--replay", metavar="FILE", help="auto: choose as the run whose --metrics FILE this is."),
+    ] = None,
     live: Annotated[
         str | None,
         typer.Option(
@@ -101,6 +108,9 @@ def select_samples(
     for; at least one candidate of each class is scored, and those that were stand for the others of their class, so the
     estimate stays unbiased. How many were scored is in each block (`scored`). It depends on timing.
 
+    --strategy auto weighs what a choice brings against what it costs, in processor time of scoring here and of updates
+    there, as `train-sparse --live` says. What it chose is in each block and in --metrics; --replay does the same again.
+
     --send features adds columns `boundary0`, ... with the output of the layers that never train; `train-sparse` starts
     there, so frozen layers run once, on this stage's processor.
 
@@ -113,7 +123,7 @@ def select_samples(
         from stages.artifacts.records import Block
         from stages.errors import require
         from stages.models.deploy import deploy
-        from stages.selection import Selection, Weights, select_stream
+        from stages.selection import AUTO, Selection, Weights, select_stream
 
         require(send in ("samples", "features"), "--send", repr(send), "samples or features")
         config = Selection(
@@ -129,6 +139,7 @@ def select_samples(
         )
         require(not until_ready or live is not None, "--until-ready", "without --live", "a live directory to watch")
         require(not until_ready or lag != "0", "--until-ready", "with --lag 0", "1 or more: training while scoring")
+        require(replay is None or strategy == AUTO, "--replay", f"with --strategy {strategy}", f"--strategy {AUTO}")
         passed = 0 if resume is None else _blocks_used(resume)
         run, candidates = io.read_stream(source, run_file)
         updates = None if run is None or run.plan is None else run.plan.updates
@@ -152,11 +163,27 @@ def select_samples(
                 passed=passed,
                 replayed=replayed,
                 seed=seed,
+                clock=thread_time,
+                replay=None if replay is None else _decisions(io.named(replay)),
                 on_note=io.note,
             ):
                 writer.write(record)
                 if isinstance(record, Block):
                     status.passed(record)
+
+
+def _decisions(metrics: Path) -> dict[int, Decision]:
+    """What `auto` chose in the run that wrote these lines."""
+    import json
+
+    from stages.errors import DataError
+    from stages.valuation.efficiency import recorded
+
+    try:
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    except ValueError as error:
+        raise DataError(str(metrics), f"not lines of JSON ({error})", "the --metrics FILE of an earlier run") from error
+    return recorded(rows, str(metrics))
 
 
 def _directory(live: str, run: Run, passed: int | None) -> LiveDirectory:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,9 +13,9 @@ from edgetrain_cli.options import Arch, Cpus, History, In, MaxRecord, MetricsFil
 from edgetrain_cli.status import Status, append
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
-    from stages.artifacts.records import Block, Run
+    from stages.artifacts.records import Array, Block, Head, Run
     from stages.sparse_training import Checkpointing, Publish, SupportTraining, Update
 
 
@@ -175,7 +174,7 @@ def train_sparse(
             raise UsageError("stream", "no run record", "one before the blocks", "put it first, or give --run FILE")
         status = Status(io, None, last=True)
         state = None if resume is None else pipe.read_checkpoint(resume)
-        publish, clear = _way_back(live, start, state, live_keep)
+        publish, clear, blocks = _way_back(live, start, state, live_keep, blocks)
         watched = None if holdout is None else Holdout(block=io.read_samples(holdout), every=holdout_every)
         io.finish_on_signals()
         try:
@@ -251,18 +250,29 @@ def _scale(run: Run) -> float:
     return 10.0 if run.model.head is None else run.model.head.scale
 
 
-def _way_back(live: str | None, run: Run, state: Run | None, keep: int) -> tuple[Publish | None, Callable[[], None]]:
-    """How versions are published in the live directory, and how it is emptied when the run is complete."""
+def _way_back(
+    live: str | None, run: Run, state: Run | None, keep: int, blocks: Iterator[Block]
+) -> tuple[Publish | None, Callable[[], None], Iterator[Block]]:
+    """How versions are published in the live directory, how it is emptied when the run is complete, and the blocks.
+
+    Versions say what the latest updates took, for `select --strategy auto`.
+    """
     if live is None:
-        return None, lambda: None
+        return None, lambda: None, blocks
     from pathlib import Path
 
     from stages.artifacts.history import model_hash
     from stages.artifacts.live import LiveDirectory
+    from stages.valuation.costs import UpdateClock
 
-    directory = LiveDirectory(Path(live), model_hash(run))
+    directory, clock = LiveDirectory(Path(live), model_hash(run)), UpdateClock(thread_time)
     directory.prepare(keep_up_to=None if state is None else state.model.version - run.model.version)
-    return partial(directory.publish, keep=keep), directory.clear
+
+    def publish(number: int, tensors: Mapping[str, Array], head: Head) -> None:
+        directory.publish(number, tensors, head, keep=keep, update_times=clock.times())
+        clock.published()
+
+    return publish, directory.clear, clock.through(blocks)
 
 
 def _checkpointing(path: str, every: int) -> Checkpointing:

@@ -125,7 +125,7 @@ def _per_layer(profile: Profile, layers: tuple[str, ...], values: Vector) -> Vec
 
 
 def _bars(axes: Axes, panel: Panel, plan: Plan, layers: tuple[str, ...]) -> None:
-    ratios = {update.layer: update.ratio for update in plan.updates}
+    ratios = {update.layer: update.ratio for update in plan.live}
     chosen = np.array([layer in ratios for layer in layers])
     live = np.array([ratios.get(layer, 0.0) for layer in layers]) if panel.fills else chosen
     axes.bar(range(len(layers)), panel.values, color=[PALE if c else REST for c in chosen], width=0.78)
@@ -192,7 +192,7 @@ def _budgets(plan: Plan) -> list[Budget]:
 def _legend(axes: Axes, plan: Plan, *, unseen: bool) -> None:
     from matplotlib.patches import Patch
 
-    only_biases = "" if all(update.channels for update in plan.updates) else "; b: biases only"
+    only_biases = "" if all(update.channels for update in plan.live) else "; b: biases only"
     entries = [
         Patch(color=CHOSEN, label=f"trains (number: % of its channels{only_biases})"),
         Patch(color=REST, label="stays frozen"),
@@ -210,7 +210,7 @@ def _headline(profile: Profile, plan: Plan) -> str:
     share = 100 * live / sum(weights.values())
     biases = sum(len(update.bias) for update in plan.updates)
     what = f"{live:,} of the model's weights ({share:.2g} %)" + (f" and {biases:,} biases" if biases else "")
-    return f"{len(plan.updates)} of {len(profile.layer)} layers train: {what}"
+    return f"{len(plan.live)} of {len(profile.layer)} layers train: {what}"
 
 
 def _cost(plan: Plan) -> str:

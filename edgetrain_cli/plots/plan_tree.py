@@ -28,10 +28,10 @@ HEIGHTS = "·▁▂▃▄▅▆▇█"
 
 def plan_tree(plan: Plan) -> Tree:
     """The tree of a plan as `stages.scoring` makes it."""
-    trained = f"{len(plan.updates)} of {plan.facts['model_layers']} layers train, {plan.facts['live_values']:,} values"
+    trained = f"{len(plan.live)} of {plan.facts['model_layers']} layers train, {plan.facts['live_values']:,} values"
     tree = Tree(Text(f"Plan {plan.name}: {trained}", style="bold"))
-    column = max(len("backward"), *(len(update.layer.rpartition(".")[2]) for update in plan.updates))
-    for block, updates in groupby(plan.updates, lambda update: update.layer.rpartition(".")[0]):
+    column = max(len("backward"), *(len(update.layer.rpartition(".")[2]) for update in plan.live))
+    for block, updates in groupby(plan.live, lambda update: update.layer.rpartition(".")[0]):
         branch = tree.add(block) if block else tree
         for update in updates:
             branch.add(_layer(update, column))

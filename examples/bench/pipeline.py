@@ -1,11 +1,12 @@
 """What selection beside training costs: throughput, transport and memory of the live pipeline.
 
-    python examples/bench/pipeline.py            # writes docs/results/pipeline.md, about ten minutes on two cores
+    python examples/bench/pipeline.py            # writes docs/results/pipeline.md, about twelve minutes on two cores
     python examples/bench/pipeline.py --quick    # a look at everything, printed only; its figures mean little
 
 Compared, all on the same stream: training alone on randomly chosen samples; filter, select and training one after the
 other on one core (lag 0); the same three sharing one core (lag 1); and pipelined, filter and select on the other core.
-A pipeline can be no faster than its slower side: its bound is update / max(update, filter + select).
+A pipeline can be no faster than its slower side: its bound is update / max(update, filter + select). Besides: where
+the time goes in one process, memory over a stream of a million samples, and a sensor that must not wait.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,13 +29,17 @@ from statistics import median
 import numpy as np
 import torch
 
-from stages.artifacts.hdf5 import encode
-from stages.artifacts.records import Block, Model, Run
-from stages.artifacts.stream import records
+from stages.artifacts.hdf5 import decode, encode
+from stages.artifacts.live import LiveDirectory
+from stages.artifacts.records import Block, End, Head, Model, Run
+from stages.artifacts.stream import open_records, records
+from stages.filtering import Filtering, filter_stream
 from stages.models import registry
 from stages.models.deploy import deploy, state, store
 from stages.planning.baselines import named_plan
 from stages.planning.plans import make_plan
+from stages.selection import Selection, Weights, select_stream
+from stages.sparse_training import StreamTraining, Update, train_stream
 
 ROOT = Path(__file__).parents[2]
 CLASSES, WINDOW, BATCH = 10, 100, 10
@@ -52,10 +59,17 @@ class Setting:
 
 
 SETTINGS = {
-    "digits": Setting("cnn4", {"width": 32}, (28, 28), "last-2", 200),
+    "digits": Setting("cnn4", {"width": 32}, (28, 28), "last-2", 120),
     "mcunet-5fps": Setting("mcunet-5fps", {}, (128, 128, 3), "mcunet-99kb", 40),
     "mobilenetv2-w0.35": Setting("mobilenetv2-w0.35", {}, (128, 128, 3), "mbv2-99kb", 40),
 }
+
+TINY = Setting("mlp", {"dim": 64, "width": 32, "depth": 3}, (64,), "last-layer", 1)
+"""For the long stream: samples of 8 x 8 bytes."""
+LONG, LONG_BLOCK = (100_000, 500_000, 1_000_000), 10_000
+"""Samples after which memory is looked at, and samples per block of the source."""
+RATES, SENSOR_S = (100, 400, 1600, 6400, 25600), 5
+"""Samples per second that the sensor sends, and for how long."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,8 @@ def pictures(shape: tuple[int, ...], size: int, seed: int) -> Block:
     """Random pictures of ten classes."""
     rng = np.random.default_rng(seed)
     x = rng.integers(0, 256, (size, *shape), dtype=np.uint8)
-    return Block(x, rng.integers(0, CLASSES, size), "NHW" if len(shape) == 2 else "NHWC", labels=np.arange(CLASSES))
+    layout = {1: "ND", 2: "NHW", 3: "NHWC"}[len(shape)]
+    return Block(x, rng.integers(0, CLASSES, size), layout, labels=np.arange(CLASSES))
 
 
 # ---------------------------------------------------------------------------------------------------------- pipelines
@@ -139,9 +154,9 @@ class Memory(threading.Thread):
     def run(self) -> None:
         while Path(f"/proc/{self.parent}").exists():
             try:
-                children = Path(f"/proc/{self.parent}/task/{self.parent}/children").read_text().split()
+                children = stages_of(self.parent)
                 if len(children) == len(self.names):
-                    for name, child in zip(self.names, sorted(map(int, children)), strict=True):
+                    for name, child in zip(self.names, children, strict=True):
                         self._look(name, child)
             except (OSError, ValueError):
                 pass
@@ -150,12 +165,22 @@ class Memory(threading.Thread):
             time.sleep(0.05)
 
     def _look(self, name: str, child: int) -> None:
-        kb = {}
-        for line in Path(f"/proc/{child}/smaps_rollup").read_text().splitlines()[1:]:
-            kb[line.split(":")[0]] = int(line.split()[1])
-        private = (kb["Private_Clean"] + kb["Private_Dirty"]) / 1024
+        private, proportional = memory_mb(child)
         self.private_mb[name] = max(self.private_mb[name], private)
-        self.shared_mb[name] = max(self.shared_mb[name], kb["Pss"] / 1024)
+        self.shared_mb[name] = max(self.shared_mb[name], proportional)
+
+
+def memory_mb(process: int) -> tuple[float, float]:
+    """Private memory (USS) and proportional memory (PSS), 2^20 bytes."""
+    kb = {}
+    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]:
+        kb[line.split(":")[0]] = int(line.split()[1])
+    return (kb["Private_Clean"] + kb["Private_Dirty"]) / 1024, kb["Pss"] / 1024
+
+
+def stages_of(process: int) -> list[int]:
+    """The stages that `edgetrain run` has forked, in order."""
+    return sorted(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
 
 
 def compare(setting: Setting, cores: tuple[int, int], rounds: int, repeats: int) -> dict:
@@ -190,6 +215,134 @@ def compare(setting: Setting, cores: tuple[int, int], rounds: int, repeats: int)
         }
         for way, several in found.items()
     }
+
+
+# ------------------------------------------------------------------------------------------------ where the time goes
+
+
+class Laps:
+    """Processor time of this process, by what it was spent on."""
+
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+        self._last_s = time.process_time()
+
+    def lap(self, what: str) -> None:
+        """What was done since the last lap."""
+        now_s = time.process_time()
+        self.ms[what] = self.ms.get(what, 0.0) + 1e3 * (now_s - self._last_s)
+        self._last_s = now_s
+
+
+def processor_ms(folder: Path, plan: str | None, rounds: int) -> dict[str, float]:
+    """Processor time per round, by stage and step, of the pipeline at lag 1 as one process with one thread."""
+    laps = Laps()
+    run, *blocks = open_records(folder / "stream.h5")
+    images = [encode(block) for block in blocks[:rounds]]
+    start = Weights(deploy(run.model), run.model.head)
+    live = LiveDirectory(folder / "live", "")
+    live.prepare()
+
+    def windows() -> Iterator[Block]:
+        for image in images:
+            laps.lap("filter: choosing")
+            block = decode(image)
+            laps.lap("filter: reading")
+            yield block
+
+    def through(records: Iterable[Block | End], made: str, writer: str, reader: str) -> Iterator[Block]:
+        for record in records:
+            laps.lap(made)
+            image = encode(record)
+            laps.lap(f"{writer}: writing")
+            if isinstance(record, Block):
+                block = decode(image)
+                laps.lap(f"{reader}: reading")
+                yield block
+
+    def weights(number: int) -> Weights:
+        laps.lap("select: scoring and choosing")
+        version = None if number < 2 else live.read(number - 1)
+        laps.lap("select: reading weights")
+        return start if version is None else start.at(version)
+
+    def publish(number: int, tensors: Mapping[str, np.ndarray], head: Head) -> None:
+        live.publish(number, tensors, head, keep=3)
+        laps.lap("train-sparse: publishing")
+
+    def updated(update: Update) -> None:
+        laps.lap("train-sparse: updating")
+        if update.round + 1 == SKIPPED:
+            laps.ms.clear()
+
+    candidates = through(filter_stream(windows(), Filtering()), "filter: choosing", "filter", "select")
+    updates = None if run.plan is None else run.plan.updates
+    chosen = select_stream(candidates, Selection(), weights=weights, updates=updates, backbone=start.backbone)
+    batches = through(chosen, "select: scoring and choosing", "select", "train-sparse")
+    train_stream(run, batches, StreamTraining(plan=plan), publish=publish, on_step=updated)
+    live.clear()
+    return {what: ms / (len(images) - SKIPPED) for what, ms in laps.ms.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- long streams
+
+
+def long_stream(folder: Path, pipeline: str, marks: Sequence[int]) -> dict[str, list[float]]:
+    """Stage -> its private memory, 2^20 bytes, after so many samples of a stream that is never on disk."""
+    run, block = ((folder / "run.h5").read_bytes(), encode(pictures(TINY.shape, LONG_BLOCK, 0)))
+    command = [sys.executable, "-m", "edgetrain_cli", "run", pipeline]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found: dict[str, list[float]] = {words.split()[0]: [] for words in pipeline.split("|")}
+    with (folder / "out.h5").open("wb") as out:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=out)
+    assert process.stdin is not None
+    process.stdin.write(run)
+    for sent in range(LONG_BLOCK, marks[-1] + 1, LONG_BLOCK):
+        process.stdin.write(block)
+        if sent in marks:
+            process.stdin.flush()
+            for name, child in zip(found, stages_of(process.pid), strict=True):
+                found[name].append(memory_mb(child)[0])
+    process.stdin.close()
+    if process.wait():
+        raise SystemExit(f"`edgetrain run '{pipeline}'` ended with {process.returncode}")
+    return found
+
+
+def long_streams(folder: Path, marks: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+    """Pipeline -> what `long_stream` finds, for `filter` alone and for all three."""
+    make_inputs(TINY, folder, 1)
+    (folder / "run.h5").write_bytes(encode(next(open_records(folder / "stream.h5"))))
+    pipelines = {"filter": "filter -q", "all three": "filter -q | select -q | train-sparse -q"}
+    return {name: long_stream(folder, pipeline, marks) for name, pipeline in pipelines.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- sensor
+
+
+def sensor(folder: Path, rate: int, seconds: int) -> dict[str, float]:
+    """What a sensor at a fixed rate meets in front of `filter --pace demand | select | train-sparse`."""
+    for file in folder.glob("*.jsonl"):
+        file.unlink()
+    most = str(max(1, rate // 100))
+    emitting = [sys.executable, str(ROOT / "examples" / "sensor.py"), "stream.h5", "--rate", str(rate), "--seconds",
+                str(seconds), "--run", "run.h5", "--per-record", most]  # fmt: skip
+    taking = "filter --pace demand --metrics filter.jsonl -q | select --until-ready -q | train-sparse -q"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (folder / "run.h5").write_bytes(encode(next(open_records(folder / "stream.h5"))))
+    with (folder / "out.h5").open("wb") as out:
+        source = subprocess.Popen(emitting, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command = [sys.executable, "-m", "edgetrain_cli", "run", taking]
+        taker = subprocess.Popen(command, cwd=folder, env=environment, stdin=source.stdout, stdout=out)
+        source.stdout.close()
+        code, told = taker.wait(), source.stderr.read().decode()
+        source.wait()
+    sent, stalls = map(int, re.findall(r"(\d+) (?:samples|stalls)", told))
+    if code or source.returncode:
+        raise SystemExit(f"the sensor at {rate}/s: {told} {code}")
+    rows = [json.loads(line) for line in (folder / "filter.jsonl").read_text().splitlines()]
+    counts = {name: sum(row[name] for row in rows) for name in ("dropped", "missed")}
+    return {"rate": rate, "sent": sent, "stalls": stalls, "rounds": len(rows), **counts}
 
 
 # ---------------------------------------------------------------------------------------------------------- transport
@@ -257,8 +410,59 @@ def memory_rows(results: dict[str, dict]) -> list[str]:
     return lines
 
 
-def report(results: dict[str, dict], large: tuple[float, float], small: tuple[float, float], rounds: str) -> str:
+def time_rows(times: dict[str, dict[str, float]]) -> list[str]:
+    """The table of processor time; one column per model and plan."""
+    steps = list(next(iter(times.values())))
+    lines = [f"| ms per round | {' | '.join(times)} |", "|---|" + "---:|" * len(times)]
+    for step in steps:
+        lines.append(f"| {step} | " + " | ".join(f"{column.get(step, 0.0):.2f}" for column in times.values()) + " |")
+    for stage in dict.fromkeys(step.split(":")[0] for step in steps):
+        sums = (sum(ms for step, ms in column.items() if step.startswith(stage)) for column in times.values())
+        lines.append(f"| **{stage}** | " + " | ".join(f"**{ms:.2f}**" for ms in sums) + " |")
+    return lines
+
+
+def long_rows(found: dict[str, dict[str, list[float]]], marks: Sequence[int]) -> list[str]:
+    """The table of memory over a long stream."""
+    lines = [
+        f"| pipeline | stage | {' | '.join(f'{mark:,} samples' for mark in marks)} |",
+        "|---|---|" + "---:|" * len(marks),
+    ]
+    for pipeline, stages in found.items():
+        for stage, values in stages.items():
+            lines.append(f"| {pipeline} | {stage} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
+    return lines
+
+
+def sensor_rows(found: list[dict[str, float]]) -> list[str]:
+    """The table of the sensor."""
+    lines = [
+        "| samples per second | sent | stalls | rounds | dropped by choice | missed |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in found:
+        missed, sent = row["missed"], row["sent"]
+        shares = f"{100 * (row['dropped'] - missed) / sent:.0f} % | {100 * missed / sent:.0f} %"
+        lines.append(f"| {row['rate']} | {sent} | {row['stalls']} | {row['rounds']} | {shares} |")
+    return lines
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that was measured."""
+
+    throughput: dict[str, dict]
+    times: dict[str, dict[str, float]]
+    large: tuple[float, float]
+    small: tuple[float, float]
+    long: dict[str, dict[str, list[float]]]
+    marks: Sequence[int]
+    sensor: list[dict[str, float]]
+
+
+def report(found: Findings, rounds: str) -> str:
     """The page."""
+    results, large, small = found.throughput, found.large, found.small
     return "\n".join(
         [
             "# The live pipeline: what selection beside training costs",
@@ -272,6 +476,14 @@ def report(results: dict[str, dict], large: tuple[float, float], small: tuple[fl
             "alone` is filter and select on one core without a trainer.",
             "",
             *rows_of(results),
+            "",
+            "Where there is no idle core, `sharing one core` is what the whole pipeline costs.",
+            "",
+            "## Where the time goes",
+            "",
+            "Processor time per round, the three stages in turn in one process with one thread.",
+            "",
+            *time_rows(found.times),
             "",
             "## Transport",
             "",
@@ -287,6 +499,22 @@ def report(results: dict[str, dict], large: tuple[float, float], small: tuple[fl
             "The largest seen while `full: pipelined` ran; MB = 2^20 bytes.",
             "",
             *memory_rows(results),
+            "",
+            "## Memory over a long stream",
+            "",
+            "Private memory (USS), MB, of the stages of `edgetrain run` fed through a pipe with samples of 64 bytes, "
+            f"{LONG_BLOCK:,} per block.",
+            "",
+            *long_rows(found.long, found.marks),
+            "",
+            "## A sensor that must not wait",
+            "",
+            f"`examples/sensor.py` for {SENSOR_S} s in front of `filter --pace demand | select --until-ready | "
+            "train-sparse` with the digits model, all on the same cores; up to 100 records per second. A stall is a "
+            "record that was not taken before the next was due. What is dropped by choice are samples of the window "
+            "that are no candidates; missed are those that came faster than they could be looked at.",
+            "",
+            *sensor_rows(found.sensor),
             "",
         ]
     )
@@ -311,7 +539,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds, printed and not written")
     parser.add_argument("--models", nargs="*", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "pipeline.md")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -319,13 +547,25 @@ def main() -> None:
     pair = (cores[0], cores[-1])
     small = transport(BATCH, (28, 28), 50 if options.quick else 1000)
     large = transport(100, (400, 400, 3), 5 if options.quick else 20)
-    results = {}
+    torch.set_num_threads(1)
+    results, times = {}, {}
     for name in options.models:
         print(name, file=sys.stderr, flush=True)
         rounds = 6 if options.quick else SETTINGS[name].rounds
         results[name] = compare(SETTINGS[name], pair, rounds, 1 if options.quick else options.repeats)
+        with tempfile.TemporaryDirectory() as folder:
+            make_inputs(SETTINGS[name], Path(folder), min(rounds, 20))
+            for label, plan in (("full", "full"), ("sparse", None)):
+                times[f"{name}, {label}"] = processor_ms(Path(folder), plan, rounds)
+    print("long stream, sensor", file=sys.stderr, flush=True)
+    marks = tuple(mark // 10 for mark in LONG) if options.quick else LONG
+    rates, seconds = (RATES[:2], 2) if options.quick else (RATES, SENSOR_S)
+    with tempfile.TemporaryDirectory() as folder:
+        long = long_streams(Path(folder), marks)
+        make_inputs(SETTINGS["digits"], Path(folder), 5)
+        sensed = [sensor(Path(folder), rate, seconds) for rate in rates]
     counts = "a quick look" if options.quick else f"medians of {options.repeats} runs"
-    page = report(results, large, small, counts)
+    page = report(Findings(results, times, large, small, long, marks, sensed), counts)
     print(page)
     if not options.quick:
         options.out.write_text(page)

@@ -1,6 +1,9 @@
 """What choosing costs: filter per sample, selection on top of its forward pass, and both beside an update.
 
-    python examples/bench/selection.py            # one thread, medians of several repeats
+    python examples/bench/selection.py            # one thread, about a minute; writes docs/results/selection.md
+
+Contestants take turns, so that whatever else the machine does meets all of them; a ratio is the median of the ratios
+within a turn. Seconds are processor seconds of one thread.
 
 Bounds to keep (one core): the filter takes at most 1 ms per sample for mobilenetv2-w0.35 at 128 x 128 and 0.1 ms for
 the digits model; selection takes at most 5 % on top of the forward pass of its candidates; a round's selection takes no
@@ -9,16 +12,21 @@ longer than the full update of the samples it picks.
 
 from __future__ import annotations
 
+import os
+
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # numpy reads them when imported
+
 import argparse
-import json
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from stages.artifacts.records import Block, Model
+from stages.artifacts.records import Block, Head, Model
 from stages.filtering import Filtering, filter_stream, shallow_features
 from stages.models import heads, registry
 from stages.models.deploy import Backbone, deploy, state
@@ -29,6 +37,7 @@ from stages.sparse.learner import Batch, StreamLearner
 from stages.sparse.optimizers import Optimizing
 from stages.valuation.coarse import FILTERS
 from stages.valuation.fine import SELECTIONS
+from stages.valuation.forward import Forward
 
 CLASSES, WINDOW, KEEP, BATCH = 10, 100, 30, 10
 
@@ -49,14 +58,18 @@ SETTINGS = {
 }
 
 
-def median_s(body: Callable[[], object], repeats: int) -> float:
-    """Median seconds of a call, the first two not counted."""
-    seconds = []
+Body = Callable[[], object]
+
+
+def turns(bodies: dict[str, Body], repeats: int) -> dict[str, np.ndarray]:
+    """Seconds of each body in each turn; two turns of warming up are left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in bodies}
     for _ in range(repeats + 2):
-        began = time.perf_counter()
-        body()
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds[2:]))
+        for name, body in bodies.items():
+            began = time.thread_time()
+            body()
+            seconds[name].append(time.thread_time() - began)
+    return {name: np.array(values[2:]) for name, values in seconds.items()}
 
 
 def samples(setting: Setting, n: int) -> Block:
@@ -66,80 +79,101 @@ def samples(setting: Setting, n: int) -> Block:
     return Block(x, np.arange(n) % CLASSES, "NHW" if len(setting.size) == 2 else "NHWC", labels=np.arange(CLASSES))
 
 
-def filters(backbone: Backbone, setting: Setting, repeats: int) -> dict[str, float]:
-    """Milliseconds per sample of each filter strategy."""
-    window, features = samples(setting, WINDOW), shallow_features(backbone, 1)
-
-    def once(strategy: str) -> None:
-        list(filter_stream([window], Filtering(strategy=strategy), features=features))
-
-    return {name: 1e3 * median_s(lambda name=name: once(name), repeats) / WINDOW for name in FILTERS}
-
-
-def selections(backbone: Backbone, setting: Setting, repeats: int) -> dict[str, float]:
-    """Milliseconds per round of each selection strategy, its forward pass included."""
-    pool = samples(setting, KEEP)
-    head = random_head(backbone)
-    rng = np.random.default_rng(1)
-
-    def once(strategy: str) -> None:
-        select_block(pool, Selection(batch=BATCH, strategy=strategy), Weights(backbone, head), None, rng)
-
-    return {name: 1e3 * median_s(lambda name=name: once(name), repeats) for name in SELECTIONS}
-
-
-def forward_ms(backbone: Backbone, setting: Setting, repeats: int) -> float:
-    """Milliseconds of the candidates' forward pass alone, input conversion included."""
-    pool = samples(setting, KEEP)
-
-    def once() -> None:
-        with torch.inference_mode():
-            backbone.features(adapt(np.asarray(pool.x), pool.layout, backbone.input))
-
-    return 1e3 * median_s(once, repeats)
-
-
-def update_ms(backbone: Backbone, setting: Setting, repeats: int) -> float:
-    """Milliseconds of one full update from a batch of `BATCH`."""
-    block = samples(setting, BATCH)
-    learner = StreamLearner(backbone, named_plan("full", backbone.graph), random_head(backbone), Optimizing())
-    batch = Batch(adapt(np.asarray(block.x), block.layout, backbone.input), block.y, np.full(BATCH, 0.1, np.float32))
-    return 1e3 * median_s(lambda: learner.update(batch), repeats)
-
-
-def random_head(backbone: Backbone):
+def random_head(backbone: Backbone) -> Head:
     """A linear head of ten known classes."""
     empty = heads.empty_head(np.arange(CLASSES), None, backbone.graph.feature_dim)
     features = torch.rand(CLASSES, backbone.graph.feature_dim, generator=torch.Generator().manual_seed(0))
     return heads.imprint(empty, features, np.arange(CLASSES), np.ones(CLASSES))
 
 
-def measure(setting: Setting, repeats: int) -> dict:
-    """All figures of one setting, with the ratios that have bounds."""
+def filters(backbone: Backbone, setting: Setting) -> dict[str, Body]:
+    """A window of samples through each filter strategy."""
+    window, features = samples(setting, WINDOW), shallow_features(backbone, 1)
+    return {name: lambda name=name: list(filter_stream([window], Filtering(strategy=name), features=features))
+            for name in FILTERS}  # fmt: skip
+
+
+def rounds(backbone: Backbone, setting: Setting) -> dict[str, Body]:
+    """The forward pass of the candidates, a full update of a batch, and a round of each selection strategy."""
+    pool, batch, plan = samples(setting, KEEP), samples(setting, BATCH), named_plan("full", backbone.graph)
+    weights, mass, rng = Weights(backbone, random_head(backbone)), np.full(KEEP, 1 / KEEP), np.random.default_rng(1)
+    forward = Forward(backbone, plan)
+    learner = StreamLearner(backbone, plan, weights.head, Optimizing(learning_rate=1e-6))
+
+    def update() -> None:
+        x = adapt(np.asarray(batch.x), batch.layout, backbone.input)
+        learner.update(Batch(x, batch.y, np.full(BATCH, 0.1, np.float32)))
+
+    def select(strategy: str) -> None:
+        config = Selection(batch=BATCH, strategy=strategy)
+        known = (weights, forward) if config.needs_model else (None, None)
+        select_block(pool, config, known[0], plan, rng, forward=known[1])
+
+    chosen = {name: lambda name=name: select(name) for name in SELECTIONS}
+    return {"forward": lambda: forward.look(pool, mass, weights, rng=rng), "update": update, **chosen}
+
+
+def measure(setting: Setting, repeats: int) -> dict[str, dict[str, np.ndarray]]:
+    """Seconds of every filter and of every part of a round, turn by turn."""
     spec = registry.input_spec(setting.arch, setting.arch_args)
     tensors = state(registry.build(setting.arch, setting.arch_args))
     backbone = deploy(Model(setting.arch, setting.arch_args, spec, "batchnorm", tensors))
-    forward, update = forward_ms(backbone, setting, repeats), update_ms(backbone, setting, repeats)
-    per_sample, per_round = filters(backbone, setting, repeats), selections(backbone, setting, repeats)
-    return {
-        "filter_ms_per_sample": per_sample,
-        "filter_bound_ms": setting.filter_bound_ms,
-        "select_ms_per_round": per_round,
-        "forward_ms": forward,
-        "select_over_forward": per_round["titan"] / forward,
-        "update_ms": update,
-        "select_over_update": per_round["titan"] / update,
-    }
+    return {"filter": turns(filters(backbone, setting), repeats), "round": turns(rounds(backbone, setting), repeats)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def verdict(value: float, bound: float) -> str:
+    return f"{value:.3g} | {bound:g} | {'yes' if value <= bound else 'no'}"
+
+
+def section(name: str, setting: Setting, found: dict[str, dict[str, np.ndarray]]) -> str:
+    """The tables of one setting."""
+    per_sample = {name: 1e3 * float(np.median(values)) / WINDOW for name, values in found["filter"].items()}
+    parts = found["round"]
+    over_forward = {each: float(np.median(parts[each] / parts["forward"])) - 1 for each in SELECTIONS}
+    over_update = {each: float(np.median(parts[each] / parts["update"])) for each in SELECTIONS}
+    lines = [
+        f"## {name}: {setting.arch}, {' x '.join(map(str, setting.size))}\n",
+        "| | found | bound | kept |\n|---|--:|--:|---|",
+        f"| filter `quota` (default), ms per sample | {verdict(per_sample['quota'], setting.filter_bound_ms)} |",
+        f"| the slowest filter, ms per sample | {verdict(max(per_sample.values()), setting.filter_bound_ms)} |",
+        f"| `select` on top of its forward pass, % | {verdict(100 * over_forward['titan'], 5)} |",
+        f"| a round of `select` over a full update | {verdict(over_update['titan'], 1)} |",
+        "",
+        "| filter | ms per sample |\n|---|--:|",
+        *(f"| {each} | {value:.4f} |" for each, value in per_sample.items()),
+        "",
+        f"| part of a round | ms | on top of the forward pass of {KEEP}, % | over an update of {BATCH} |",
+        "|---|--:|--:|--:|",
+        *(f"| {each} | {1e3 * float(np.median(parts[each])):.2f} | | |" for each in ("forward", "update")),
+    ]
+    for each in SELECTIONS:
+        extra = f"{100 * over_forward[each]:.1f}" if SELECTIONS[each].needs == "gradients" else ""
+        lines.append(f"| {each} | {1e3 * float(np.median(parts[each])):.2f} | {extra} | {over_update[each]:.2f} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--page", type=Path, default=Path("docs/results/selection.md"))
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(json.dumps({name: measure(SETTINGS[name], options.repeats) for name in options.settings}, indent=1))
+    torch.set_num_threads(1)
+    sections = [section(name, SETTINGS[name], measure(SETTINGS[name], options.repeats)) for name in options.settings]
+    intro = (
+        "# What choosing costs\n\n"
+        f"Written by `python examples/bench/selection.py`: one thread, {options.repeats} turns, Python "
+        f"{platform.python_version()}, torch {torch.__version__}. {WINDOW} samples per window, {KEEP} candidates, "
+        f"batches of {BATCH}, {CLASSES} classes; the update trains all layers. Medians of processor seconds.\n\n"
+        "What `select` adds to its forward pass hardly depends on the network (inner products, exact allocation, the "
+        "block): little beside a network of some size, much beside the smallest.\n"
+    )
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    options.page.write_text("\n".join([intro, *sections]))
+    print(options.page.read_text())
 
 
 if __name__ == "__main__":

@@ -365,6 +365,7 @@ def _plan_tree(plan: Plan) -> Group:
         "channels": _flat([np.array(update.channels) for update in updates], np.int64),
         "bias_count": np.array([len(update.bias) for update in updates], np.int64),
         "bias": _flat([np.array(update.bias) for update in updates], np.int64),
+        "detached": np.array([update.detached for update in updates], np.uint8),
     }
     attrs = {
         **plan.facts,
@@ -380,14 +381,16 @@ def _plan(group: Group, where: str) -> Plan:
     arrays, known = group.arrays, schema.RUN["plan"].attrs
     channels = _split(arrays["channels"], arrays["channel_count"], f"{where}/plan/channels")
     biases = _split(arrays["bias"], arrays["bias_count"], f"{where}/plan/bias")
+    detached = arrays.get("detached", np.zeros(len(arrays["layer"]), np.uint8))
     updates = tuple(
-        LayerUpdate(layer, axis, tuple(int(c) for c in live), int(total), tuple(int(c) for c in bias))
-        for layer, axis, live, total, bias in zip(
+        LayerUpdate(layer, axis, tuple(int(c) for c in live), int(total), tuple(int(c) for c in bias), bool(ends))
+        for layer, axis, live, total, bias, ends in zip(
             text_tuple(arrays["layer"]),
             text_tuple(arrays["axis"]),
             channels,
             arrays["axis_channels"],
             biases,
+            detached,
             strict=True,
         )
     )

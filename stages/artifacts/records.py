@@ -6,7 +6,7 @@ class maps to one group of the schema, field by field.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
@@ -148,11 +148,23 @@ class LayerUpdate:
     """How many channels the layer has along the axis."""
     bias: tuple[int, ...] = ()
     """Output channels whose bias trains, ascending."""
+    detached: bool = False
+    """The layer passes no gradient on to its input. It may do so without anything of its own that trains."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is live here."""
+        return bool(self.channels or self.bias)
 
     @property
     def ratio(self) -> float:
         """Share of the channels that are live."""
         return len(self.channels) / self.axis_channels
+
+
+def detached_layers(updates: Iterable[LayerUpdate]) -> frozenset[str]:
+    """The layers that pass no gradient on."""
+    return frozenset(update.layer for update in updates if update.detached)
 
 
 @dataclass(frozen=True)
@@ -173,8 +185,14 @@ class Plan:
         return next(update for update in self.updates if update.layer == layer)
 
     @property
+    def live(self) -> tuple[LayerUpdate, ...]:
+        """The updates without those that only end the gradient."""
+        return tuple(update for update in self.updates if update.trains)
+
+    @property
     def layers(self) -> tuple[str, ...]:
-        return tuple(update.layer for update in self.updates)
+        """The layers that train."""
+        return tuple(update.layer for update in self.live)
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,13 @@ def records(file: BinaryIO, where: str, *, max_record_bytes: int = DEFAULT_MAX_R
         DataError: not a stream of records, an image longer than allowed, an empty stream.
         StreamBroken: the stream ends inside an image.
     """
-    lazy = is_regular(file)
-    source: Iterator[Any] = _windows(file, where) if lazy else _images(file, where, max_record_bytes)
-    for number, image in enumerate(source):
-        place = where if number == 0 else f"{where}[{number}]"
-        yield hdf5.decode(image, place, lazy=lazy, max_bytes=max_record_bytes)
+    if not is_regular(file):
+        pipe = _Pipe(file, where, max_record_bytes)
+        while pipe.more():
+            yield pipe.read()
+        return
+    for number, window in enumerate(_windows(file, where)):
+        yield hdf5.decode(window, _place(where, number), lazy=True, max_bytes=max_record_bytes)
 
 
 def open_records(path: str | Path, *, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES) -> Iterator[Record]:
@@ -57,36 +59,55 @@ def is_regular(file: BinaryIO) -> bool:
         return False
 
 
-def _images(file: BinaryIO, where: str, max_record_bytes: int) -> Iterator[bytes]:
-    number = 0
-    while header := _read(file, hdf5.HEADER_BYTES):
-        place = where if number == 0 else f"{where}[{number}]"
+class _Pipe:
+    """Records of a file that can only be read once. Nothing of a record is held here when it has been handed over."""
+
+    def __init__(self, file: BinaryIO, where: str, max_record_bytes: int) -> None:
+        self._file, self._where, self._max_record_bytes = file, where, max_record_bytes
+        self._number, self._header = 0, b""
+
+    def more(self) -> bool:
+        """Whether another record begins; waits for it or for the end of the stream."""
+        self._header = _read(self._file, hdf5.HEADER_BYTES)
+        if not self._header and self._number == 0:
+            raise _empty(self._where)
+        return bool(self._header)
+
+    def read(self) -> Record:
+        """The record that has begun."""
+        place = _place(self._where, self._number)
+        self._number += 1
+        return hdf5.decode(self._image(self._header, place), place, max_bytes=self._max_record_bytes)
+
+    def _image(self, header: bytes, place: str) -> bytes:
         length = hdf5.image_bytes(header.ljust(hdf5.HEADER_BYTES, b"\0"), place)
         if len(header) < hdf5.HEADER_BYTES:
             raise StreamBroken(place, f"{len(header)} bytes", "a whole record", "the producer stopped early")
-        if length > max_record_bytes:
+        if length > self._max_record_bytes:
             raise DataError(
                 place,
                 f"a record of {length} bytes",
-                f"at most {max_record_bytes} from a pipe",
+                f"at most {self._max_record_bytes} from a pipe",
                 "raise --max-record, or pack with a smaller --block-length",
             )
-        image = header + _read(file, length - len(header))
+        image = _read(self._file, length - len(header), start=header)
         if len(image) != length:
             raise StreamBroken(place, f"{len(image)} of {length} bytes", "a whole record", "the producer stopped early")
-        yield image
-        number += 1
-    if number == 0:
-        raise _empty(where)
+        return image
 
 
-def _read(file: BinaryIO, wanted: int) -> bytes:
-    """Exactly `wanted` bytes unless the stream ends; memory grows with what arrives, not with what is promised."""
-    pieces, missing = [], wanted
+def _place(where: str, number: int) -> str:
+    return where if number == 0 else f"{where}[{number}]"
+
+
+def _read(file: BinaryIO, wanted: int, *, start: bytes = b"") -> bytes:
+    """`start` and exactly `wanted` bytes more unless the stream ends; memory grows with what arrives, not with what is
+    promised."""
+    pieces, missing = [start], wanted
     while missing > 0 and (piece := file.read(min(missing, _PIECE_BYTES))):
         pieces.append(piece)
         missing -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    return b"".join(pieces)
 
 
 def _windows(file: BinaryIO, where: str) -> Iterator[BinaryIO]:
@@ -95,7 +116,7 @@ def _windows(file: BinaryIO, where: str) -> Iterator[BinaryIO]:
         raise _empty(where)
     number = 0
     while start < end:
-        place = where if number == 0 else f"{where}[{number}]"
+        place = _place(where, number)
         file.seek(start)
         header = file.read(hdf5.HEADER_BYTES)
         length = hdf5.image_bytes(header.ljust(hdf5.HEADER_BYTES, b"\0"), place)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from stages.artifacts.records import LayerUpdate, Profile
-from stages.cost.training import reached
+from stages.cost.training import passes_on
 from stages.errors import DataError
 from stages.models.graph import Graph
 
@@ -44,10 +44,9 @@ def weight_gradient_ns(measured: Durations, update: LayerUpdate) -> int:
 def predicted_latency_ns(graph: Graph, measured: Durations, updates: Iterable[LayerUpdate]) -> int:
     """Nanoseconds of one forward and backward pass of one sample when these updates train.
 
-    The whole forward pass, the input gradient of every layer behind the earliest live one, and the live layers'
-    weight gradients. An estimate: a kernel over half the channels rarely takes exactly half the time.
+    The whole forward pass, the input gradient of every layer behind the earliest live one (detached ones aside), and
+    the live layers' weight gradients. An estimate: a kernel over half the channels rarely takes exactly half the time.
     """
     updates = tuple(updates)
-    open_ops = reached(graph, updates)
-    passed_on = sum(measured.input_gradient_ns[op.name] for op in graph.layers if op.inputs[0] in open_ops)
+    passed_on = sum(measured.input_gradient_ns[op.name] for op in passes_on(graph, updates))
     return measured.forward_ns + passed_on + sum(weight_gradient_ns(measured, update) for update in updates)

@@ -6,6 +6,7 @@ figure, `inference_peak_bytes` what executing the graph operator by operator hol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stages.cost.ops import ELEMENT_BYTES, input_gradient_macs, kept_bytes, macs, weight_gradient_macs
@@ -126,6 +127,19 @@ def _takes_over(graph: Graph, op: Op, source: str) -> bool:
     """Whether the operator's output lies in the buffer of this input."""
     dies_here = graph.consumers[source][-1] == op.name and graph[source].kind != "input"
     return op.kind == "flatten" or (op.kind in IN_PLACE and dies_here)
+
+
+def block_entries(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the named layers that are the first of their block to mix channels: no depthwise ones.
+
+    In an inverted bottleneck this is the expanding convolution, where SparseUpdate found training to help most (Lin et
+    al., arXiv:2206.15472, section 3.2). A graph without blocks keeps all its names.
+    """
+    first: dict[int, str] = {}
+    for op in graph.layers:
+        if op.block >= 0 and not op.is_depthwise:
+            first.setdefault(op.block, op.name)
+    return tuple(name for name in names if name in first.values() or not graph.blocks)
 
 
 def last_blocks(graph: Graph, blocks: int) -> tuple[str, ...]:

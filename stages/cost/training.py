@@ -13,12 +13,12 @@ MB in the papers means 2^20 bytes; everything here is bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-from stages.artifacts.records import LayerUpdate
+from stages.artifacts.records import LayerUpdate, detached_layers
 from stages.cost.model import inference_peak_bytes, paper_peak_bytes
 from stages.cost.ops import ELEMENT_BYTES, input_gradient_macs, kept_bytes
 from stages.cost.ops import weight_gradient_macs as whole_weight_gradient_macs
@@ -60,19 +60,26 @@ def kept_input(graph: Graph, update: LayerUpdate, batch: int) -> tuple[str | Non
 
 
 def reached(graph: Graph, updates: Iterable[LayerUpdate]) -> frozenset[str]:
-    """Operators whose output depends on a live value: gradients flow back to these."""
-    return graph.downstream({update.layer for update in updates})
+    """Operators at whose outputs the backward pass needs a gradient."""
+    updates = tuple(updates)
+    return graph.gradient_flow({update.layer for update in updates if update.trains}, detached_layers(updates))
+
+
+def passes_on(graph: Graph, updates: Iterable[LayerUpdate]) -> Iterator[Op]:
+    """The layers whose input gradient the backward pass computes."""
+    updates = tuple(updates)
+    flow, ends = reached(graph, updates), detached_layers(updates)
+    return (op for op in graph.layers if op.name in flow and op.inputs[0] in flow and op.name not in ends)
 
 
 def plan_backward_macs(graph: Graph, updates: Iterable[LayerUpdate]) -> int:
     """MACs of one backward pass of one sample (TinyTrain appendix A.4).
 
     The live share of each live layer's weight gradient, and the input gradient of every layer behind the earliest
-    live one; the earliest live layer itself passes no gradient on.
+    live one, detached ones aside; the earliest live layer itself passes no gradient on.
     """
     updates = tuple(updates)
-    open_ops = reached(graph, updates)
-    passed_on = sum(input_gradient_macs(op) for op in graph.layers if op.inputs[0] in open_ops)
+    passed_on = sum(input_gradient_macs(op) for op in passes_on(graph, updates))
     return passed_on + sum(weight_gradient_macs(graph[update.layer], update) for update in updates)
 
 
@@ -126,6 +133,11 @@ class MemoryModel:
         """Bytes per live value: itself where counted, its gradient, its optimiser state."""
         return ELEMENT_BYTES * (self.weight_copies + 1 + optimizer_state(optimizer))
 
+    def total_bytes(self, graph: Graph, values: int, saved_bytes: int, *, batch: int, optimizer: str) -> int:
+        """Bytes of training so many values, where a batch keeps `saved_bytes` for its backward pass."""
+        activations = max(term.saved * saved_bytes + batch * term.buffer_bytes(graph) for term in self.terms)
+        return values * self.bytes_per_value(optimizer) + activations
+
 
 MEMORY_MODELS: Mapping[str, MemoryModel] = {
     "paper": MemoryModel(1, False, (Term(saved=True), Term(saved=False, buffer_bytes=paper_peak_bytes))),
@@ -160,8 +172,7 @@ def memory_bytes(
     accounting = memory_model(model)
     values = live_values(graph, updates, biases=accounting.biases)
     saved = saved_activation_bytes(graph, updates, batch)
-    activations = max(term.saved * saved + batch * term.buffer_bytes(graph) for term in accounting.terms)
-    return values * accounting.bytes_per_value(optimizer) + activations
+    return accounting.total_bytes(graph, values, saved, batch=batch, optimizer=optimizer)
 
 
 def full_training_bytes(graph: Graph, batch: int, optimizer: str = "adam") -> int:

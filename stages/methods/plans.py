@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from stages.artifacts.records import Array, LayerUpdate, Scores
-from stages.cost.model import full_backward_macs, last_blocks
-from stages.cost.ops import layer_macs
+from stages.artifacts.records import Array, LayerUpdate
+from stages.cost.model import full_backward_macs
 from stages.errors import UsageError, require
 from stages.fsl.protonet import cosine_logits, prototypes
 from stages.importance.criteria import CRITERIA
-from stages.importance.criteria import Evidence as LayerEvidence
 from stages.importance.fisher import fisher_pass
 from stages.importance.tasks import build_task
+from stages.methods.layer_scores import GRADIENTS, LAYERS, SEARCHES, candidates, detached, scores_of
 from stages.methods.task import Answer, Method, Task
 from stages.models.deploy import Backbone
 from stages.models.graph import Graph
 from stages.planning.baselines import SCHEMES, named_plan
 from stages.planning.budget import Budget, parse_macs, parse_memory
 from stages.planning.layers import SELECTORS, select_layers
-from stages.planning.problem import RATIOS, Channels, Evidence, pose
+from stages.planning.problem import Channels, Evidence, pose
 from stages.sparse.adaptation import Adapting, adapt
 from stages.sparse.engine import SparseNet
 from stages.sparse.updates import features_of
@@ -84,12 +82,14 @@ def scheme_for(graph: Graph) -> str:
 class TinyTrain:
     """TinyTrain's plan for a task (arXiv:2307.09988, Algorithm 1), and its ablations."""
 
-    criterion: str = "score"
-    select: str = "greedy"
+    criterion: str = SEARCHES["tinytrain"].criterion
+    select: str = SEARCHES["tinytrain"].select
     rule: str = "fisher"
     axis: str = "output"
-    ratios: tuple[float, ...] = RATIOS
+    ratios: tuple[float, ...] = SEARCHES["tinytrain"].ratios
     bias: bool = False
+    layers: str = SEARCHES["tinytrain"].layers
+    gradient: str = SEARCHES["tinytrain"].gradient
     memory: str = "1MB"
     macs: str = "15%"
     memory_model: str = "paper"
@@ -99,6 +99,8 @@ class TinyTrain:
         where = "tinytrain"
         require(self.criterion in CRITERIA, where, f"criterion {self.criterion!r}", "one of " + ", ".join(CRITERIA))
         require(self.select in SELECTORS, where, f"select {self.select!r}", "one of " + ", ".join(SELECTORS))
+        require(self.layers in LAYERS, where, f"layers {self.layers!r}", "one of " + ", ".join(LAYERS))
+        require(self.gradient in GRADIENTS, where, f"gradient {self.gradient!r}", "one of " + ", ".join(GRADIENTS))
         require(self.blocks > 0, where, f"{self.blocks} blocks", "at least 1")
         self.channels()
         self.budget(full_macs=10**6)
@@ -120,33 +122,26 @@ class TinyTrain:
 
     def __call__(self, backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Updates:
         """The plan for this task: a Fisher pass over its support, then layers and channels under the budgets."""
-        size = how.micro_batch or len(task.support)
+        graph, size = backbone.graph, how.micro_batch or len(task.support)
         pseudo_query = build_task("prototypes", backbone, task.support, None, size, rng)
-        window = last_blocks(backbone.graph, self.blocks)
+        window = candidates(graph, self.blocks, self.layers)
         found = fisher_pass(backbone, pseudo_query.batches(size), pseudo_query.loss, window)
-        scores = self._scores(backbone, found.output, found.input, rng)
-        budget = self.budget(full_backward_macs(backbone.graph))
-        problem = pose(backbone.graph, scores, budget, self.channels(), Evidence(arrays(backbone), rng))
-        return select_layers(problem, self.select).updates
+        scores = scores_of(self.criterion, backbone, found, window, rng)
+        budget, evidence = self.budget(full_backward_macs(graph)), Evidence(arrays(backbone), rng)
+        problem = pose(graph, scores, budget, self.channels(), evidence, detached=detached(graph, self.gradient))
+        return problem.complete(select_layers(problem, self.select).updates)
 
-    def _scores(
-        self, backbone: Backbone, output: Mapping[str, Array], input: Mapping[str, Array], rng: np.random.Generator
-    ) -> Scores:
-        graph = backbone.graph
-        ops = [graph[name] for name in output]
-        fisher = np.array([output[op.name].sum() for op in ops])
-        norms = [float(torch.linalg.vector_norm(backbone.tensors[f"{op.name}.weight"])) for op in ops]
-        evidence = LayerEvidence(
-            fisher=fisher,
-            parameters=np.array([float(op.weights) for op in ops]),
-            macs=np.array([float(layer_macs(op)) for op in ops]),
-            most_parameters=max(op.weights for op in graph.layers),
-            most_macs=max(layer_macs(op) for op in graph.layers),
-            weight_l2=np.array(norms),
-            rng=rng,
-        )
-        worth = CRITERIA[self.criterion](evidence)
-        return Scores(self.criterion, tuple(output), worth, fisher, tuple(output.values()), tuple(input.values()))
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shortcut(TinyTrain):
+    """A plan under the same budgets that trains more accurately (docs/results/tinytrain_accuracy.md): entries of
+    blocks, as many whole as the Fisher information they hold asks for, reached past residual branches."""
+
+    criterion: str = SEARCHES["shortcut"].criterion
+    select: str = SEARCHES["shortcut"].select
+    ratios: tuple[float, ...] = SEARCHES["shortcut"].ratios
+    layers: str = SEARCHES["shortcut"].layers
+    gradient: str = SEARCHES["shortcut"].gradient
 
 
 def arrays(backbone: Backbone) -> dict[str, Array]:

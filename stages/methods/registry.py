@@ -2,7 +2,9 @@
 
 tinytrain:rule=random        channels at random instead of by Fisher information
 tinytrain:criterion=l2       layers by the norm of their weights
-tinytrain:ratios=0.25,macs=30%   (several ratios: ratios=0.5/0.25)
+tinytrain:ratios=0.25+macs=30%   (several ratios: ratios=0.5/0.25)
+tinytl:bias=true             lite residual modules and the backbone's biases
+tinytl:drop=0.6              modules beside the last 40 % of the blocks only
 """
 
 from __future__ import annotations
@@ -12,16 +14,17 @@ from dataclasses import fields
 from typing import Any
 
 from stages.errors import UsageError
-from stages.methods.plans import TinyTrain, named, nothing, planned, sparse_update
+from stages.methods.plans import Shortcut, TinyTrain, named, nothing, planned, sparse_update
 from stages.methods.task import Method
+from stages.methods.tinytl import TinyTL
 from stages.methods.transductive import Transductive
 from stages.planning.baselines import SCHEMES, plan_names
 
 Factory = Callable[..., Method]
 
 
-def _tinytrain(**settings: Any) -> Method:
-    return planned(TinyTrain(**settings))
+def _searched(search: type[TinyTrain]) -> Factory:
+    return lambda **settings: planned(search(**settings))
 
 
 METHODS: Mapping[str, Factory] = {
@@ -30,12 +33,22 @@ METHODS: Mapping[str, Factory] = {
     "last-layer": lambda: planned(named("last-layer")),
     "bias": lambda: planned(named("bias")),
     "sparse-update": lambda: planned(sparse_update),
-    "tinytrain": _tinytrain,
+    "tinytrain": _searched(TinyTrain),
+    "shortcut": _searched(Shortcut),
     "transductive": Transductive,
+    "tinytl": TinyTL,
+    "adapter-drop-75": lambda: TinyTL(drop=0.75),
+    "adapter-drop-50": lambda: TinyTL(drop=0.5),
+    "adapter-drop-25": lambda: TinyTL(drop=0.25),
 }
 """Name -> what makes the method from its settings. Every named plan is a method too: `last-3`, `mcunet-49kb`, ..."""
 
-_SETTINGS: Mapping[str, type] = {"tinytrain": TinyTrain, "transductive": Transductive}
+_SETTINGS: Mapping[str, type] = {
+    "tinytrain": TinyTrain,
+    "shortcut": Shortcut,
+    "transductive": Transductive,
+    "tinytl": TinyTL,
+}
 
 
 def find_method(text: str) -> Method:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from stages.artifacts.records import Block, LayerUpdate
+from stages.cost.training import live_values, memory_bytes, plan_backward_macs
 from stages.fsl.episodes import Episode
 from stages.models.deploy import Backbone
+from stages.models.graph import Graph
 from stages.models.inputs import adapt
 from stages.sparse.adaptation import Adapting
 
@@ -31,6 +33,34 @@ class Task:
     ways: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a method's training costs, for batches of one sample with Adam."""
+
+    layers: int
+    """That train."""
+    live_values: int
+    backward_macs: int
+    """Per sample."""
+    memory_bytes: int
+    """By the `paper` model."""
+    saved_bytes: int
+    """By the `saved` model."""
+
+
+def plan_cost(graph: Graph, updates: Sequence[LayerUpdate]) -> Cost:
+    """The cost of training these updates in the sparse engine; of nothing, where there are none."""
+    if not updates:
+        return Cost(layers=0, live_values=0, backward_macs=0, memory_bytes=0, saved_bytes=0)
+    return Cost(
+        layers=sum(update.trains for update in updates),
+        live_values=live_values(graph, updates),
+        backward_macs=plan_backward_macs(graph, updates),
+        memory_bytes=memory_bytes(graph, updates, model="paper"),
+        saved_bytes=memory_bytes(graph, updates, model="saved"),
+    )
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a method makes of a task."""
@@ -40,10 +70,8 @@ class Answer:
     updates: tuple[LayerUpdate, ...] = ()
     """What trained in the backbone."""
     learning_rate: float = 0.0
-    extra_values: int = 0
-    """Trained values outside the backbone: adapters."""
-    extra_macs: int | None = None
-    """Backward MACs per sample where they are not those of `updates`."""
+    cost: Cost | None = None
+    """Where it is not that of `updates`: of methods that train values outside the backbone."""
 
 
 Method = Callable[[Backbone, Task, Adapting, np.random.Generator], Answer]

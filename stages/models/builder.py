@@ -29,8 +29,7 @@ class Builder:
 
     def shape(self, node: fx.Node) -> Shape | None:
         """Shape of the node's value without the batch dimension; None for values that are no batch of activations."""
-        meta = node.meta.get("tensor_meta")
-        shape = tuple(getattr(meta, "shape", ()))
+        shape = node.meta.get("shape", ())
         return shape[1:] if len(shape) > 1 and node.op != "get_attr" else None
 
     def module(self, node: fx.Node) -> nn.Module:

@@ -24,8 +24,6 @@ Kernel = Callable[[Sequence[Tensor]], Tensor]
 Watch = Callable[["Step", Sequence[Tensor], Tensor], None]
 
 ACTIVATIONS = ("relu", "relu6")
-PACKED_BATCH_SIZES = 2
-"""How many batch sizes have their weights laid out at once: a micro-batch and the remainder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,8 @@ class Program:
     """Executable form of the operators `names` of a graph in deploy form.
 
     `tensors` maps `<layer>.weight` and `<layer>.bias` to tensors of one device and dtype. Weights of the layers in
-    `changing` are read anew at every call, the others' layouts are prepared once per batch size.
+    `changing` are read anew at every call; the others' layouts are prepared at the first call, for its batch size:
+    other sizes run as fast with them (measured), and where oneDNN wants another layout it makes it for the call.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class Program:
         self.steps = fuse(graph, names, keep)
         self.keep, self.channels_last = tuple(keep), channels_last
         self._tensors, self._changing = tensors, frozenset(changing)
-        self._kernels: dict[int, tuple[Kernel, ...]] = {}
+        self._kernels: tuple[Kernel, ...] = ()
 
     def __call__(self, values: Mapping[str, Tensor], watch: Watch | None = None) -> dict[str, Tensor]:
         """Named values (N, ...) from outside -> the values named in `keep`.
@@ -120,11 +119,9 @@ class Program:
         return {name: held[name] for name in self.keep}
 
     def _prepared(self, batch: int) -> tuple[Kernel, ...]:
-        if batch not in self._kernels:
-            if len(self._kernels) == PACKED_BATCH_SIZES:
-                del self._kernels[next(iter(self._kernels))]
-            self._kernels[batch] = tuple(self._kernel(step, batch) for step in self.steps)
-        return self._kernels[batch]
+        if not self._kernels:
+            self._kernels = tuple(self._kernel(step, batch) for step in self.steps)
+        return self._kernels
 
     def _kernel(self, step: Step, batch: int) -> Kernel:
         op = step.op

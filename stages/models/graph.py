@@ -7,7 +7,7 @@ mapping keyed `<layer>.weight` and `<layer>.bias`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -146,3 +146,23 @@ class Graph:
             if op.name in names or not reached.isdisjoint(op.inputs):
                 reached.add(op.name)
         return frozenset(reached)
+
+    def gradient_flow(self, live: Set[str], detached: Set[str] = frozenset()) -> frozenset[str]:
+        """The operators at whose outputs a gradient is needed when the layers `live` train.
+
+        They lie between a live layer and the output along paths that no operator in `detached` interrupts: those pass
+        nothing on to their inputs.
+        """
+        needed: set[str] = set()
+        for op in self.ops:
+            if op.name in live or (op.name not in detached and not needed.isdisjoint(op.inputs)):
+                needed.add(op.name)
+        return frozenset(needed & self._heard(frozenset(detached)))
+
+    def _heard(self, detached: frozenset[str]) -> set[str]:
+        """Operators that a gradient of the output can come back to."""
+        heard = {self.ops[-1].name}
+        for op in reversed(self.ops):
+            if op.name in heard and op.name not in detached:
+                heard.update(op.inputs)
+        return heard

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from stages.errors import UsageError
 from stages.models.builder import Builder, with_blocks
@@ -35,6 +34,16 @@ class Traced:
     """`<op>.weight`, `<op>.bias`, for batchnorm also `.running_mean`, `.running_var` and the scalar `.eps`."""
     names: dict[str, str]
     """Key of `tensors` -> name in the module's own state dict; constants have none."""
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a trace and notes every value's shape, as `torch.fx.passes.shape_prop` does, which imports sympy: 50 MB."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            n.meta["shape"] = tuple(value.shape)
+        return value
 
 
 def trace(module: nn.Module, input_shape: Shape) -> tuple[Graph, dict[str, Tensor]]:
@@ -77,7 +86,7 @@ def _capture(module: nn.Module, input_shape: Shape) -> tuple[fx.GraphModule, Ten
     try:
         captured = fx.symbolic_trace(module)
         with torch.no_grad():
-            output = ShapeProp(captured).propagate(sample.clone())
+            output = _Shapes(captured).run(sample.clone())
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(

@@ -10,7 +10,7 @@ Costs are vectors with one entry per resource, whole numbers held exactly in flo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -26,7 +26,6 @@ from stages.cost.training import (
     live_values,
     live_weights,
     memory_model,
-    reached,
     saved_activation_bytes,
     weight_gradient_macs,
 )
@@ -107,7 +106,8 @@ class Coupling:
     @cached_property
     def start(self) -> State:
         """What the fixed updates have opened."""
-        return State(reached(self.problem.graph, self.problem.fixed), self._kept_names(self.problem.fixed))
+        fixed = self.problem.fixed
+        return State(self._flow_of({update.layer for update in fixed}), self._kept_names(fixed))
 
     def flow_cost(self, state: State, candidate: int) -> Vector:
         """(R,): what the operators cost that gradients reach only when the candidate joins."""
@@ -142,8 +142,10 @@ class Coupling:
     @cached_property
     def _reach(self) -> tuple[frozenset[str], ...]:
         """Operators that gradients reach when a candidate trains."""
-        graph = self.problem.graph
-        return tuple(graph.downstream({one.options[0].update.layer}) for one in self.problem.candidates)
+        return tuple(self._flow_of({one.options[0].update.layer}) for one in self.problem.candidates)
+
+    def _flow_of(self, layers: Set[str]) -> frozenset[str]:
+        return self.problem.graph.gradient_flow(layers, self.problem.detached)
 
     @cached_property
     def _shared(self) -> frozenset[str]:
@@ -176,7 +178,7 @@ class Coupling:
 
     def _flow_cost(self, op: Op) -> Raw:
         problem = self.problem
-        readers = [problem.graph[name] for name in problem.graph.consumers[op.name]]
+        readers = [problem.graph[name] for name in problem.graph.consumers[op.name] if name not in problem.detached]
         measured = problem.measured.input_gradient_ns if problem.measured else {}
         return Raw(
             saved_bytes=kept_bytes(op, problem.budget.batch),

@@ -20,6 +20,7 @@ from stages.errors import BudgetError, DataError, require
 from stages.models.graph import Graph, Op
 from stages.planning.budget import Budget, format_bytes
 from stages.planning.channels import ChannelEvidence, axis_of, channel_rule, make_update
+from stages.planning.shortcuts import with_detached
 
 RATIOS = (1.0, 0.5, 0.25, 0.125)
 """The channel ratios that TinyTrain studies (Figures 3, 4, 7-10)."""
@@ -52,6 +53,8 @@ class Problem:
     """Updates that every plan contains, outside the candidates: a linear head that always trains."""
     measured: Durations | None = None
     """What a latency budget is predicted from."""
+    detached: frozenset[str] = frozenset()
+    """Layers that pass no gradient on (`shortcuts.residual_entries`)."""
 
     def __post_init__(self) -> None:
         require(
@@ -66,9 +69,13 @@ class Problem:
         """Whether the updates, with the fixed ones, keep within every budget, to the byte and the MAC."""
         return within(self.usage(updates), self.budget.limits)
 
+    def complete(self, updates: Sequence[LayerUpdate]) -> tuple[LayerUpdate, ...]:
+        """The updates with the problem's detached layers, as far as gradients would come by them: what is executed."""
+        return with_detached(self.graph, updates, self.detached)
+
     def usage(self, updates: Sequence[LayerUpdate]) -> tuple[int, int, int]:
         """Memory (bytes, by the budget's model), backward MACs and predicted nanoseconds (0 without measurements)."""
-        graph, budget, updates = self.graph, self.budget, (*updates, *self.fixed)
+        graph, budget, updates = self.graph, self.budget, self.complete((*updates, *self.fixed))
         memory = memory_bytes(graph, updates, model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer)
         latency_ns = predicted_latency_ns(graph, self.measured, updates) if self.measured else 0
         return memory, plan_backward_macs(graph, updates), latency_ns
@@ -133,6 +140,7 @@ def pose(
     *,
     fixed: Sequence[LayerUpdate] = (),
     measured: Durations | None = None,
+    detached: frozenset[str] = frozenset(),
 ) -> Problem:
     """The planning problem over the scored layers. Layers whose score is 0 cannot help and are left out.
 
@@ -143,7 +151,7 @@ def pose(
     candidates = tuple(
         _candidate(graph[name], scores, i, how, evidence) for i, name in enumerate(scores.layer) if scores.score[i] > 0
     )
-    return Problem(graph, candidates, budget, tuple(fixed), measured)
+    return Problem(graph, candidates, budget, tuple(fixed), measured, detached)
 
 
 def _check_scores(graph: Graph, scores: Scores) -> None:

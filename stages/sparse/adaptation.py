@@ -1,4 +1,4 @@
-"""Few-shot adaptation: train the live slices on a support set with the ProtoNet loss on its augmented copy.
+"""Few-shot adaptation: train a net on a support set with the ProtoNet loss on its augmented copy.
 
 The procedure is P>M>F's fine-tuning (Hu et al., arXiv:2204.07305) as TinyTrain uses it (arXiv:2307.09988, appendix C):
 prototypes from the support, cross-entropy of the pseudo-query (the augmented support) against them, Adam. One iteration
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from stages.artifacts.records import LayerUpdate
+from stages.artifacts.records import InputSpec, LayerUpdate
 from stages.errors import require
 from stages.fsl.augment import PSEUDO_QUERY, Augmentation, augment
 from stages.fsl.protonet import cosine_logits, prototypes, support_loss
@@ -31,9 +31,11 @@ from stages.randomness import torch_generator
 from stages.sparse.engine import SparseNet
 from stages.sparse.optimizers import NotFinite, Optimizing, checked_step, learning_rate, make_optimizer
 from stages.sparse.prefix_file import PrefixFile, prefix_key
-from stages.sparse.updates import Source, cache_prefix, features_of, gradient_update
+from stages.sparse.updates import Net, PrefixCache, Source, cache_prefix, features_of, gradient_update
 
-LEARNING_RATES = (0.0, 3e-4, 1e-3, 3e-3)
+N = TypeVar("N", bound=Net)
+
+LEARNING_RATES = (0.0, 3e-4, 1e-3, 3e-3, 1e-2)
 """The rates to choose from; 0 is no adaptation at all."""
 
 FALLBACK = 1e-3
@@ -80,15 +82,20 @@ class Adapting:
         require(self.micro_batch >= 0, where, f"micro-batch {self.micro_batch}", "at least 0")
 
 
-class Adaptation(NamedTuple):
-    """A backbone adapted to a support set."""
+class Adaptation(NamedTuple, Generic[N]):
+    """A net adapted to a support set."""
 
-    net: SparseNet
+    net: N
     prototypes: Tensor
     """(C, D): class means of the support with the adapted weights."""
     learning_rate: float
     losses: tuple[float, ...]
     """One per iteration; empty where the rate is 0."""
+
+
+Caches = Sequence[PrefixCache]
+Store = Callable[[Sequence[Tensor], Callable[[], Caches]], Caches]
+"""(lots of model inputs, what computes the frozen layers' outputs of them) -> these outputs, kept or computed."""
 
 
 def adapt(
@@ -101,19 +108,46 @@ def adapt(
     on_step: Callable[[int], None] = lambda done: None,
     stop: Callable[[], int] = lambda: 0,
     cache_file: PrefixFile | None = None,
-) -> Adaptation:
+) -> Adaptation[SparseNet]:
+    """Adapt a plan's live slices to a support set, as `adapt_net` does; the caller's backbone is left alone.
+
+    `cache_file` keeps what `how.cache_prefix` caches for the next call with the same inputs.
+
+    Raises:
+        DataError: as `adapt_net`; or updates that do not fit the backbone.
+    """
+    updates = tuple(updates)
+
+    def store(lots: Sequence[Tensor], compute: Callable[[], Caches]) -> Caches:
+        return compute() if cache_file is None else cache_file.through(prefix_key(backbone, updates, lots), compute)
+
+    def fresh() -> SparseNet:
+        return SparseNet(backbone, updates)
+
+    return adapt_net(fresh, backbone.input, support_x, support_y, how, rng, on_step, stop, store)
+
+
+def adapt_net(
+    fresh: Callable[[], N],
+    spec: InputSpec,
+    support_x: Tensor,
+    support_y: Tensor,
+    how: Adapting,
+    rng: np.random.Generator,
+    on_step: Callable[[int], None] = lambda done: None,
+    stop: Callable[[], int] = lambda: 0,
+    store: Store = lambda lots, compute: compute(),
+) -> Adaptation[N]:
     """Adapt to a support set: model inputs (N, *input) and labels int64 (N,) in 0..C-1, every class present.
 
-    The caller's backbone is left alone. `on_step` gets the number of iterations done, of at most `total_iterations`;
-    `stop` is asked before each of them, and what is not 0 ends training with the weights reached. `cache_file` keeps
-    what `cache_prefix` caches for the next call with the same inputs.
+    `fresh` makes an untrained net, the same one at every call: each candidate of the learning rate trains its own.
+    `on_step` gets the number of iterations done, of at most `total_iterations`; `stop` is asked before each of them,
+    and what is not 0 ends training with the weights reached.
 
     Raises:
         DataError: a class without a sample, or a loss, gradient or weight that is not finite.
     """
-    task = _Task(
-        backbone, tuple(updates), support_x, support_y, how, int(rng.integers(2**63)), on_step, stop, cache_file
-    )
+    task = _Task(fresh, spec, support_x, support_y, how, int(rng.integers(2**63)), on_step, stop, store)
     rate = choose_rate(task, leave_out_folds(support_y.numpy(), how.folds, rng))
     everything = np.arange(len(support_y))
     net, losses = task.train(everything, rate)
@@ -147,7 +181,7 @@ def leave_out_folds(
     return [(np.flatnonzero(part != fold), np.flatnonzero(part == fold)) for fold in range(folds) if fold in part]
 
 
-def choose_rate(task: _Task, folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> float:
+def choose_rate(task: _Task[Any], folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> float:
     """The rate with the highest accuracy on the left-out samples; then the lowest loss, then the smallest rate.
 
     A rate at which training diverges is out.
@@ -167,7 +201,9 @@ def choose_rate(task: _Task, folds: Sequence[tuple[NDArray[np.int64], NDArray[np
     return min(rates, key=results.__getitem__)
 
 
-def _leave_out(task: _Task, rate: float, rest: NDArray[np.int64], left_out: NDArray[np.int64]) -> tuple[int, float]:
+def _leave_out(
+    task: _Task[Any], rate: float, rest: NDArray[np.int64], left_out: NDArray[np.int64]
+) -> tuple[int, float]:
     net, _ = task.train(rest, rate)
     return task.score(net, rest, left_out)
 
@@ -175,7 +211,7 @@ def _leave_out(task: _Task, rate: float, rest: NDArray[np.int64], left_out: NDAr
 # ------------------------------------------------------------------------------------------------------ the training
 
 
-class _Task:
+class _Task(Generic[N]):
     """A support set with its augmented views, on any subset of which a fresh net can be trained.
 
     Views are drawn for the whole support, one generator each, and a subset sees its rows of them: candidates of the
@@ -184,29 +220,29 @@ class _Task:
 
     def __init__(
         self,
-        backbone: Backbone,
-        updates: tuple[LayerUpdate, ...],
+        fresh: Callable[[], N],
+        spec: InputSpec,
         x: Tensor,
         labels: Tensor,
         how: Adapting,
         seed: int,
         on_step: Callable[[int], None],
         stop: Callable[[], int],
-        cache_file: PrefixFile | None = None,
+        store: Store,
     ) -> None:
-        self.backbone, self.updates, self.how, self.seed = backbone, updates, how, seed
+        self.fresh, self.spec, self.how, self.seed = fresh, spec, how, seed
         self.x, self.labels, self.ways = x, labels, int(labels.max()) + 1
         self.on_step, self.stop, self.done = on_step, stop, 0
-        drawn: Sequence[Tensor] = [x, *(self._draw(number) for number in range(how.views))]
-        lots: Sequence[Source] = self._cached(drawn, cache_file) if how.cache_prefix else drawn
-        self.support, self.views = lots[0], lots[1:]
-        if not how.cache_prefix:  # the support itself never changes: its frozen part runs once, not in every iteration
-            self.support = cache_prefix(SparseNet(backbone, updates), x, micro_batch=how.micro_batch)
+        drawn = [x, *(self._draw(number) for number in range(how.views))]
+        lots: Sequence[Source] = store(drawn, lambda: self._cached(drawn)) if how.cache_prefix else drawn
+        # the support itself never changes: its frozen part runs once, not in every iteration
+        self.support = lots[0] if how.cache_prefix else self._cached([x])[0]
+        self.views = lots[1:]
 
-    def train(self, rows: NDArray[np.int64], rate: float) -> tuple[SparseNet, tuple[float, ...]]:
+    def train(self, rows: NDArray[np.int64], rate: float) -> tuple[N, tuple[float, ...]]:
         """A fresh net trained on these rows of the support, and its loss at each iteration."""
-        net = SparseNet(self.backbone, self.updates)
-        if rate == 0 or not self.updates:
+        net = self.fresh()
+        if rate == 0 or not net.parameters():
             return net, ()
         how = replace(self.how.optimizing, learning_rate=rate)
         optimizer = make_optimizer(net.parameters(), how)
@@ -221,12 +257,12 @@ class _Task:
             self.on_step(self.done)
         return net, tuple(losses)
 
-    def prototypes(self, net: SparseNet, rows: NDArray[np.int64]) -> Tensor:
+    def prototypes(self, net: N, rows: NDArray[np.int64]) -> Tensor:
         """Class means (C, D) of these rows of the support, without gradients."""
         features = features_of(net, _rows(self.support, rows), micro_batch=self.how.micro_batch)
         return prototypes(features, self.labels[rows], self.ways)
 
-    def score(self, net: SparseNet, rest: NDArray[np.int64], left_out: NDArray[np.int64]) -> tuple[int, float]:
+    def score(self, net: N, rest: NDArray[np.int64], left_out: NDArray[np.int64]) -> tuple[int, float]:
         """Right answers among the samples left out, and their summed cross-entropy, with prototypes of the rest."""
         features = features_of(net, _rows(self.support, left_out), micro_batch=self.how.micro_batch)
         logits = cosine_logits(features, self.prototypes(net, rest), self.how.scale)
@@ -234,7 +270,7 @@ class _Task:
         hits = int((logits.argmax(dim=1) == labels).sum())
         return hits, float(functional.cross_entropy(logits, labels, reduction="sum"))
 
-    def _gradients(self, net: SparseNet, rows: NDArray[np.int64], iteration: int) -> float:
+    def _gradients(self, net: N, rows: NDArray[np.int64], iteration: int) -> float:
         """Gradients of one iteration's loss in the net's parameters; the loss."""
         view = self.views[iteration % len(self.views)] if self.views else self._draw(iteration)
         support, query, labels = _rows(self.support, rows), _rows(view, rows), self.labels[rows]
@@ -250,22 +286,15 @@ class _Task:
         loss = support_loss(labels, labels, self.ways, self.how.scale)
         return gradient_update(net, [support, query], loss, micro_batch=size)
 
-    def _cached(self, lots: Sequence[Tensor], file: PrefixFile | None) -> Sequence[Source]:
-        """The frozen layers' outputs of these inputs: from the file if it has them, else computed, and stored there."""
-        key = "" if file is None else prefix_key(self.backbone, self.updates, lots)
-        stored = None if file is None else file.load(key)
-        if stored is not None:
-            return stored
-        net = SparseNet(self.backbone, self.updates)
-        caches = [cache_prefix(net, lot, micro_batch=self.how.micro_batch) for lot in lots]
-        if file is not None:
-            file.save(key, caches)
-        return caches
+    def _cached(self, lots: Sequence[Tensor]) -> Caches:
+        """The frozen layers' outputs of these inputs."""
+        net = self.fresh()
+        return [cache_prefix(net, lot, micro_batch=self.how.micro_batch) for lot in lots]
 
     def _draw(self, number: int) -> Tensor:
         """One augmented copy of the whole support."""
         rng = torch_generator(self.seed, "view", number)
-        return augment(self.x, self.backbone.input, rng, self.how.augmentation)
+        return augment(self.x, self.spec, rng, self.how.augmentation)
 
 
 def _rows(source: Source, rows: NDArray[np.int64]) -> Source:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.records import LayerUpdate
+from stages.artifacts.records import LayerUpdate, detached_layers
 from stages.errors import DataError
 from stages.models.deploy import Backbone
 from stages.models.fused import Program, channels_last_is_faster
@@ -42,12 +42,15 @@ class SparseNet:
         self.input_shape = graph.input_shape
         self._tensors = dict(backbone.tensors)
         for update in updates:
+            if not update.trains:
+                continue
             for name in _tensor_names(update.layer, self._tensors):
                 self._tensors[name] = self._tensors[name].clone()
         self._live = live_layers(graph, updates, self._tensors)
         if channels_last is None:
             channels_last = all(map(channels_last_is_faster, self._tensors.values()))
-        self._suffix = Suffix(graph, self._tensors, self._live, channels_last=channels_last)
+        detached = detached_layers(updates)
+        self._suffix = Suffix(graph, self._tensors, self._live, detached=detached, channels_last=channels_last)
         before = _ancestors(graph, self._suffix.boundary)
         self._input = graph.ops[0].name
         self._prefix = Program(graph, self._tensors, before, self._suffix.boundary, channels_last=channels_last)

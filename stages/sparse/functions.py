@@ -7,7 +7,8 @@ Kept, all through `save_for_backward` (so `torch.autograd.graph.saved_tensors_ho
   where input channels are live or the layer is depthwise;
 * for frozen layers, additions, concatenations, averages: nothing.
 
-Gradients flow back to the earliest live layers and no further, into live slices only.
+Gradients flow back to the earliest live layers and no further, into live slices only; detached layers pass none on.
+Operators that no gradient comes by keep nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Node:
 
     step: Step
     activation: str
-    """`relu`, `relu6` or empty: fused behind the operator, or the operator itself."""
+    """`relu`, `relu6` or empty: fused behind the operator, or the operator itself. Empty where no gradient comes by."""
     live: Live | None
     kept_whole: bool
     """The step's output is some live layer's input."""
@@ -62,10 +63,17 @@ class Suffix:
     """The operators downstream of the live layers: forward with saving, and backward."""
 
     def __init__(
-        self, graph: Graph, tensors: Mapping[str, Tensor], live: Mapping[str, Live], *, channels_last: bool
+        self,
+        graph: Graph,
+        tensors: Mapping[str, Tensor],
+        live: Mapping[str, Live],
+        *,
+        detached: Set[str] = frozenset(),
+        channels_last: bool,
     ) -> None:
         self.graph, self.tensors, self.live, self.channels_last = graph, tensors, live, channels_last
         self.names = graph.downstream(set(live))
+        self.flow, self.detached = graph.gradient_flow(set(live), detached), detached
         self.output = graph.ops[-1].name
         executed = self.names | _flattened(graph, self.names)
         sources = {source for name in executed for source in graph[name].inputs} - executed
@@ -78,7 +86,10 @@ class Suffix:
     def _node(self, step: Step) -> Node:
         op = step.op
         activation = step.activation or (op.kind if op.kind in ACTIVATIONS else "")
-        pull = None if self.names.isdisjoint(op.inputs) else PULL[op.kind](self, op)
+        if step.out not in self.flow:
+            return Node(step, "", None, step.out in self.whole, None)
+        ends = op.name in self.detached or self.flow.isdisjoint(op.inputs)
+        pull = None if ends else PULL[op.kind](self, op)
         return Node(step, activation, self.live.get(op.name), step.out in self.whole, pull)
 
     # ----------------------------------------------------------------------------------------------------- forward
@@ -106,7 +117,7 @@ class Suffix:
         op = node.step.op
         if node.activation:
             saved[f"mask {node.step.out}"] = pack(output, node.activation, self.channels_last)
-        if op.kind == "max_pool":
+        if op.kind == "max_pool" and node.pull is not None:
             saved[f"index {op.name}"] = window_index(op, inputs[0])
         if node.kept_whole:
             saved[f"whole {node.step.out}"] = output
@@ -121,14 +132,14 @@ class Suffix:
         found: dict[str, Tensor] = {}
         for node in reversed(self.nodes.values()):
             flow = pending.pop(node.step.out, None)
-            if flow is None:  # the features do not depend on it
+            if flow is None:  # no gradient is needed there
                 continue
             value = self._before_activation(node, saved, flow)
             if node.live is not None:
                 found.update(self._live_gradients(node.live, saved, value))
             if node.pull is not None:
                 for source, part in zip(node.step.op.inputs, node.pull(saved, value), strict=True):
-                    if source in self.names:
+                    if source in self.flow:
                         pending[source] = _sum(pending[source], part) if source in pending else part
         return found
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.records import LayerUpdate
+from stages.artifacts.records import LayerUpdate, detached_layers
 from stages.errors import DataError
 from stages.models.graph import Graph, Op
 
@@ -96,7 +96,13 @@ def live_layers(graph: Graph, updates: Sequence[LayerUpdate], tensors: Mapping[s
     for update in updates:
         _check(graph, update, seen)
         seen.add(update.layer)
-    ordered = sorted(updates, key=lambda update: graph.position[update.layer])
+    live = [update for update in updates if update.trains]
+    names = {update.layer for update in live}
+    cut_off = (graph.gradient_flow(names) & names) - graph.gradient_flow(names, detached_layers(updates))
+    if cut_off:
+        where = f"plan, layer {min(cut_off, key=graph.position.__getitem__)}"
+        raise DataError(where, "every way to the features is detached", "one that is not, for its gradient")
+    ordered = sorted(live, key=lambda update: graph.position[update.layer])
     return {update.layer: Live(graph[update.layer], update, tensors) for update in ordered}
 
 
@@ -111,7 +117,7 @@ def _check(graph: Graph, update: LayerUpdate, seen: set[str]) -> None:
     channels = {"output": op.out_channels, "input": op.in_channels}
     if channels.get(update.axis) != update.axis_channels:
         raise DataError(where, f"{update.axis_channels} {update.axis} channels", f"{channels}", fix)
-    if not update.channels and not update.bias:
+    if not update.trains and not update.detached:
         raise DataError(where, "nothing that trains", "channels or biases", fix)
     if update.bias and not op.bias:
         raise DataError(where, "biases", "none: the layer has no bias", fix)

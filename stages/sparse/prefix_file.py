@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +25,19 @@ class PrefixFile:
 
     path: Path
 
-    def load(self, key: str) -> list[PrefixCache] | None:
+    def through(self, key: str, compute: Callable[[], Sequence[PrefixCache]]) -> Sequence[PrefixCache]:
+        """What is stored under this key; where there is nothing, what `compute` gives, which is then stored.
+
+        Raises:
+            DataError: the file is something else, or corrupt.
+        """
+        caches = self.load(key)
+        if caches is None:
+            caches = compute()
+            self.save(key, caches)
+        return caches
+
+    def load(self, key: str) -> Sequence[PrefixCache] | None:
         """The caches stored under this key, in order; None where there are none.
 
         Raises:

@@ -10,17 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.artifacts.records import Array
 from stages.errors import DataError
-from stages.sparse.engine import Boundary, SparseNet
+from stages.sparse.engine import Boundary
 
 Loss = Callable[[Tensor], Tensor]
+
+
+class Net(Protocol):
+    """What trains: a frozen part that never changes, and a part behind it with parameters (`SparseNet`, or another)."""
+
+    def prefix(self, x: Tensor) -> Boundary:
+        """Model input (N, *input) -> what enters the trained part, without autograd."""
+
+    def suffix(self, boundary: Boundary) -> Tensor:
+        """What `prefix` gave -> features (N, D), differentiable in the parameters; each sample's depend on it alone."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that trains; empty where nothing does."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +75,19 @@ Source: TypeAlias = Tensor | PrefixCache
 """Samples: model inputs (N, *input), or cached prefix outputs."""
 
 
-def cache_prefix(net: SparseNet, x: Tensor, *, micro_batch: int = 0) -> PrefixCache:
+def cache_prefix(net: Net, x: Tensor, *, micro_batch: int = 0) -> PrefixCache:
     """Run the frozen prefix over model inputs (N, *input) once and keep its outputs."""
     return PrefixCache(_joined([_enter(net, chunk) for chunk in _chunks([x], micro_batch)]))
 
 
-def features_of(net: SparseNet, sources: Source | Sequence[Source], *, micro_batch: int = 0) -> Tensor:
+def features_of(net: Net, sources: Source | Sequence[Source], *, micro_batch: int = 0) -> Tensor:
     """Features (N, D) of all samples, one source after the other, without gradients."""
     with torch.no_grad():
         return torch.cat([net.suffix(_enter(net, chunk)) for chunk in _chunks(_listed(sources), micro_batch)])
 
 
 def gradient_update(
-    net: SparseNet, sources: Source | Sequence[Source], loss_of_features: Loss, *, micro_batch: int = 0
+    net: Net, sources: Source | Sequence[Source], loss_of_features: Loss, *, micro_batch: int = 0
 ) -> float:
     """Add the gradient of a loss over the features of all samples to the parameters' `.grad`; the loss's value.
 
@@ -116,7 +129,7 @@ def _chunks(sources: Sequence[Source], micro_batch: int) -> Iterator[Source]:
             yield source[start : start + size]
 
 
-def _enter(net: SparseNet, source: Source) -> Boundary:
+def _enter(net: Net, source: Source) -> Boundary:
     return source.boundary if isinstance(source, PrefixCache) else net.prefix(source)
 
 

@@ -154,8 +154,10 @@ class CandidateBuffer:
             rows = np.sort(np.argsort(-self._keys, kind="stable")[: self.keep])
             self._mass = self._mass[rows]
         self._keys, self._worth = self._keys[rows], self._worth[rows]
-        pieces = [] if self._kept is None else [self._kept.take(rows[rows < held])]
-        self._kept = join_blocks([*pieces, chunk.take(rows[rows >= held] - held)], where="stream")
+        fresh = chunk.take(rows[rows >= held] - held)
+        self._kept = (
+            fresh if self._kept is None else join_blocks([self._kept.take(rows[rows < held]), fresh], where="stream")
+        )
 
     def _cover(self, chunk: Block) -> tuple[Array, Array]:
         """Rows of what is kept and the chunk that cover both, and the samples that each stands for."""

@@ -73,6 +73,13 @@ class Design:
     variance: float
     """E |estimate - its mean|^2, in closed form."""
 
+    @property
+    def distinct(self) -> float:
+        """How many different candidates are drawn, on average."""
+        if self.probability is None:
+            return float(self.places.sum())
+        return float((1.0 - (1.0 - self.probability) ** self.places[self.strata.of]).sum())
+
 
 def divide(of: Array, mass: Array, gradients: Gradients, products: Array | None = None) -> Strata:
     """The strata of a pool; `products` are the inner products of the strata's gradient sums, if already known."""

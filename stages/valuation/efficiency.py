@@ -1,47 +1,41 @@
-"""Selection that pays: which way of choosing brings the most progress per unit of computing (`--strategy auto`).
+"""Selection that pays: which way of choosing brings the most progress per second (`--strategy auto`).
 
-A step of gradient descent with an estimate of second moment M = |G|^2 + V makes progress in proportion to |G|^4 / M at
-the best step size (the descent lemma), so what a step costs per unit of progress is in proportion to M x cost. Where
-noise dominates this is the classic criterion of efficiency, variance x cost (Glynn and Whitt, 1992); where the gradient
-does, it prefers cheap steps. V has two parts: of the pool as a sample of the stream, and of the batch as a sample of
-the pool, the latter in closed form for every strategy and batch size. Costs are in forward passes of one sample.
+The classic criterion: variance x cost (Glynn and Whitt, *Operations Research* 1992). Where noise limits the learning
+rate, the best rate is in proportion to 1 / V, so what progress costs is in proportion to V x the cost of a round. V has
+three parts: of the window as a sample of the stream, of the pool as a sample of the window, and of the batch as a
+sample of the pool, the last in closed form for every strategy and batch size.
+
+The gradient's own square, which the descent lemma adds to V, is left out. What a pool shows of it was mostly the
+weights' trembling under earlier noise: what lasted for ten rounds was below a tenth of the variance of 30 samples, and
+with it in the sum batches came out too small (docs/decisions.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from stages.errors import require
-from stages.valuation.designs import divide, equal_design, equal_spread
-from stages.valuation.fine import GradientView, by_label, class_strata, gradients_of, least_variance, whole
+from stages.errors import DataError
+from stages.valuation.costs import Costs, Meter
+from stages.valuation.designs import Design, divide, equal_design, equal_spread
+from stages.valuation.fine import (
+    GradientView,
+    by_label,
+    class_strata,
+    flat_importance,
+    gradients_of,
+    least_variance,
+)
 
-FADE = 0.8
-"""Weight of the past in the running moments, per observation."""
+FADE = 0.5
+"""Weight of the past in the running moments, per observation: gradients change fast while observations double apart."""
 
 PROBE_EVERY = 50
 """Rounds between observations, after the first ones at rounds 0, 1, 2, 4, 8, ...: at most 2 % of the rounds."""
 
-SCORED = frozenset({"titan"})
+SCORED = frozenset({"is", "titan"})
 """Options that score their candidates; the others look at labels only."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Costs:
-    """What a round costs, in forward passes of one sample."""
-
-    update: float = 3.0
-    """Training on one sample: forward, input gradient and weight gradient (3 for full training)."""
-    overlap: bool = False
-    """Scoring runs on a processor of its own while the update before it goes on."""
-
-    def __post_init__(self) -> None:
-        require(self.update >= 1.0, "--update-cost", f"{self.update}", "at least 1, the forward pass itself")
-
-    def of(self, scored: int, trained: int) -> float:
-        """A round that scores and trains on so many samples."""
-        update = self.update * trained
-        return max(float(scored), update) if self.overlap else scored + update
 
 
 @dataclass(frozen=True)
@@ -59,15 +53,71 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Second-order properties of a pool's gradients."""
+class Decision:
+    """What was chosen for a round, and the costs that decided: enough to do the same again."""
 
-    signal: float
-    """|G|^2 of the stream, estimated without the pool's noise."""
+    option: Option
+    observed: bool
+    """The pool was scored whole, to learn from it."""
+    select_cost: float
+    update_cost: float
+    unit: str
+
+    def facts(self) -> dict[str, Any]:
+        """Of the round's block, beside its `strategy`."""
+        return {"auto_batch": self.option.batch, "auto_candidates": self.option.candidates,
+                "auto_observed": int(self.observed), "auto_select_cost": self.select_cost,
+                "auto_update_cost": self.update_cost, "auto_unit": self.unit}  # fmt: skip
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Decision:
+        """What `facts` and `strategy` say. Raises `KeyError` where one is missing."""
+        option = Option(facts["strategy"], int(facts["auto_candidates"]), int(facts["auto_batch"]))
+        return cls(option, bool(facts["auto_observed"]), float(facts["auto_select_cost"]),
+                   float(facts["auto_update_cost"]), facts["auto_unit"])  # fmt: skip
+
+
+def recorded(rows: Iterable[Mapping[str, Any]], where: str) -> dict[int, Decision]:
+    """Round -> decision, from the metrics lines of an earlier run; rounds without candidates had nothing to decide.
+
+    Raises `DataError` for lines that say nothing of it.
+    """
+    try:
+        found = {int(row["round"]): Decision.from_facts(row) for row in rows if row["candidates"]}
+    except (KeyError, TypeError, ValueError) as error:
+        fix = "give the --metrics FILE of an earlier `select --strategy auto`"
+        raise DataError(
+            where, f"a line without {error}", "`round`, `strategy` and `auto_...` in every line", fix
+        ) from error
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- tuning
+
+
+@dataclass(frozen=True)
+class Yield:
+    """What a design brings."""
+
+    variance: float
+    distinct: float
+    """Samples to train on, on average."""
+
+    @classmethod
+    def of(cls, design: Design) -> Yield:
+        return cls(design.variance, design.distinct)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Variances of a pool's gradient."""
+
+    window: float
+    """Variance of the window's class shares as an estimate of the stream's."""
     pool: float
-    """Variance of the pool's mean as an estimate of the stream's."""
-    batch: Mapping[tuple[str, int], float]
-    """(strategy, batch) -> variance of the batch as an estimate of the pool's mean."""
+    """Variance of the pool's mean as an estimate of the window's."""
+    batch: Mapping[tuple[str, int], Yield]
+    """(strategy, batch) -> the batch as an estimate of the pool's mean."""
 
     def fade_into(self, newer: Moments) -> Moments:
         """The running mean of these moments and newer ones."""
@@ -75,72 +125,144 @@ class Moments:
         def mix(old: float, new: float) -> float:
             return FADE * old + (1.0 - FADE) * new
 
-        batch = {key: mix(self.batch.get(key, value), value) for key, value in newer.batch.items()}
-        return Moments(mix(self.signal, newer.signal), mix(self.pool, newer.pool), batch)
+        batch = {}
+        for key, new in newer.batch.items():
+            old = self.batch[key]
+            batch[key] = Yield(mix(old.variance, new.variance), mix(old.distinct, new.distinct))
+        return Moments(mix(self.window, newer.window), mix(self.pool, newer.pool), batch)
 
 
-def moments(view: GradientView, batches: tuple[int, ...], epsilon: float) -> Moments:
-    """What a scored pool tells about every option."""
-    classes = divide(class_strata(view.labels), view.mass, gradients_of(view))
+def moments(view: GradientView, batches: tuple[int, ...], epsilon: float, arrived: int) -> Moments:
+    """What a scored pool, out of so many samples that arrived, tells about every option."""
+    classes, everything = divide(class_strata(view.labels), view.mass, gradients_of(view)), view.whole
+    squared = float(everything.squared_sum.sum())
     pool = float((equal_spread(classes) / classes.sizes).sum())
-    everything = whole(view)
-    signal = max(float(everything.squared_sum.sum()) - pool, 0.0)
-    variances: dict[tuple[str, int], float] = {}
+    window = max(float((classes.squared_sum / classes.masses).sum()) * float(classes.masses.sum()) - squared, 0.0)
+    window /= arrived
+    yields: dict[tuple[str, int], Yield] = {}
     for batch in batches:
-        variances["random", batch] = equal_design(everything, batch).variance
-        variances["stratified", batch] = by_label(view, batch, epsilon).variance
-        variances["titan", batch] = least_variance(view, batch, epsilon).variance
-    return Moments(signal, pool, variances)
+        yields["random", batch] = Yield.of(equal_design(everything, batch))
+        yields["stratified", batch] = Yield.of(by_label(view, batch, epsilon))
+        yields["is", batch] = Yield.of(flat_importance(view, batch, epsilon))
+        yields["titan", batch] = Yield.of(least_variance(view, batch, epsilon))
+    return Moments(window, pool, yields)
 
 
 class Tuner:
-    """Decides how to spend each round, from what scored rounds have shown so far."""
+    """Decides how to spend each round, from what scored rounds have shown so far and what the meter says.
 
-    def __init__(self, batch: int, max_batch: int, costs: Costs) -> None:
-        self.costs = costs
-        self.batches = tuple(batch * factor for factor in range(1, max(max_batch // batch, 1) + 1))
-        self._rounds = 0
+    `replay`: the decisions of an earlier run, taken again as they were.
+    """
+
+    def __init__(self, batch: int, max_batch: int, meter: Meter, replay: Mapping[int, Decision] | None = None) -> None:
+        self.meter = meter
+        self.batches = tuple(range(batch, max_batch + 1, batch))
+        self._max_batch, self._replay = max_batch, replay
+        self._first: int | None = None
         self._moments: Moments | None = None
         self._size = 0
+        self._decision: Decision | None = None
 
-    def due(self) -> bool:
-        """Whether this round is to be scored whole and observed; counts rounds."""
-        number, self._rounds = self._rounds, self._rounds + 1
-        return number & (number - 1) == 0 or number % PROBE_EVERY == 0
+    def due(self, number: int) -> bool:
+        """Whether a round is scored whole and observed: 0, 1, 2, 4, 8, ... after the first, and every fiftieth."""
+        if self._replay is not None:
+            return self._recorded(number).observed
+        self._first = number if self._first is None else self._first
+        since = number - self._first
+        return _doubling(since) or since % PROBE_EVERY == 0
 
-    def observe(self, view: GradientView, epsilon: float) -> None:
-        """Take in a scored pool."""
-        found = moments(view, self.batches, epsilon)
-        self._moments = found if self._moments is None else self._moments.fade_into(found)
-        self._size = len(view.labels)
+    def observe(self, view: GradientView, epsilon: float, arrived: int) -> None:
+        """Take in a scored pool out of so many samples that arrived."""
+        if self._replay is None:
+            found = moments(view, self.batches, epsilon, arrived)
+            self._moments = found if self._moments is None else self._moments.fade_into(found)
+            self._size = len(view.labels)
 
-    def choose(self, size: int) -> Option:
-        """The option that costs least per unit of progress, for a pool of `size` candidates."""
-        return min(self.options(size), key=self.price)
+    def decide(self, number: int, size: int) -> Decision:
+        """The option for a pool of `size` candidates that costs least per unit of progress, as of the last observation.
+
+        Where several batch sizes are allowed, the first observed rounds take the largest and the smallest in turn, so
+        that the cost of both becomes known. Raises `DataError` for a round that the replayed run did not have.
+        """
+        if self._replay is not None:
+            return self._recorded(number)
+        observed, options = self.due(number), list(self.options(size))
+        if self._decision is not None and not observed and self._decision.option in options:
+            return self._decision
+        self._decision = self._cheapest(options, observed=False)
+        since = number - (self._first or 0)
+        if not observed:
+            return self._decision
+        if len(self.batches) > 1 and _doubling(since):
+            extreme = (min, max)[since.bit_length() % 2](option.batch for option in options)
+            options = [option for option in options if option.batch == extreme]
+        return self._cheapest(options, observed=True)
+
+    def _cheapest(self, options: Sequence[Option], *, observed: bool) -> Decision:
+        costs = self.meter.costs()
+        option = min(options, key=lambda each: self.price(each, costs))
+        select, update = costs.score.of(option.scored), costs.update.of(self._trained(option))
+        return Decision(option, observed, select, update, costs.unit)
 
     def options(self, size: int) -> Iterator[Option]:
-        """Every strategy and batch size; scored ones also on half of the pool."""
+        """Every strategy and batch size; scored ones also on a half, a quarter, ... of the pool."""
         for batch in self.batches:
-            yield Option("random", size, batch)
-            yield Option("stratified", size, batch)
-            yield Option("titan", size, batch)
-            if batch <= size // 2:
-                yield Option("titan", size // 2, batch)
+            if batch < size:
+                yield Option("random", size, batch)
+                yield Option("stratified", size, batch)
+                candidates = size
+                while candidates > batch:
+                    yield Option("is", candidates, batch)
+                    yield Option("titan", candidates, batch)
+                    candidates //= 2
+        if size <= self._max_batch:
+            yield Option("all", size, size)
 
-    def explain(self, option: Option) -> str:
+    def price(self, option: Option, costs: Costs) -> float:
+        """Variance x cost: in arbitrary units, lower is better."""
+        found = self._known()
+        pool = found.pool * self._size / option.candidates
+        noise = found.window + pool + (0.0 if option.strategy == "all" else self._yield(option).variance)
+        return noise * costs.of(option.scored, self._trained(option))
+
+    def explain(self, decision: Decision) -> str:
         """The choice in words, beside the best option of every other strategy."""
-        best = self.price(option)
-        others = {other.strategy: self.price(other) / best
-                  for other in sorted(self.options(option.candidates), key=self.price, reverse=True)
-                  if other.strategy != option.strategy}  # fmt: skip
-        beside = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in sorted(others.items(), key=lambda item: item[1]))
+        option, costs = decision.option, self.meter.costs()
         scored = f", {option.candidates} candidates scored" if option.scored else ""
-        return f"{option.strategy}, batch {option.batch}{scored} (cost per progress of others: {beside})"
+        said = f"{option.strategy}, batch {option.batch}{scored}"
+        if self._replay is not None:
+            return f"{said} (replayed)"
+        best = self.price(option, costs)
+        if not best:
+            return f"{said} (nothing varies)"
+        others: dict[str, float] = {}
+        for other in self.options(self._size):
+            if other.strategy != option.strategy:
+                ratio = self.price(other, costs) / best
+                others[other.strategy] = min(ratio, others.get(other.strategy, ratio))
+        beside = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in sorted(others.items(), key=lambda item: item[1]))
+        return f"{said} (cost per progress of others, in {costs.unit}: {beside})"
 
-    def price(self, option: Option) -> float:
-        """Second moment x cost: in arbitrary units, lower is better."""
+    def _trained(self, option: Option) -> float:
+        return option.candidates if option.strategy == "all" else self._yield(option).distinct
+
+    def _yield(self, option: Option) -> Yield:
+        return self._known().batch[option.strategy, option.batch]
+
+    def _known(self) -> Moments:
         if self._moments is None:
             raise ValueError("nothing has been observed yet")
-        pool = self._moments.pool * self._size / option.candidates
-        second = self._moments.signal + pool + self._moments.batch[option.strategy, option.batch]
-        return second * self.costs.of(option.scored, min(option.batch, option.candidates))
+        return self._moments
+
+    def _recorded(self, number: int) -> Decision:
+        found = None if self._replay is None else self._replay.get(number)
+        if found is None:
+            raise DataError(
+                f"round {number}", "not in the run that is replayed", "the same stream", "leave out --replay"
+            )
+        return found
+
+
+def _doubling(number: int) -> bool:
+    """0, 1, 2, 4, 8, ..."""
+    return number & (number - 1) == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -39,6 +40,11 @@ class GradientView:
     """int64 (n,): the column of `probabilities` that is each candidate's own class."""
     inputs: Array | None = None
     """float32 (n, d): raw samples, flat."""
+
+    @cached_property
+    def whole(self) -> Strata:
+        """The pool as a single stratum."""
+        return divide(np.zeros(len(self.labels), np.int64), self.mass, gradients_of(self))
 
 
 @dataclass(frozen=True)
@@ -93,11 +99,6 @@ def class_chain(view: GradientView, places: int) -> Iterator[tuple[float, Strata
             yield level.least_variance(places), divide(level.of[of], view.mass, gradients, level.products)
 
 
-def whole(view: GradientView) -> Strata:
-    """The pool as a single stratum."""
-    return divide(np.zeros(len(view.labels), np.int64), view.mass, gradients_of(view))
-
-
 def classified(view: GradientView, places: int, epsilon: float) -> Design:
     """Titan's C-IS, merged strata or flat importance sampling, whichever has the least closed-form variance."""
     return _least(class_chain(view, places), places, epsilon, ())
@@ -112,7 +113,7 @@ def least_variance(view: GradientView, places: int, epsilon: float) -> Design:
     """
     chain = class_chain(view, places)
     first = next(chain)
-    equal = (equal_design(first[1], places), equal_design(whole(view), places))
+    equal = (equal_design(first[1], places), equal_design(view.whole, places))
     return _least(itertools.chain([first], chain), places, epsilon, equal)
 
 
@@ -132,7 +133,7 @@ def _least(chain: Iterator[tuple[float, Strata]], places: int, epsilon: float, o
 
 def flat_importance(view: GradientView, places: int, epsilon: float) -> Design:
     """Importance sampling by gradient norm over the whole pool (Lemma 1)."""
-    return importance_design(whole(view), places, epsilon)
+    return importance_design(view.whole, places, epsilon)
 
 
 def by_label(view: GradientView, places: int, epsilon: float) -> Design:
@@ -250,7 +251,7 @@ def reference_variances(view: GradientView, places: int, epsilon: float) -> dict
 
     The second is the paper's: drawing with replacement, by mass alone.
     """
-    strata = whole(view)
+    strata = view.whole
     return {
         "variance_is": importance_design(strata, places, epsilon).variance,
         "variance_random": random_variance(strata, places),

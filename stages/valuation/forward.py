@@ -22,8 +22,8 @@ from stages.valuation.scoring import CHUNK, Weights
 
 ANYTIME_CHUNK = 8
 """Candidates between two looks at the clock."""
-CHUNK_VALUES = 400_000
-"""Input values of the candidates that pass at once: bounds the memory of large inputs (8 pictures of 3 x 128 x 128)."""
+CHUNK_VALUES = 500_000
+"""Input values of the candidates that pass at once, for the memory of large inputs: 10 pictures of 3 x 128 x 128."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class Forward:
         pieces: list[tuple[Block, Tensor]] = []
         done, least = 0, len(np.unique(pool.y))
         while done < size:
-            end = max(done + step, least)
+            end = min(max(done + step, least), done + self._chunk, size)
             pieces.append(self._pass(pool.take(order[done:end])))
-            done = min(end, size)
-            if ready is not None and ready():
+            done = end
+            if ready is not None and done >= least and ready():
                 break
         back = np.argsort(order[:done])
         features = torch.cat([features for _, features in pieces])[torch.from_numpy(back)]

@@ -15,6 +15,7 @@ from stages.errors import DataError
 from stages.models import heads
 from stages.models.deploy import Backbone
 from stages.models.inputs import adapt
+from stages.valuation.costs import Times
 from stages.valuation.fine import GradientView
 from stages.valuation.gradients import Gradients, Kernel, LastLayer
 from stages.valuation.live_gradients import every_layer, live_products
@@ -36,12 +37,17 @@ class Weights:
     backbone: Backbone
     head: Head | None
     """None before any class is known: all probabilities are uniform."""
+    update_times: Times = ()
+    """(samples, seconds) of the trainer's latest updates, where it says."""
 
     def at(self, version: Version) -> Weights:
         """These weights with a published version's tensors and head in place."""
-        changed = {name: torch.from_numpy(np.array(value)) for name, value in version.tensors.items()}
+        changed = {
+            name: torch.from_numpy(np.require(value, requirements=("C", "W")))
+            for name, value in version.tensors.items()
+        }
         backbone = replace(self.backbone, tensors={**self.backbone.tensors, **changed})
-        return Weights(backbone, self.head if version.head is None else version.head)
+        return Weights(backbone, self.head if version.head is None else version.head, version.update_times)
 
 
 def masses(block: Block) -> Array:
@@ -116,7 +122,7 @@ def _features(backbone: Backbone, block: Block) -> Tensor:
 
 def _head_for(block: Block, head: Head | None, names: heads.Names | None, dim: int) -> Head:
     """The head with a row for every class of the block; the rows it adds count as uniform probability."""
-    labels = block.y if block.labels is None else np.union1d(block.labels, block.y)
+    labels = block.y if block.labels is None else block.labels
     return heads.empty_head(labels, names, dim) if head is None else heads.extend(head, labels, names)
 
 

@@ -95,6 +95,13 @@ def test_versions_come_back_and_old_ones_go(tmp_path, run):
     assert live.numbers() == []
 
 
+def test_versions_say_what_updates_took_where_that_is_known(tmp_path):
+    live = LiveDirectory(tmp_path, "one")
+    live.publish(0, {}, None, keep=9)
+    live.publish(1, {}, None, keep=9, update_times=[(10, 0.25), (30, 0.5)])
+    assert [live.read(number).update_times for number in (0, 1)] == [(), ((10, 0.25), (30, 0.5))]
+
+
 def test_another_runs_versions_are_refused(tmp_path, run):
     LiveDirectory(tmp_path, "one").publish(0, {}, None, keep=2)
     other = LiveDirectory(tmp_path, "two")

@@ -1,6 +1,7 @@
 """Images: what is written comes back, equal records are equal bytes, hostile and damaged content is refused."""
 
 import io
+import threading
 
 import h5py
 import numpy as np
@@ -237,3 +238,20 @@ def test_a_tree_of_any_kind_can_be_read(tmp_path):
 def test_unknown_dtypes_are_not_written():
     with pytest.raises(SchemaError):
         hdf5.encode_tree(Group(arrays={"objects": np.array([object()])}))
+
+
+def test_threads_read_and_write_at_once(block, run):
+    """`filter --pace demand` reads samples in one thread while another writes a round."""
+    images, same = {name: hdf5.encode(record) for name, record in (("block", block), ("run", run))}, []
+
+    def work(name):
+        for _ in range(60):
+            same.append(hdf5.encode(hdf5.decode(images[name])) == images[name])
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in images for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(same) == 240
+    assert all(same)

@@ -27,13 +27,13 @@ def environment():
     return dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 
 
-def test_killed_stages_end_the_rest_and_the_run_goes_on_bit_equal():
-    """The benchmark that kills hundreds, with a few: it checks every claim and fails by itself."""
-    command = [sys.executable, "examples/bench/faults.py", "--kills", "6", "--rounds", "20", "--limit", "10"]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, timeout=200, check=False)
+def test_every_fault_ends_the_rest_and_the_run_goes_on_bit_equal():
+    """The benchmark that does it hundreds of times, once per fault: it checks every claim and fails by itself."""
+    command = [sys.executable, "examples/bench/faults.py", "--quick", "--rounds", "12", "--limit", "20"]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()
     told = json.loads(result.stdout)
-    assert sum(told["kills"].values()) == 6
+    assert len(told["trials"]) == sum(told["trials"].values()) >= 12
     assert told["failures"] == []
 
 

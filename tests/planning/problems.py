@@ -67,14 +67,22 @@ def problems(draw: st.DrawFn) -> Problem:
         bias=draw(st.booleans()),
         ratios=draw(st.sampled_from([(1.0, 0.5, 0.25, 0.125), (1.0, 0.3), (0.5,)])),
     )
+    some = st.sets(st.sampled_from([op.name for op in graph.layers]), max_size=3)
+    detached = frozenset(draw(some.filter(lambda names: all_heard(graph, names))))
     return pose(
-        graph, random_scores(graph, seed, tuple(scored)), budget, how, Evidence(), fixed=fixed, measured=measured
-    )
+        graph, random_scores(graph, seed, tuple(scored)), budget, how, Evidence(),
+        fixed=fixed, measured=measured, detached=detached,
+    )  # fmt: skip
+
+
+def all_heard(graph: Graph, detached: set[str]) -> bool:
+    """Whether every layer gets a gradient when it trains."""
+    return all(op.name in graph.gradient_flow({op.name}, detached) for op in graph.layers)
 
 
 def costs(problem: Problem, updates: tuple[LayerUpdate, ...]) -> tuple[int, int]:
     """Memory and MACs, computed from the cost functions directly."""
-    budget, together = problem.budget, (*updates, *problem.fixed)
+    budget, together = problem.budget, problem.complete((*updates, *problem.fixed))
     memory = memory_bytes(
         problem.graph, together, model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer
     )

@@ -45,7 +45,8 @@ def test_no_selector_overruns_a_budget_or_beats_the_optimum(problem):
         assert memory is None or used_memory <= memory, name
         assert macs is None or used_macs <= macs, name
         if latency_ns is not None and problem.measured is not None:
-            assert predicted_latency_ns(problem.graph, problem.measured, found.updates + problem.fixed) <= latency_ns
+            together = problem.complete(found.updates + problem.fixed)
+            assert predicted_latency_ns(problem.graph, problem.measured, together) <= latency_ns
         assert found.score <= best * (1 + 1e-9), name
         positions = [problem.graph.position[update.layer] for update in found.updates]
         assert positions == sorted(set(positions)), name

@@ -11,6 +11,7 @@ from stages.artifacts.records import InputSpec, LayerUpdate
 from stages.models import execute
 from stages.models.deploy import Backbone
 from stages.models.graph import Graph, Op
+from stages.planning.shortcuts import with_detached
 
 
 def window(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
@@ -122,9 +123,18 @@ GROW = {
 
 @st.composite
 def plans(draw, graph: Graph) -> tuple[LayerUpdate, ...]:
-    """Updates of at least one layer: output or input channels, biases, or both."""
+    """Updates of at least one layer: output or input channels, biases, or both; at times some layers detached."""
     layers = draw(st.lists(st.sampled_from(graph.layers), min_size=1, max_size=3, unique_by=lambda op: op.name))
-    return tuple(draw(updates(op)) for op in sorted(layers, key=lambda op: graph.position[op.name]))
+    live = [draw(updates(op)) for op in layers]
+    some = st.sets(st.sampled_from([op.name for op in graph.layers]), max_size=3)
+    return with_detached(
+        graph, live, draw(st.one_of(st.just(set()), some.filter(lambda names: heard(graph, live, names))))
+    )
+
+
+def heard(graph: Graph, live, detached) -> bool:
+    """Whether every live layer still gets a gradient."""
+    return all(update.layer in graph.gradient_flow({update.layer}, detached) for update in live)
 
 
 @st.composite
@@ -170,10 +180,19 @@ def random_input(graph: Graph, batch: int, seed: int, dtype: torch.dtype) -> tor
     return 2 * torch.randn(batch, *graph.input_shape, generator=generator, dtype=dtype)
 
 
-def dense_gradients(backbone: Backbone, x: torch.Tensor, loss) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The oracle: features and every tensor's gradient by stock autograd, 0 where the loss does not depend on it."""
+def dense_gradients(
+    backbone: Backbone, x: torch.Tensor, loss, detached=frozenset()
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The oracle: features and every tensor's gradient by stock autograd, 0 where the loss does not depend on it.
+
+    Layers in `detached` get their inputs by `Tensor.detach`.
+    """
     tensors = {name: value.clone().requires_grad_() for name, value in backbone.tensors.items()}
-    features = execute.run(backbone.graph, tensors, x)
+    values = {backbone.graph.ops[0].name: x}
+    for op in backbone.graph.ops[1:]:
+        inputs = [values[name].detach() if op.name in detached else values[name] for name in op.inputs]
+        values[op.name] = execute.apply(op, inputs, tensors)
+    features = values[backbone.graph.ops[-1].name]
     loss(features).backward()
     gradients = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in tensors.items()}
     return features.detach(), gradients

@@ -17,6 +17,7 @@ from stages.fsl.augment import Augmentation
 from stages.models.deploy import Backbone
 from stages.models.graph import Graph, Op
 from stages.sparse.adaptation import FALLBACK, Adapting, _Task, adapt, choose_rate, leave_out_folds, total_iterations
+from stages.sparse.engine import SparseNet
 from stages.sparse.optimizers import NotFinite, Optimizing
 
 NOTHING = Augmentation(probability=0)
@@ -125,7 +126,8 @@ def test_what_is_left_out_does_not_reach_training() -> None:
         alone = adapt(backbone(), UPDATES, x[rest], Y[rest], fixed(learning_rates=(0.1,), augmentation=NOTHING), rng())
 
         how = fixed(augmentation=NOTHING)
-        task = _Task(backbone(), UPDATES, x, Y, how, 0, lambda done: None, lambda: 0)
+        spec, calls = backbone().input, (lambda done: None, lambda: 0, lambda lots, compute: compute())
+        task = _Task(lambda: SparseNet(backbone(), UPDATES), spec, x, Y, how, 0, *calls)
         net, losses = task.train(rest, 0.1)
         assert losses == pytest.approx(alone.losses)
         trained.append([float(value) for value in net.tensors()["two.weight"].flatten()])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stages.artifacts.records import LayerUpdate, Model
+from stages.artifacts.records import LayerUpdate, Model, detached_layers
 from stages.cost.training import saved_activation_bytes
 from stages.errors import DataError, UsageError
 from stages.models import execute, registry
@@ -34,6 +34,8 @@ def expected_gradients(
     """The dense gradients, cut to the live slices, in the order of `net.parameters()`."""
     found = []
     for update in sorted(updates, key=lambda update: backbone.graph.position[update.layer]):
+        if not update.trains:
+            continue
         live = Live(backbone.graph[update.layer], update, dense)
         found += [value.detach() for value in live.parameters().values()]
     return found
@@ -49,7 +51,7 @@ def check_gradients(case, dtype: torch.dtype, relative: float, floor: float, **o
     backbone, x = random_backbone(graph, seed, dtype), random_input(graph, batch, seed, dtype)
     if dtype == torch.float32:
         assume(distance_to_kinks(backbone, x) > 1e-4)
-    features, dense = dense_gradients(backbone, x, weighted)
+    features, dense = dense_gradients(backbone, x, weighted, detached_layers(updates))
     net = SparseNet(backbone, updates, **options)
     mine = net.suffix(net.prefix(x))
     assert_close(mine.detach(), features, relative, floor)

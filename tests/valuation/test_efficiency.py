@@ -1,99 +1,165 @@
-"""`auto`: prices by hand, and choices where the best one is plain."""
+"""`auto`: prices by hand, choices where the best one is plain, and choices taken again."""
+
+import json
 
 import numpy as np
 import pytest
 
-from stages.errors import UsageError
-from stages.valuation.efficiency import PROBE_EVERY, Costs, Moments, Option, Tuner, moments
+from stages.errors import DataError
+from stages.valuation.costs import Costs, Line, Meter
+from stages.valuation.efficiency import PROBE_EVERY, Moments, Option, Tuner, Yield, moments, recorded
 from tests.valuation.pools import pool, random_pool
 
+LATER = 3
+"""A round that is not observed, so nothing is tried out in it."""
 
-def tuner_for(found: Moments, *, batch=10, max_batch=10, size=30, **costs) -> Tuner:
-    tuner = Tuner(batch, max_batch, Costs(**costs))
-    tuner._moments, tuner._size = found, size
+
+def tuner_for(found: Moments, *, batch=10, max_batch=10, size=30, update=3.0, overlap=False) -> Tuner:
+    tuner = Tuner(batch, max_batch, Meter(update, overlap=overlap))
+    tuner._moments, tuner._size, tuner._first = found, size, 0
     return tuner
 
 
-def found(random, stratified, titan, *, signal=0.0, pool=0.0):
-    return Moments(signal, pool, {("random", 10): random, ("stratified", 10): stratified, ("titan", 10): titan})
-
-
-def test_costs_by_hand():
-    assert Costs(update=3.0).of(30, 10) == 60.0
-    assert Costs(update=3.0, overlap=True).of(30, 10) == 30.0
-    assert Costs(update=1.5, overlap=True).of(30, 10) == 30.0  # scoring is the bottleneck
-    with pytest.raises(UsageError, match="--update-cost"):
-        Costs(update=0.5)
+def found(random, stratified, flat, titan, *, pool=0.0, window=0.0):
+    names = ("random", "stratified", "is", "titan")
+    batch = {
+        (name, 10): Yield(value, 10.0) for name, value in zip(names, (random, stratified, flat, titan), strict=True)
+    }
+    return Moments(window, pool, batch)
 
 
 def test_prices_by_hand():
-    """(signal + pool + variance) x cost; half of the pool has twice the pool's variance."""
-    tuner = tuner_for(found(8.0, 4.0, 1.0, signal=2.0, pool=1.0))
-    assert tuner.price(Option("random", 30, 10)) == (2 + 1 + 8) * 30
-    assert tuner.price(Option("stratified", 30, 10)) == (2 + 1 + 4) * 30
-    assert tuner.price(Option("titan", 30, 10)) == (2 + 1 + 1) * 60
-    assert tuner.price(Option("titan", 15, 10)) == (2 + 2 + 1) * 45
+    """(window + pool + variance) x cost; half of the pool has twice the pool's variance."""
+    tuner, costs = tuner_for(found(8.0, 4.0, 2.0, 1.0, pool=1.0, window=2.5)), Costs()
+    assert tuner.price(Option("random", 30, 10), costs) == (2.5 + 1 + 8) * 30
+    assert tuner.price(Option("stratified", 30, 10), costs) == (2.5 + 1 + 4) * 30
+    assert tuner.price(Option("is", 30, 10), costs) == (2.5 + 1 + 2) * 60
+    assert tuner.price(Option("titan", 30, 10), costs) == (2.5 + 1 + 1) * 60
+    assert tuner.price(Option("titan", 15, 10), costs) == (2.5 + 2 + 1) * 45
+    assert tuner.price(Option("all", 30, 30), costs) == (2.5 + 1) * 90
+    with_overhead = Costs(score=Line(5, 1), update=Line(100, 3))
+    assert tuner.price(Option("random", 30, 10), with_overhead) == (2.5 + 1 + 8) * 135
 
 
 @pytest.mark.parametrize(
     ("variances", "more", "costs", "expected"),
     [
-        ((9, 9, 0.1), {}, {}, Option("titan", 15, 10)),  # noise dominates: scoring pays, and half of it pays more
-        ((9, 9, 0.1), {"pool": 9.0}, {"overlap": True}, Option("titan", 30, 10)),  # free on a second processor
-        ((9, 2, 1.9), {}, {}, Option("stratified", 30, 10)),  # stratification gives most of the gain
-        ((9, 9, 0.1), {"signal": 100.0}, {}, Option("random", 30, 10)),  # little noise: cheap steps
-        ((9, 9, 0.1), {"signal": 9.0}, {"update": 1.2}, Option("random", 30, 10)),  # a sparse plan's updates are cheap
-        ((9, 9, 0.1), {"signal": 9.0}, {"update": 1.2, "overlap": True}, Option("titan", 15, 10)),
+        ((9, 9, 5, 0.1), {}, {}, Option("titan", 15, 10)),  # noise dominates: scoring pays, half of it pays more
+        ((9, 9, 0.1, 5), {}, {}, Option("is", 15, 10)),
+        ((9, 9, 5, 0.1), {"pool": 9.0}, {"overlap": True}, Option("titan", 30, 10)),  # free on a second processor
+        ((9, 2, 5, 1.9), {}, {}, Option("stratified", 30, 10)),  # stratification gives most of the gain
+        ((9, 9, 5, 0.1), {"window": 100.0}, {}, Option("random", 30, 10)),  # noise that no choice takes away
+        ((9, 9, 5, 0.1), {"window": 9.0}, {"update": 1.2}, Option("random", 30, 10)),  # a sparse plan's cheap updates
+        ((9, 9, 5, 0.1), {"window": 9.0}, {"update": 1.2, "overlap": True}, Option("titan", 15, 10)),
     ],
 )
 def test_choices_that_are_plain(variances, more, costs, expected):
-    assert tuner_for(found(*variances, **more), **costs).choose(30) == expected
+    assert tuner_for(found(*variances, **more), **costs).decide(LATER, 30).option == expected
+
+
+def wide(scale=30.0, pool=5.0):
+    names = ("random", "stratified", "is", "titan")
+    return Moments(0.0, pool, {(n, b): Yield(scale / b, float(b)) for n in names for b in (10, 20)})
 
 
 def test_a_larger_batch_is_chosen_where_it_is_allowed_and_pays():
-    variances = {(name, batch): 30.0 / batch for name in ("random", "stratified", "titan") for batch in (10, 20, 30)}
-    wide = Moments(0.0, 5.0, variances)
-    assert tuner_for(wide, max_batch=10).choose(30).batch == 10
-    assert tuner_for(wide, max_batch=30).choose(30).batch == 10  # halving the variance costs twice: no gain
-    idle = Moments(0.0, 0.1, variances | {("titan", 30): 0.0})
-    assert tuner_for(idle, max_batch=30, overlap=True, update=1.0).choose(30) == Option("titan", 30, 30)
+    tuner = tuner_for(wide(), max_batch=20)
+    assert tuner.decide(LATER, 30).option.batch == 10  # half the variance for twice the cost: no gain
+    tuner = tuner_for(wide(), max_batch=20)
+    clock = iter(range(1000))
+    tuner.meter = Meter(3.0, clock=lambda: float(next(clock)))
+    tuner.meter.close_round(0)
+    tuner.meter.time(lambda: None)
+    tuner.meter.close_round(30)
+    tuner.meter.updates([(10, 100.0), (20, 101.0)])  # an update costs the same whatever it trains on
+    assert tuner.decide(LATER, 30).option == Option("random", 30, 20)
+    assert tuner_for(wide(), max_batch=20).decide(LATER, 15).option.batch == 10
+
+
+def test_what_was_chosen_stands_until_the_next_observation():
+    tuner = tuner_for(found(9, 2, 5, 1.9))
+    first = tuner.decide(LATER, 30)
+    tuner._moments = found(1, 2, 5, 1.9)
+    assert tuner.decide(LATER + 2, 30) is first
+    assert tuner.decide(LATER + 2, 29).option == Option("random", 29, 10)  # another pool, another choice
+    assert tuner.decide(8, 29).observed
+    assert tuner.decide(9, 30).option.strategy == "random"
+
+
+def test_training_on_all_is_an_option_where_it_is_allowed():
+    names = [option.strategy for option in tuner_for(wide(), max_batch=20).options(30)]
+    assert "all" not in names
+    assert list(tuner_for(wide(), max_batch=20).options(12))[-1] == Option("all", 12, 12)
+    assert list(tuner_for(wide(), max_batch=20).options(8)) == [Option("all", 8, 8)]
+    free = tuner_for(wide(pool=0.01), max_batch=20, overlap=True, update=0.001)
+    assert free.decide(LATER, 20).option == Option("all", 20, 20)
+
+
+def test_both_ends_of_the_batch_sizes_are_tried_in_doubling_rounds():
+    tuner = tuner_for(wide(), max_batch=20)
+    assert [tuner.decide(number, 30).option.batch for number in (0, 1, 2, 4, 8, 16)] == [10, 20, 10, 20, 10, 20]
+    assert {tuner_for(wide()).decide(number, 30).option.batch for number in (0, 1, 2, 4)} == {10}
 
 
 def test_moments_of_a_pool():
     gradients, view = random_pool(np.random.default_rng(0), n=12, classes=3, even=True)
-    got = moments(view, (4,), 0.2)
+    got = moments(view, (4,), 0.2, 60)
     within = sum(gradients[view.labels == c].var(0, ddof=1).sum() / 9 / 4 for c in range(3))  # W^2 s^2 / n
     assert got.pool == pytest.approx(within)
-    assert got.signal == pytest.approx(max((gradients.mean(0) ** 2).sum() - within, 0.0))
+    between = np.array([gradients[view.labels == c].mean(0) for c in range(3)])
+    assert got.window == pytest.approx(between.var(0).sum() / 60)
     spread = gradients.var(0, ddof=1).sum()
-    assert got.batch["random", 4] == pytest.approx(spread * (1 / 4 - 1 / 12))
-    assert got.batch["titan", 4] <= got.batch["stratified", 4] <= got.batch["random", 4] * 2
-
-
-def test_the_signal_is_the_streams_and_not_the_pools_noise():
-    rng = np.random.default_rng(1)
-    signals = [moments(pool(rng.normal(size=(30, 5)), np.zeros(30, int)), (4,), 0.0).signal for _ in range(200)]
-    assert np.mean(signals) < 0.1 * 5 / 30 * 5  # the plain |mean|^2 would be 5 / 30
+    assert got.batch["random", 4].variance == pytest.approx(spread * (1 / 4 - 1 / 12))
+    variances = {name: each.variance for (name, _), each in got.batch.items()}
+    assert variances["titan"] <= min(variances["stratified"], variances["is"])
+    assert got.batch["is", 4].distinct < 4 == got.batch["random", 4].distinct
 
 
 def test_the_first_rounds_and_then_few_are_observed():
-    tuner = Tuner(10, 10, Costs())
-    due = [number for number in range(4 * PROBE_EVERY) if tuner.due()]
+    tuner = Tuner(10, 10, Meter(3.0))
+    due = [number - 7 for number in range(7, 7 + 4 * PROBE_EVERY) if tuner.due(number)]
     assert due == [0, 1, 2, 4, 8, 16, 32, 50, 64, 100, 128, 150]
 
 
 def test_old_observations_fade():
-    tuner = Tuner(2, 2, Costs())
+    tuner = Tuner(2, 2, Meter(3.0))
     rng = np.random.default_rng(2)
     for scale in [1.0] + [100.0] * 40:
         view = pool(scale * rng.normal(size=(8, 3)), np.arange(8) % 2)
-        tuner.observe(view, 0.2)
-    last = moments(view, (2,), 0.2)
+        tuner.observe(view, 0.2, 8)
+    last = moments(view, (2,), 0.2, 8)
     assert tuner._moments.pool == pytest.approx(last.pool, rel=0.6)
 
 
 def test_the_choice_is_explained():
-    tuner = tuner_for(found(8.0, 4.0, 4.0))
-    assert tuner.explain(tuner.choose(30)) == (
-        "stratified, batch 10 (cost per progress of others: titan 1.50x, random 2.00x)"
+    tuner = tuner_for(found(8.0, 4.0, 4.5, 4.0))
+    assert tuner.explain(tuner.decide(LATER, 30)) == (
+        "stratified, batch 10 (cost per progress of others, in forward passes: titan 1.50x, is 1.69x, random 2.00x)"
     )
+
+
+def test_a_replayed_run_decides_as_the_first_did():
+    rng = np.random.default_rng(3)
+    first = Tuner(2, 4, Meter(3.0))
+    rows = []
+    for number in range(6):
+        if first.due(number):
+            first.observe(pool(rng.normal(size=(8, 3)), np.arange(8) % 2), 0.2, 8)
+        decision = first.decide(number, 8)
+        rows.append({"round": number, "candidates": 8, "strategy": decision.option.strategy, **decision.facts()})
+    rows.append({"round": 6, "candidates": 0})  # an empty round
+    lines = [json.loads(json.dumps(row)) for row in rows]
+    again = Tuner(2, 4, Meter(1.0), recorded(lines, "metrics"))
+    for number in range(6):
+        assert again.due(number) == bool(rows[number]["auto_observed"])
+        decision = again.decide(number, 8)
+        assert decision.facts() == {name: rows[number][name] for name in decision.facts()}
+        assert again.explain(decision).endswith("(replayed)")
+    with pytest.raises(DataError, match="round 6: not in the run that is replayed"):
+        again.decide(6, 8)
+
+
+@pytest.mark.parametrize("row", [{"candidates": 3}, {"round": 1, "candidates": 3, "strategy": "titan"}, []], ids=str)
+def test_a_record_of_something_else_is_refused(row):
+    with pytest.raises(DataError, match=r"metrics\.jsonl: a line without .*--metrics"):
+        recorded([row], "metrics.jsonl")

@@ -1,0 +1,80 @@
+"""Which layers a search looks at, what each is worth, and which end the gradient: for the stage and for tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stages.artifacts.records import Scores
+from stages.cost.model import block_entries, last_blocks
+from stages.cost.ops import layer_macs
+from stages.importance.criteria import CRITERIA, Evidence
+from stages.importance.fisher import Fisher
+from stages.models.deploy import Backbone
+from stages.models.graph import Graph
+from stages.planning.problem import RATIOS
+from stages.planning.shortcuts import residual_entries
+
+LAYERS = ("all", "entries")
+"""Candidates: every layer of the window, or the first of each block that mixes channels (`block_entries`)."""
+
+GRADIENTS = ("exact", "shortcut")
+"""Through every layer behind the earliest live one, or past residual branches (`planning.shortcuts`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """What distinguishes one way to search for a plan from another."""
+
+    criterion: str
+    select: str
+    ratios: tuple[float, ...]
+    layers: str
+    gradient: str
+
+
+SEARCHES = {
+    "tinytrain": Search(criterion="score", select="greedy", ratios=RATIOS, layers="all", gradient="exact"),
+    "shortcut": Search(criterion="fisher", select="knapsack", ratios=(1.0, 0.5), layers="entries", gradient="shortcut"),
+}
+"""`tinytrain`: as published (arXiv:2307.09988, section 2.2). `shortcut`: ours, see `planning.shortcuts`."""
+
+
+def candidates(graph: Graph, blocks: int, layers: str) -> tuple[str, ...]:
+    """The layers that a search may choose from: of the last `blocks` blocks, `all` or the `entries`."""
+    window = last_blocks(graph, blocks)
+    return block_entries(graph, window) if layers == "entries" else window
+
+
+def detached(graph: Graph, gradient: str) -> frozenset[str]:
+    """The layers that pass no gradient on."""
+    return residual_entries(graph) if gradient == "shortcut" else frozenset()
+
+
+def scores_of(
+    criterion: str, backbone: Backbone, fisher: Fisher, layers: Sequence[str], rng: np.random.Generator
+) -> Scores:
+    """The scores record: the worth of these layers by the criterion, and their channels' Fisher information."""
+    graph = backbone.graph
+    ops = [graph[name] for name in layers]
+    norms = [float(torch.linalg.vector_norm(backbone.tensors[f"{op.name}.weight"])) for op in ops]
+    evidence = Evidence(
+        fisher=np.array([fisher.output[op.name].sum() for op in ops]),
+        parameters=np.array([float(op.weights) for op in ops]),
+        macs=np.array([float(layer_macs(op)) for op in ops]),
+        most_parameters=max(op.weights for op in graph.layers),
+        most_macs=max(layer_macs(op) for op in graph.layers),
+        weight_l2=np.array(norms),
+        rng=rng,
+    )
+    return Scores(
+        criterion,
+        tuple(layers),
+        CRITERIA[criterion](evidence),
+        evidence.fisher,
+        tuple(fisher.output[op.name].astype(np.float32) for op in ops),
+        tuple(fisher.input[op.name].astype(np.float32) for op in ops),
+    )
