@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib
@@ -106,7 +107,7 @@ def usage(command: str) -> str:
 
 def fail(command: str, message: str, code: int) -> None:
     """One line on stderr, then the exit code."""
-    print(f"edgetrain {command}: {message}", file=sys.stderr, flush=True)
+    say(f"edgetrain {command}: {message}")
     raise typer.Exit(code) from None
 
 
@@ -137,13 +138,31 @@ def main() -> None:
     try:
         app()
     except Stopped as stop:  # before a command's body began, or after it ended
+        say("edgetrain: interrupted")
         sys.exit(128 + stop.signal)
+
+
+def say(line: str) -> None:
+    """One line on stderr; where that is a file on a full disk, the exit code must do."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def raise_on_signals() -> None:
     """SIGINT and SIGTERM end a command the same way, at any moment."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stopped)
+    sys.unraisablehook = _not_raised
+
+
+def _not_raised(what: Any) -> None:
+    """What a weak reference's callback raises, Python drops; a signal that came just then is raised a moment later."""
+    if not isinstance(what.exc_value, Stopped):
+        sys.__unraisablehook__(what)
+        return
+    number = what.exc_value.signal
+    signal.signal(signal.SIGALRM, lambda *_: _stopped(number, None))
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def _stopped(number: int, frame: object) -> None:

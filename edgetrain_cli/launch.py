@@ -77,8 +77,8 @@ def run_pipeline(stages: Sequence[Sequence[str]], run_stage: Callable[[Sequence[
     """
     preload()
     live = None
-    trains = any(words[0] == "train-sparse" for words in stages)
-    if trains and LIVE_VARIABLE not in os.environ and not any("--live" in words for words in stages):
+    way_back = {"select", "train-sparse"} <= {words[0] for words in stages}
+    if way_back and LIVE_VARIABLE not in os.environ and not any("--live" in words for words in stages):
         live = os.environ[LIVE_VARIABLE] = tempfile.mkdtemp(prefix="edgetrain-live-")
     try:
         children = start(stages, run_stage)

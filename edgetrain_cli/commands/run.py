@@ -27,7 +27,7 @@ def run(
 
 def run_words(words: Sequence[str]) -> int:
     """Run one command line in this process and return its exit code."""
-    from edgetrain_cli.app import app
+    from edgetrain_cli.app import app, say
     from edgetrain_cli.pipe import Stopped
 
     try:
@@ -35,5 +35,6 @@ def run_words(words: Sequence[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 70
     except Stopped as stop:  # before the command's body began, or after it ended
+        say(f"edgetrain {words[0]}: interrupted")
         return 128 + stop.signal
     return 0

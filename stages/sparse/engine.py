@@ -24,6 +24,10 @@ Boundary = tuple[Tensor, ...]
 """What crosses from the prefix into the suffix: the values (N, C, ...) that both touch, often a single one."""
 
 
+PREFIX_CHUNK = 16
+"""Samples that pass the frozen prefix together: nothing is kept there, so more would only raise the peak of memory."""
+
+
 class SparseNet:
     """A backbone of which only the channels named in `updates` train.
 
@@ -66,8 +70,8 @@ class SparseNet:
         """Model input (N, *input) -> what enters the trained part, without autograd. Never changes while training."""
         if tuple(x.shape[1:]) != self.input_shape:
             raise DataError("model input", f"shape {tuple(x.shape)}", f"(N, {', '.join(map(str, self.input_shape))})")
-        values = self._prefix({self._input: x.contiguous()})
-        return tuple(values[name] for name in self._suffix.boundary)
+        parts = [self._prefix({self._input: part.contiguous()}) for part in x.split(PREFIX_CHUNK)]
+        return tuple(_joined([part[name] for part in parts]) for name in self._suffix.boundary)
 
     def suffix(self, boundary: Boundary) -> Tensor:
         """What `prefix` gave -> features (N, D), differentiable in the parameters."""
@@ -132,6 +136,10 @@ class SparseNet:
     def tensors(self) -> dict[str, Tensor]:
         """The whole backbone's tensors with the live values merged in."""
         return {**self._tensors, **self.changed_tensors()}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _ancestors(graph: Graph, names: Collection[str]) -> set[str]:

@@ -1,13 +1,11 @@
 """Selection that pays: which way of choosing brings the most progress per second (`--strategy auto`).
 
-The classic criterion: variance x cost (Glynn and Whitt, *Operations Research* 1992). Where noise limits the learning
-rate, the best rate is in proportion to 1 / V, so what progress costs is in proportion to V x the cost of a round. V has
-three parts: of the window as a sample of the stream, of the pool as a sample of the window, and of the batch as a
+A step of gradient descent with an estimate of second moment M = |G|^2 + V makes progress in proportion to |G|^4 / M at
+the best step size (the descent lemma), so what progress costs is in proportion to M x the cost of a round. Where noise
+dominates this is the classic criterion, variance x cost (Glynn and Whitt, *Operations Research* 1992); where the
+gradient does, it prefers cheap steps (their balance is the critical batch size of McCandlish et al., arXiv:1812.06162).
+V has three parts: of the window as a sample of the stream, of the pool as a sample of the window, and of the batch as a
 sample of the pool, the last in closed form for every strategy and batch size.
-
-The gradient's own square, which the descent lemma adds to V, is left out. What a pool shows of it was mostly the
-weights' trembling under earlier noise: what lasted for ten rounds was below a tenth of the variance of 30 samples, and
-with it in the sum batches came out too small (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -110,8 +108,10 @@ class Yield:
 
 @dataclass(frozen=True)
 class Moments:
-    """Variances of a pool's gradient."""
+    """Second-order properties of a pool's gradient."""
 
+    signal: float
+    """|G|^2 of the stream, without the noise of window and pool; negative by chance where there is hardly any."""
     window: float
     """Variance of the window's class shares as an estimate of the stream's."""
     pool: float
@@ -129,7 +129,9 @@ class Moments:
         for key, new in newer.batch.items():
             old = self.batch[key]
             batch[key] = Yield(mix(old.variance, new.variance), mix(old.distinct, new.distinct))
-        return Moments(mix(self.window, newer.window), mix(self.pool, newer.pool), batch)
+        return Moments(
+            mix(self.signal, newer.signal), mix(self.window, newer.window), mix(self.pool, newer.pool), batch
+        )
 
 
 def moments(view: GradientView, batches: tuple[int, ...], epsilon: float, arrived: int) -> Moments:
@@ -145,7 +147,7 @@ def moments(view: GradientView, batches: tuple[int, ...], epsilon: float, arrive
         yields["stratified", batch] = Yield.of(by_label(view, batch, epsilon))
         yields["is", batch] = Yield.of(flat_importance(view, batch, epsilon))
         yields["titan", batch] = Yield.of(least_variance(view, batch, epsilon))
-    return Moments(window, pool, yields)
+    return Moments(squared - pool - window, window, pool, yields)
 
 
 class Tuner:
@@ -219,11 +221,11 @@ class Tuner:
             yield Option("all", size, size)
 
     def price(self, option: Option, costs: Costs) -> float:
-        """Variance x cost: in arbitrary units, lower is better."""
+        """Second moment x cost: in arbitrary units, lower is better."""
         found = self._known()
         pool = found.pool * self._size / option.candidates
         noise = found.window + pool + (0.0 if option.strategy == "all" else self._yield(option).variance)
-        return noise * costs.of(option.scored, self._trained(option))
+        return (max(found.signal, 0.0) + noise) * costs.of(option.scored, self._trained(option))
 
     def explain(self, decision: Decision) -> str:
         """The choice in words, beside the best option of every other strategy."""

@@ -142,7 +142,7 @@ def test_choosing_among_one_rate_costs_nothing_and_gives_the_same_as_the_chosen_
     counts: list[int] = []
     chosen = adapt(backbone(), UPDATES, X, Y, fixed(), rng(), counts.append)
     assert chosen.learning_rate in Adapting().learning_rates
-    assert len(counts) <= total_iterations(fixed()) == 3 * (3 * 3 + 1)
+    assert len(counts) <= total_iterations(fixed()) == 3 * (3 * 4 + 1)
     again = adapt(backbone(), UPDATES, X, Y, fixed(learning_rates=(chosen.learning_rate,)), rng())
     assert again.losses == chosen.losses
     assert torch.equal(again.prototypes, chosen.prototypes)

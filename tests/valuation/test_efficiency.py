@@ -20,17 +20,17 @@ def tuner_for(found: Moments, *, batch=10, max_batch=10, size=30, update=3.0, ov
     return tuner
 
 
-def found(random, stratified, flat, titan, *, pool=0.0, window=0.0):
+def found(random, stratified, flat, titan, *, signal=0.0, pool=0.0, window=0.0):
     names = ("random", "stratified", "is", "titan")
     batch = {
         (name, 10): Yield(value, 10.0) for name, value in zip(names, (random, stratified, flat, titan), strict=True)
     }
-    return Moments(window, pool, batch)
+    return Moments(signal, window, pool, batch)
 
 
 def test_prices_by_hand():
-    """(window + pool + variance) x cost; half of the pool has twice the pool's variance."""
-    tuner, costs = tuner_for(found(8.0, 4.0, 2.0, 1.0, pool=1.0, window=2.5)), Costs()
+    """(signal + window + pool + variance) x cost; half of the pool has twice the pool's variance."""
+    tuner, costs = tuner_for(found(8.0, 4.0, 2.0, 1.0, signal=2.0, pool=1.0, window=0.5)), Costs()
     assert tuner.price(Option("random", 30, 10), costs) == (2.5 + 1 + 8) * 30
     assert tuner.price(Option("stratified", 30, 10), costs) == (2.5 + 1 + 4) * 30
     assert tuner.price(Option("is", 30, 10), costs) == (2.5 + 1 + 2) * 60
@@ -41,6 +41,10 @@ def test_prices_by_hand():
     assert tuner.price(Option("random", 30, 10), with_overhead) == (2.5 + 1 + 8) * 135
 
 
+def test_a_signal_lost_in_noise_counts_as_none():
+    assert tuner_for(found(8.0, 4.0, 2.0, 1.0, signal=-2.0)).price(Option("random", 30, 10), Costs()) == 8.0 * 30
+
+
 @pytest.mark.parametrize(
     ("variances", "more", "costs", "expected"),
     [
@@ -48,6 +52,7 @@ def test_prices_by_hand():
         ((9, 9, 0.1, 5), {}, {}, Option("is", 15, 10)),
         ((9, 9, 5, 0.1), {"pool": 9.0}, {"overlap": True}, Option("titan", 30, 10)),  # free on a second processor
         ((9, 2, 5, 1.9), {}, {}, Option("stratified", 30, 10)),  # stratification gives most of the gain
+        ((9, 9, 5, 0.1), {"signal": 100.0}, {}, Option("random", 30, 10)),  # little noise: cheap steps
         ((9, 9, 5, 0.1), {"window": 100.0}, {}, Option("random", 30, 10)),  # noise that no choice takes away
         ((9, 9, 5, 0.1), {"window": 9.0}, {"update": 1.2}, Option("random", 30, 10)),  # a sparse plan's cheap updates
         ((9, 9, 5, 0.1), {"window": 9.0}, {"update": 1.2, "overlap": True}, Option("titan", 15, 10)),
@@ -59,7 +64,7 @@ def test_choices_that_are_plain(variances, more, costs, expected):
 
 def wide(scale=30.0, pool=5.0):
     names = ("random", "stratified", "is", "titan")
-    return Moments(0.0, pool, {(n, b): Yield(scale / b, float(b)) for n in names for b in (10, 20)})
+    return Moments(0.0, 0.0, pool, {(n, b): Yield(scale / b, float(b)) for n in names for b in (10, 20)})
 
 
 def test_a_larger_batch_is_chosen_where_it_is_allowed_and_pays():
@@ -108,11 +113,19 @@ def test_moments_of_a_pool():
     assert got.pool == pytest.approx(within)
     between = np.array([gradients[view.labels == c].mean(0) for c in range(3)])
     assert got.window == pytest.approx(between.var(0).sum() / 60)
+    assert got.signal == pytest.approx((gradients.mean(0) ** 2).sum() - within - got.window)
     spread = gradients.var(0, ddof=1).sum()
     assert got.batch["random", 4].variance == pytest.approx(spread * (1 / 4 - 1 / 12))
     variances = {name: each.variance for (name, _), each in got.batch.items()}
     assert variances["titan"] <= min(variances["stratified"], variances["is"])
     assert got.batch["is", 4].distinct < 4 == got.batch["random", 4].distinct
+
+
+def test_the_signal_is_the_streams_and_not_the_pools_noise():
+    rng = np.random.default_rng(1)
+    signals = [moments(pool(rng.normal(size=(30, 5)), np.arange(30) % 2), (4,), 0.0, 30).signal for _ in range(300)]
+    assert abs(np.mean(signals)) < 4 * np.std(signals) / np.sqrt(300)
+    assert np.std(signals) / np.sqrt(300) < 0.1 * 5 / 30  # which the plain |mean|^2 would be
 
 
 def test_the_first_rounds_and_then_few_are_observed():

@@ -1,0 +1,28 @@
+"""A signal ends a command wherever it arrives."""
+
+import signal
+import subprocess
+import sys
+
+from tests.pipes.conftest import ROOT
+
+SWALLOWED = """
+import os, signal, time, weakref
+from edgetrain_cli import app
+class Thing: pass
+def work():
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    del thing
+    time.sleep(60)
+app.register, app.app = lambda: None, work
+app.main()
+"""
+
+
+def test_a_signal_inside_a_weak_references_callback_is_not_lost():
+    """Python drops what such a callback raises, and HDF5's handles have thousands of them."""
+    command = [sys.executable, "-c", SWALLOWED]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=50, check=False)
+    assert result.returncode == 128 + signal.SIGTERM
+    assert result.stderr == b"edgetrain: interrupted\n"
