@@ -152,6 +152,7 @@ def select_samples(
                 directory = None if live is None else _directory(live, run, None if resume is None else passed)
                 weights = _weights(io, start, directory, lag, passed)
                 ready = directory.has if until_ready and directory is not None else None
+            del run  # its tensors are in `start`
             status = Status(io, metrics)
             for record in select_stream(
                 candidates,

@@ -190,12 +190,10 @@ ORDERS = ("iid", "incremental", "noisy-x", "noisy-y")
 
 
 def with_order(task: Task, order: str, seed: int) -> Task:
-    """The stream `iid`, `incremental` (class after class), or with noise in 40 % of samples (`-x`) or labels (`-y`)."""
+    """The stream in random order; `noisy-x` and `noisy-y` with noise in 40 % of its samples or labels."""
     rng = generator(seed, "order")
     block = task.stream.take(rng.permutation(len(task.stream)))
-    if order == "incremental":
-        block = block.take(np.argsort(block.y, kind="stable"))
-    elif order == "noisy-x":
+    if order == "noisy-x":
         block = replace(block, x=with_noise(np.asarray(block.x), share_of(len(block), 0.4, rng), 0.3, rng))
     elif order == "noisy-y":
         block = replace(block, y=noisy_labels(block.y, 0.4, rng))
@@ -203,10 +201,15 @@ def with_order(task: Task, order: str, seed: int) -> Task:
 
 
 def endless(block: Block, order: str, rounds: int) -> Iterator[Block]:
-    """Windows for so many rounds, from the stream again and again; an incremental stream passes once, stretched."""
-    rows = np.arange(rounds * WINDOW)
-    rows = rows * len(block) // len(rows) if order == "incremental" else rows % len(block)
-    return (block.take(window) for window in np.split(rows, rounds))
+    """Windows for so many rounds, from the stream again and again; `incremental`: of the classes that are there so far.
+
+    These begin with one, get another after equal spans, are complete after four fifths, and stay.
+    """
+    classes = np.unique(block.y)
+    for number in range(rounds):
+        there = len(classes) if order != "incremental" else 1 + number * len(classes) * 5 // (4 * rounds)
+        rows = np.flatnonzero(block.y <= classes[min(there, len(classes)) - 1])
+        yield block.take(rows[(np.arange(WINDOW) + number * WINDOW) % len(rows)])
 
 
 # -------------------------------------------------------------------------------------------------------------- trials

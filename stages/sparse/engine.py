@@ -70,7 +70,7 @@ class SparseNet:
         """Model input (N, *input) -> what enters the trained part, without autograd. Never changes while training."""
         if tuple(x.shape[1:]) != self.input_shape:
             raise DataError("model input", f"shape {tuple(x.shape)}", f"(N, {', '.join(map(str, self.input_shape))})")
-        parts = [self._prefix({self._input: part.contiguous()}) for part in x.split(PREFIX_CHUNK)]
+        parts = [self._prefix({self._input: part.contiguous()}) for part in torch.split(x, PREFIX_CHUNK)]
         return tuple(_joined([part[name] for part in parts]) for name in self._suffix.boundary)
 
     def suffix(self, boundary: Boundary) -> Tensor:
