@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from edgetrain_cli import __version__
+from edgetrain_cli.allocator import keep_freed_memory
 from edgetrain_cli.pipe import NoInput, Stopped
 from stages.errors import EdgeTrainError, TransferError
 
@@ -70,6 +71,7 @@ def guarded(command: str, body: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(body)
     def run(*args: Any, **arguments: Any) -> None:
+        keep_freed_memory()
         try:
             body(*args, **arguments)
         except typer.Exit:

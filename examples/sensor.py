@@ -24,13 +24,19 @@ from pathlib import Path
 from stages.artifacts.hdf5 import encode
 from stages.artifacts.records import Block
 from stages.artifacts.stream import open_records
+from stages.data.blocks import rebatch
 
 
 def images(path: str, most: int, size: int) -> list[bytes]:
     """The first samples of a file, so many to a record."""
     blocks = (record for record in open_records(path) if isinstance(record, Block))
-    pieces = (piece for block in blocks for piece in block.slices(size) if len(piece) == size)
-    return [encode(piece) for piece in islice(pieces, max(1, most // size))]
+    pieces = (piece for piece in rebatch(blocks, size) if len(piece) == size)
+    found = [encode(piece) for piece in islice(pieces, max(1, most // size))]
+    if not found:
+        raise SystemExit(
+            f"{path}: fewer than the {size} samples of a record: give a larger file or a smaller --per-record"
+        )
+    return found
 
 
 def unread_bytes() -> int:

@@ -184,7 +184,21 @@ def select_block(
     if not len(block):
         return replace(block, columns={**block.columns, "weight": np.zeros(0, np.float32)},
                        facts={**block.facts, "strategy": config.strategy})  # fmt: skip
-    pool, mass = _with_mass(block)
+    return _from_pool(*_with_mass(block), config, weights, updates, rng, forward=forward, ready=ready)
+
+
+def _from_pool(
+    pool: Block,
+    mass: Array,
+    config: Selection,
+    weights: Weights | None,
+    updates: Sequence[LayerUpdate] | None,
+    rng: np.random.Generator,
+    *,
+    forward: Forward | None = None,
+    ready: Callable[[], bool] | None = None,
+) -> Block:
+    """The batch chosen from candidates of known positive masses."""
     pool, features = replace(pool, facts={**pool.facts, "candidates": len(pool)}), None
     if forward is not None and weights is not None:
         looked = forward.look(pool, mass, weights, ready=ready, rng=rng)
@@ -269,17 +283,16 @@ def _spend(
     """The batch of one option, from the whole pool where that has been scored already."""
     if view is None:
         current = weights() if settings.needs_model else None
-        return select_block(_thinned(pool, mass, option, rng), settings, current, updates, rng, forward=forward)
+        return _from_pool(*_thinned(pool, mass, option, rng), settings, current, updates, rng, forward=forward)
     return _emit(pool, view, SELECTIONS[option.strategy].choose(view, option.batch, settings.epsilon, rng), settings)
 
 
-def _thinned(pool: Block, mass: Array, option: Option, rng: np.random.Generator) -> Block:
-    """Fewer candidates that stand for all of them, chosen by label."""
+def _thinned(pool: Block, mass: Array, option: Option, rng: np.random.Generator) -> tuple[Block, Array]:
+    """Fewer candidates that stand for all of them, chosen by label, and their masses."""
     if option.candidates >= len(pool):
-        return pool
-    rows, _, weight = draw(fine.by_label(GradientView(pool.y, mass), option.candidates, 0.0), rng)
-    fewer = pool.take(rows)
-    return replace(fewer, columns={**fewer.columns, "weight": weight})
+        return pool, mass
+    rows, _, weights = draw(fine.by_label(GradientView(pool.y, mass), option.candidates, 0.0), rng)
+    return pool.take(rows), weights
 
 
 def _with_mass(block: Block) -> tuple[Block, Array]:

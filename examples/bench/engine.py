@@ -7,7 +7,8 @@ Contestants, on the same deploy-form backbone (BatchNorm folded) and the same pl
 
 * full: stock PyTorch modules, everything trains;
 * masked: the same, and gradients of what should not train are erased after the backward pass, as published code does;
-* same layers: stock PyTorch modules, `requires_grad` on the plan's layers only (whole layers: it knows no channels);
+* same layers: stock PyTorch modules, `requires_grad` on the plan's layers only (whole layers: it knows no channels, and
+  no layer that passes no gradient on, as the plan `shortcut` has them);
 * engine: `stages.sparse`.
 
 They take turns within each repeat, so that a busy machine is busy for all of them; ratios are medians of the ratios
@@ -104,7 +105,7 @@ class Contestant:
 
     def __init__(self, backbone: Backbone, updates: Updates) -> None:
         self.module = Stock(backbone)
-        self.choose({update.layer: update for update in updates})
+        self.choose({update.layer: update for update in updates if update.trains})
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
 
     def choose(self, live: dict[str, LayerUpdate]) -> None:
@@ -282,14 +283,17 @@ def fresh_process(name: str, net: str, updates: Updates, batch: int, threads: in
 
 
 def fields(update: LayerUpdate) -> tuple:
-    return update.layer, update.axis, update.channels, update.axis_channels, update.bias
+    return update.layer, update.axis, update.channels, update.axis_channels, update.bias, update.detached
 
 
 def peak_job(text: str) -> None:
     """The fresh process's part."""
     job = json.loads(text)
     torch.set_num_threads(job["threads"])
-    updates = [LayerUpdate(layer, axis, tuple(c), count, tuple(bias)) for layer, axis, c, count, bias in job["updates"]]
+    updates = [
+        LayerUpdate(layer, axis, tuple(channels), count, tuple(bias), detached)
+        for layer, axis, channels, count, bias, detached in job["updates"]
+    ]
     print(peak_growth_bytes(job["name"], load(job["net"]), updates, job["batch"]))
 
 
@@ -367,6 +371,10 @@ def report(effort: Effort) -> Iterable[str]:
         yield from adaptation_table(net, backbone, effort, checks)
     yield from ["", "## To reach", "", "| figure | bound | found | reached |", "|---|---|--:|---|"]
     yield from (check.line() for check in checks)
+    yield from ["", "## Where a step's time goes", ""]
+    yield f"The engine's step with TinyTrain's plan at batch {effort.batches[-1]}, profiled apart from the rest."
+    for net in effort.nets:
+        yield from profile_table(net, effort)
 
 
 def heading(effort: Effort) -> list[str]:
@@ -478,6 +486,28 @@ def adaptation_table(net: str, backbone: Backbone, effort: Effort, checks: list[
             what = f"{net}, 25 samples: whole adaptation, full / "
             checks.append(Check(what + "engine", times["engine"], 5, at_least=True))
             checks.append(Check(what + "engine with cached views", times["engine, cached views"], 9.5, at_least=True))
+
+
+def profile_table(net: str, effort: Effort) -> Iterable[str]:
+    """The parts of a step of the engine, and the operators that take most of its processor time."""
+    backbone = load(net)
+    engine, x = Engine(backbone, plans(backbone)["tinytrain"]), torch.rand(effort.batches[-1], *backbone.input.shape)
+    step, boundary = step_of(engine, x), engine.net.prefix(x)
+    trained = torch.no_grad()(lambda: engine.net.suffix(boundary))
+    parts = {"step": step, "prefix": lambda: engine.net.prefix(x), "suffix": trained}
+    ms = {name: 1e3 * float(np.median(each)) for name, each in take_turns(parts, effort.steps).items()}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(effort.steps):
+            step()
+    operators = sorted(profile.key_averages(), key=lambda each: -each.self_cpu_time_total)
+    whole = sum(each.self_cpu_time_total for each in operators)
+    yield ""
+    yield (
+        f"{net}: {ms['step']:.1f} ms, of which the frozen layers' forward pass {ms['prefix']:.1f} ms and the trained "
+        f"part's {ms['suffix']:.1f} ms; the rest is backward pass and update."
+    )
+    yield from ["", "| operator | its own time, % |", "|---|--:|"]
+    yield from (f"| `{each.key}` | {100 * each.self_cpu_time_total / whole:.1f} |" for each in operators[:8])
 
 
 def spread(values: np.ndarray) -> str:

@@ -1,6 +1,6 @@
 """What selection beside training costs: throughput, transport and memory of the live pipeline.
 
-    python examples/bench/pipeline.py            # writes docs/results/pipeline.md, about twelve minutes on two cores
+    python examples/bench/pipeline.py            # writes docs/results/pipeline.md, about fifteen minutes on two cores
     python examples/bench/pipeline.py --quick    # a look at everything, printed only; its figures mean little
 
 Compared, all on the same stream: training alone on randomly chosen samples; filter, select and training one after the
@@ -117,8 +117,11 @@ def pictures(shape: tuple[int, ...], size: int, seed: int) -> Block:
 # ---------------------------------------------------------------------------------------------------------- pipelines
 
 
-def measure(folder: Path, pipeline: str, *, source: str = "stream") -> Measured:
-    """Run a pipeline as `edgetrain run` on a file and read what it told about itself."""
+def measure(folder: Path, pipeline: str, *, source: str = "stream", watched: bool = False) -> Measured:
+    """Run a pipeline as `edgetrain run` on a file and read what it told about itself.
+
+    Only where it is `watched` is its memory looked at, which stops it for milliseconds every time.
+    """
     for file in folder.glob("*.jsonl"):
         file.unlink()
     command = [sys.executable, "-m", "edgetrain_cli", "run", pipeline]
@@ -126,9 +129,11 @@ def measure(folder: Path, pipeline: str, *, source: str = "stream") -> Measured:
     with (folder / f"{source}.h5").open("rb") as stream, (folder / "out.h5").open("wb") as out:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdin=stream, stdout=out)
         watch = Memory(process.pid, [words.split()[0] for words in pipeline.split("|")])
-        watch.start()
+        if watched:
+            watch.start()
         code = process.wait()
-        watch.join()
+        if watched:
+            watch.join()
     if code:
         raise SystemExit(f"`edgetrain run '{pipeline}'` ended with {code}")
     rows = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in folder.glob("*.jsonl")}
@@ -141,6 +146,11 @@ def per_round_s(rows: list[dict]) -> float:
     """Seconds per round after the first ones."""
     first = min(SKIPPED, len(rows) - 2)
     return (rows[-1]["seconds"] - rows[first]["seconds"]) / (len(rows) - 1 - first)
+
+
+def reference(way: str) -> str:
+    """What a way of running is compared with: the same training on random samples, nothing else going on."""
+    return f"{way.split(':')[0]}: random alone" if ":" in way else "full: random alone"
 
 
 class Memory(threading.Thread):
@@ -183,8 +193,8 @@ def stages_of(process: int) -> list[int]:
     return sorted(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
 
 
-def compare(setting: Setting, cores: tuple[int, int], rounds: int, repeats: int) -> dict:
-    """Seconds per round of every way to run it, medians over repeats taken in turn."""
+def compare(setting: Setting, cores: tuple[int, int], rounds: int, repeats: int) -> tuple[dict, Measured]:
+    """Milliseconds per round of every way to run it, medians over repeats taken in turn; and the memory of one."""
     one, other = cores
     choose = f"filter --cpus {one} -q | select --cpus {one} --metrics select.jsonl -q"
     same = f"filter --cpus {other} -q | select --cpus {other} --metrics select.jsonl -q"
@@ -206,15 +216,16 @@ def compare(setting: Setting, cores: tuple[int, int], rounds: int, repeats: int)
             for way, (pipeline, source) in ways.items():
                 found[way].append(measure(folder, pipeline, source=source))
                 print(f"  {way}: {1e3 * found[way][-1].seconds:.1f} ms per round", file=sys.stderr, flush=True)
-    return {
-        way: {
+        watched = measure(folder, ways["full: pipelined"][0], watched=True)
+    figures = {}
+    for way, several in found.items():
+        beside = zip(found[reference(way)], several, strict=True)
+        figures[way] = {
             "ms": 1e3 * median(one.seconds for one in several),
-            "private_mb": {name: max(one.private_mb[name] for one in several) for name in several[0].private_mb},
-            "shared_mb": {name: max(one.shared_mb[name] for one in several) for name in several[0].shared_mb},
+            "ratio": median(alone.seconds / one.seconds for alone, one in beside),
             "scored": float(np.mean([one.scored for one in several])),
         }
-        for way, several in found.items()
-    }
+    return figures, watched
 
 
 # ------------------------------------------------------------------------------------------------ where the time goes
@@ -385,12 +396,11 @@ def rows_of(results: dict[str, dict]) -> list[str]:
     for model, ways in results.items():
         choosing = ways["choosing alone"]["ms"]
         for way, figures in ways.items():
-            plan = way.split(":")[0]
             if way == "choosing alone":
                 lines.append(f"| {model} | {way} | {figures['ms']:.2f} | | | | {_number(figures['scored'])} |")
                 continue
-            alone = ways[f"{plan}: random alone"]["ms"]
-            ratio, bound = alone / figures["ms"], alone / max(alone, choosing)
+            alone, ratio = ways[reference(way)]["ms"], figures["ratio"]
+            bound = alone / max(alone, choosing)
             limits = f"{bound:.2f} | {ratio / bound:.2f}" if "pipelined" in way else "|"
             lines.append(
                 f"| {model} | {way} | {figures['ms']:.2f} | {ratio:.2f} | {limits} | {_number(figures['scored'])} |"
@@ -398,14 +408,13 @@ def rows_of(results: dict[str, dict]) -> list[str]:
     return lines
 
 
-def memory_rows(results: dict[str, dict]) -> list[str]:
+def memory_rows(watched: dict[str, Measured]) -> list[str]:
     """The table of memory."""
     lines = ["| model | stage | private (USS), MB | proportional (PSS), MB |", "|---|---|---:|---:|"]
-    for model, ways in results.items():
-        figures = ways["full: pipelined"]
-        for stage, private in figures["private_mb"].items():
-            lines.append(f"| {model} | {stage} | {private:.0f} | {figures['shared_mb'][stage]:.0f} |")
-        both = sum(figures["private_mb"][stage] for stage in ("filter", "select"))
+    for model, found in watched.items():
+        for stage, private in found.private_mb.items():
+            lines.append(f"| {model} | {stage} | {private:.0f} | {found.shared_mb[stage]:.0f} |")
+        both = sum(found.private_mb[stage] for stage in ("filter", "select"))
         lines.append(f"| {model} | **filter + select** | **{both:.0f}** | |")
     return lines
 
@@ -452,6 +461,7 @@ class Findings:
     """All that was measured."""
 
     throughput: dict[str, dict]
+    memory: dict[str, Measured]
     times: dict[str, dict[str, float]]
     large: tuple[float, float]
     small: tuple[float, float]
@@ -498,7 +508,7 @@ def report(found: Findings, rounds: str) -> str:
             "",
             "The largest seen while `full: pipelined` ran; MB = 2^20 bytes.",
             "",
-            *memory_rows(results),
+            *memory_rows(found.memory),
             "",
             "## Memory over a long stream",
             "",
@@ -539,7 +549,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds, printed and not written")
     parser.add_argument("--models", nargs="*", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "pipeline.md")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -548,11 +558,12 @@ def main() -> None:
     small = transport(BATCH, (28, 28), 50 if options.quick else 1000)
     large = transport(100, (400, 400, 3), 5 if options.quick else 20)
     torch.set_num_threads(1)
-    results, times = {}, {}
+    results, memory, times = {}, {}, {}
     for name in options.models:
         print(name, file=sys.stderr, flush=True)
         rounds = 6 if options.quick else SETTINGS[name].rounds
-        results[name] = compare(SETTINGS[name], pair, rounds, 1 if options.quick else options.repeats)
+        repeats = 1 if options.quick else options.repeats
+        results[name], memory[name] = compare(SETTINGS[name], pair, rounds, repeats)
         with tempfile.TemporaryDirectory() as folder:
             make_inputs(SETTINGS[name], Path(folder), min(rounds, 20))
             for label, plan in (("full", "full"), ("sparse", None)):
@@ -565,7 +576,7 @@ def main() -> None:
         make_inputs(SETTINGS["digits"], Path(folder), 5)
         sensed = [sensor(Path(folder), rate, seconds) for rate in rates]
     counts = "a quick look" if options.quick else f"medians of {options.repeats} runs"
-    page = report(Findings(results, times, large, small, long, marks, sensed), counts)
+    page = report(Findings(results, memory, times, large, small, long, marks, sensed), counts)
     print(page)
     if not options.quick:
         options.out.write_text(page)

@@ -20,8 +20,10 @@ from stages.artifacts.files import atomic_write
 from stages.artifacts.records import Array, Group, Head
 from stages.errors import DataError, OutputError, UsageError
 
-POLL_S = 0.0005
-MAX_POLL_S = 0.02
+POLL_S, MAX_POLL_S = 0.0005, 0.02
+"""Shortest and longest time between two looks for a version."""
+LATE = 1 / 16
+"""Between them, as a share of the time waited so far: what looking too late may add to a round."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class LiveDirectory:
         Raises:
             DataError: the version has been dropped already.
         """
-        pause_s = POLL_S
+        began_s = time.monotonic()
         while (version := self.read(number)) is None:
             if any(later > number for later in self.numbers()) and not self.has(number):
                 if number < first:
@@ -172,8 +174,7 @@ class LiveDirectory:
                     "give `train-sparse` a higher --live-keep",
                 )
             alive()
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, MAX_POLL_S)
+            time.sleep(min(max(LATE * (time.monotonic() - began_s), POLL_S), MAX_POLL_S))
         return version
 
     def _file(self, number: int) -> Path:

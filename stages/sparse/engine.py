@@ -128,14 +128,17 @@ class SparseNet:
                     live.bias.copy_(live.bias_of(tensors))
 
     def changed_tensors(self) -> dict[str, Tensor]:
-        """Copies of the whole tensors that hold live values, by name; frozen values bit-equal to the backbone's."""
+        """The whole tensors that hold live values, by name; frozen values bit-equal to the backbone's.
+
+        They are the engine's own, which goes on to change them.
+        """
         for live in self._live.values():
             live.write(self._tensors)
-        return {name: self._tensors[name].clone() for name in self._parameters()}
+        return {name: self._tensors[name] for name in self._parameters()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole backbone's tensors with the live values merged in."""
-        return {**self._tensors, **self.changed_tensors()}
+        """The whole backbone's tensors with the live values merged in, copied where they may still change."""
+        return {**self._tensors, **{name: tensor.clone() for name, tensor in self.changed_tensors().items()}}
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ def test_memory_does_not_grow_with_the_stream(bench, tmp_path, monkeypatch, pipe
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     bench.make_inputs(bench.TINY, tmp_path, 1)
     (tmp_path / "run.h5").write_bytes(encode(next(open_records(tmp_path / "stream.h5"))))
-    found = bench.long_stream(tmp_path, pipeline, (20_000, 100_000))
+    found = bench.long_stream(tmp_path, pipeline, (40_000, 120_000))
     assert found.keys() == {words.split()[0] for words in pipeline.split("|")}
     for stage, (early_mb, late_mb) in found.items():
         assert late_mb - early_mb < GROWTH_MB, stage
