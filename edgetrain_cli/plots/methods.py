@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".svg", ".pdf")
+MARKERS = "os^D"
+"""A new one after every ten colours."""
 
 
 def check_plot(path: Path) -> None:
@@ -32,20 +34,23 @@ def plot_methods(summaries: Sequence[MethodSummary], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = [each for each in summaries if each.dataset == summaries[-1].dataset]
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _points(left, shown, [each.memory_bytes / 2**20 for each in shown], "memory of training, MB")
     _points(right, shown, [each.backward_macs / 1e6 for each in shown], "backward pass, million MACs per sample")
     left.set_ylabel("accuracy, %")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(f"{shown[0].dataset}: {shown[0].tasks} tasks, 95 % intervals")
     figure.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
 
 
 def _points(axes: Axes, shown: Sequence[MethodSummary], costs: Sequence[float], label: str) -> None:
-    for each, cost in zip(shown, costs, strict=True):
+    for number, (each, cost) in enumerate(zip(shown, costs, strict=True)):
         reach = 0.0 if each.half_width != each.half_width else 100 * each.half_width
-        axes.errorbar(cost, 100 * each.accuracy, yerr=reach, fmt="o", capsize=3)
-        axes.annotate(each.method, (cost, 100 * each.accuracy), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.errorbar(
+            cost, 100 * each.accuracy, yerr=reach, capsize=3, linestyle="", label=each.method,
+            color=f"C{number % 10}", marker=MARKERS[number // 10 % len(MARKERS)],
+        )  # fmt: skip
     # methods that train nothing cost 0, which a logarithm cannot show
     axes.set_xscale("symlog", linthresh=min([cost for cost in costs if cost > 0], default=1.0))
     axes.set_xlabel(label)

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edgetrain_cli.allocator import keep_freed_memory
 from stages.artifacts.records import Block, Head, Model
 from stages.filtering import Filtering, filter_stream, shallow_features
 from stages.models import heads, registry
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/results/selection.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the commands do
     sections = [section(name, SETTINGS[name], measure(SETTINGS[name], options.repeats)) for name in options.settings]
     intro = (
         "# What choosing costs\n\n"

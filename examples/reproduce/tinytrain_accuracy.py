@@ -82,8 +82,9 @@ def main() -> None:
         file = out / f"{name}{'' if options.shard == '0/1' else '-' + options.shard.replace('/', 'of')}.jsonl"
         rows = merged(out, name) if options.merge else measured(name, file, options)
         table = list(zip(*(summarise(rows, to) for to in REFERENCES), strict=True))
-        draw([one for one, _ in table], out / f"{name}.png")
-        sections += [*lines(name, table), *per_task(rows)]
+        picture = out / f"tinytrain_accuracy-{name}.png"
+        draw([one for one, _ in table], picture)
+        sections += [*lines(name, table), "", f"![accuracy and cost]({picture.name})", *per_task(rows)]
     page = "\n".join([*heading(options), *sections])
     (out / "tinytrain_accuracy.md").write_text(page + "\n", encoding="utf-8")
     print(page)
@@ -269,7 +270,8 @@ def heading(options: argparse.Namespace) -> Iterator[str]:
     yield "Accuracies in per cent with 95 % intervals over tasks. *to tinytrain*, *to sparse-update*: differences in"
     yield "points on the same tasks, with 95 % intervals: these decide. *paper*: Table 1 of arXiv:2307.09988, average"
     yield "over nine other data sets, where only TinyTrain starts from a meta-trained backbone."
-    yield "Memory by the paper's accounting and backward MACs are per sample."
+    yield "Memory by the paper's accounting and backward MACs are per sample; *s* is a whole task, and runs that share"
+    yield "a machine slow each other down."
     yield TRAPS
 
 

@@ -35,6 +35,7 @@ import numpy as np
 import titan_page
 import torch
 
+from edgetrain_cli.allocator import keep_freed_memory
 from stages.artifacts.live import Version, version_for
 from stages.artifacts.records import Block, End, InputSpec, Model, Run
 from stages.data.conversion import noisy_labels, share_of, with_noise
@@ -447,6 +448,7 @@ def run_one(trial: Trial) -> None:
     processor = PROCESSORS.get()
     try:
         os.sched_setaffinity(0, {processor})
+        keep_freed_memory()  # as the commands do
         torch.set_num_threads(1)
         result = perform(trial, TASKS[trial.modality])
     finally:
