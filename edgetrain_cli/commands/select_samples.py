@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from time import thread_time
+from time import thread_time, time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stages.artifacts.live import LiveDirectory
     from stages.artifacts.records import Run
     from stages.selection import Weights
+    from stages.valuation.anytime import Anytime
     from stages.valuation.efficiency import Decision
 
 
@@ -104,9 +105,9 @@ def select_samples(
     unbiased estimate of the loss of all, with the least variance that the pool allows. Each block carries the weights,
     the allocation over classes, and the variances of this choice, of importance sampling and of random choice.
 
-    --until-ready stops scoring as soon as the trainer has published the version that this round's batch is awaited
-    for; at least one candidate of each class is scored, and those that were stand for the others of their class, so the
-    estimate stays unbiased. How many were scored is in each block (`scored`). It depends on timing.
+    --until-ready stops scoring in time for the trainer, which says how long its updates take; at least one candidate of
+    each class is scored, and those that were stand for the others of their class, so the estimate stays unbiased. How
+    many were scored is in each block (`scored`). It depends on timing.
 
     --strategy auto weighs what a choice brings against what it costs, in processor time of scoring here and of updates
     there, as `train-sparse --live` says. What it chose is in each block and in --metrics; --replay does the same again.
@@ -124,6 +125,7 @@ def select_samples(
         from stages.errors import require
         from stages.models.deploy import deploy
         from stages.selection import AUTO, Selection, Weights, select_stream
+        from stages.valuation.anytime import Anytime
 
         require(send in ("samples", "features"), "--send", repr(send), "samples or features")
         config = Selection(
@@ -146,12 +148,14 @@ def select_samples(
         with io.writer(out) as writer:
             if run is not None:
                 writer.write(run)
-            start = weights = ready = None
+            start = weights = anytime = None
             if run is not None and (config.needs_model or config.send_features):
                 start = Weights(deploy(run.model, allow=arch), run.model.head)
                 directory = None if live is None else _directory(live, run, None if resume is None else passed)
                 weights = _weights(io, start, directory, lag, passed)
-                ready = directory.has if until_ready and directory is not None else None
+                if until_ready and directory is not None:
+                    anytime = Anytime(directory.published_s, time)
+                    weights = _learning(anytime, weights)
             del run  # its tensors are in `start`
             status = Status(io, metrics)
             for record in select_stream(
@@ -160,7 +164,7 @@ def select_samples(
                 weights=weights,
                 updates=updates,
                 backbone=None if start is None else start.backbone,
-                ready=ready,
+                ready=None if anytime is None else anytime.wanted,
                 passed=passed,
                 replayed=replayed,
                 seed=seed,
@@ -169,6 +173,8 @@ def select_samples(
                 on_note=io.note,
             ):
                 writer.write(record)
+                if anytime is not None:
+                    anytime.delivered()
                 if isinstance(record, Block):
                     status.passed(record)
 
@@ -227,3 +233,14 @@ def _weights(
         return start if version == 0 else start.at(directory.wait(version, io.check_downstream, first=first))
 
     return weights
+
+
+def _learning(anytime: Anytime, weights: Callable[[int], Weights]) -> Callable[[int], Weights]:
+    """The same weights; what they say of the trainer's updates is passed on."""
+
+    def learn(number: int) -> Weights:
+        found = weights(number)
+        anytime.updates(found.update_times)
+        return found
+
+    return learn

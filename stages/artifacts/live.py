@@ -149,9 +149,12 @@ class LiveDirectory:
                 return version
         return None
 
-    def has(self, number: int) -> bool:
-        """Whether version `number` is there."""
-        return self._file(number).exists()
+    def published_s(self, number: int) -> float | None:
+        """When version `number` was published, in seconds since the epoch; None if it is not there."""
+        try:
+            return self._file(number).stat().st_mtime
+        except FileNotFoundError:
+            return None
 
     def wait(self, number: int, alive: Callable[[], None], *, first: int = 0) -> Version:
         """Version `number` as soon as it is there; `alive` raises when waiting has become pointless.
@@ -164,7 +167,7 @@ class LiveDirectory:
         """
         began_s = time.monotonic()
         while (version := self.read(number)) is None:
-            if any(later > number for later in self.numbers()) and not self.has(number):
+            if any(later > number for later in self.numbers()) and self.published_s(number) is None:
                 if number < first:
                     return self.wait(first, alive)
                 raise DataError(
