@@ -401,7 +401,8 @@ def rows_of(results: dict[str, dict]) -> list[str]:
                 continue
             alone, ratio = ways[reference(way)]["ms"], figures["ratio"]
             bound = alone / max(alone, choosing)
-            limits = f"{bound:.2f} | {ratio / bound:.2f}" if "pipelined" in way else "|"
+            whole = "pipelined" in way and "anytime" not in way  # anytime selection scores what there is time for
+            limits = f"{bound:.2f} | {ratio / bound:.2f}" if whole else "|"
             lines.append(
                 f"| {model} | {way} | {figures['ms']:.2f} | {ratio:.2f} | {limits} | {_number(figures['scored'])} |"
             )
