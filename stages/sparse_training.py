@@ -37,7 +37,10 @@ STAGE = "train-sparse"
 """Name of the metrics' table in the run record."""
 
 Publish = Callable[[int, Mapping[str, Array], Head], None]
-"""Gets the number of updates since the run began, the tensors that train (whole), and the head."""
+"""Gets the number of updates since the run began, the tensors that train (whole), and the head.
+
+The tensors are the trainer's own, which the next update changes: a receiver that keeps them copies them.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

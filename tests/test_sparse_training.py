@@ -259,10 +259,11 @@ def test_every_block_is_a_version_an_empty_one_too() -> None:
     seen: list[Update] = []
     blocks = [*stream(2), block(0, round=2), block(9, 3, round=3)]
     config = StreamTraining(optimizing=Optimizing(learning_rate=0.04, warmup_updates=4))
-    result = train_stream(
-        start, blocks, config, publish=lambda number, tensors, head: published.update({number: tensors}),
-        on_step=seen.append,
-    )  # fmt: skip
+
+    def publish(number: int, tensors: Mapping[str, Array], head: object) -> None:
+        published[number] = {name: tensor.copy() for name, tensor in tensors.items()}
+
+    result = train_stream(start, blocks, config, publish=publish, on_step=seen.append)
     assert result.model.version == 9
     assert [update.learning_rate for update in seen] == pytest.approx([0.01, 0.02, 0.03, 0.04])
     assert list(published) == [1, 2, 3, 4]
