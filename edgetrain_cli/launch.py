@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import gc
 import importlib
 import os
@@ -35,8 +34,6 @@ PRELOADED = (
     "stages.sparse_training",
 )
 _SET_PARENT_DEATH_SIGNAL = 1
-PIPE_BYTES = 1 << 20
-"""Of the pipes between stages: what Linux allows everybody."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def start(stages: Sequence[Sequence[str]], run_stage: Callable[[Sequence[str]], 
     source = 0
     for position, words in enumerate(stages):
         last = position == len(stages) - 1
-        reading, writing = (-1, 1) if last else _wide_pipe()
+        reading, writing = (-1, 1) if last else os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
         child = os.fork()
@@ -132,14 +129,6 @@ def start(stages: Sequence[Sequence[str]], run_stage: Callable[[Sequence[str]], 
                 os.close(descriptor)
         source = reading
     return children
-
-
-def _wide_pipe() -> tuple[int, int]:
-    """A pipe that takes a whole batch of pictures, so that its writer can go on while the reader is busy."""
-    reading, writing = os.pipe()
-    with contextlib.suppress(OSError, AttributeError):  # an option of Linux, up to a limit of the system's
-        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    return reading, writing
 
 
 def _become(

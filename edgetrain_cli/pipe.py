@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from stages.artifacts.records import Block, End, Record, Run
 
 STDIO = "-"
+PIPE_BYTES = 1 << 20
+"""What a pipe that a stage reads from holds: what Linux allows everybody."""
 NOT_IN_HISTORY = frozenset(
     {
         "out",
@@ -270,7 +273,7 @@ class Stage:
 class Writer:
     """Writes records to one output."""
 
-    def __init__(self, owner: Stage, put: Callable[[bytes], None]) -> None:
+    def __init__(self, owner: Stage, put: Callable[[bytes | memoryview], None]) -> None:
         self._owner, self._put = owner, put
 
     def write(self, record: Record) -> None:
@@ -285,10 +288,17 @@ class Writer:
         self._put(text.encode())
 
 
+def widen(descriptor: int) -> None:
+    """Let a pipe take a whole batch of pictures, so that its writer can go on while the reader is busy."""
+    with suppress(OSError, AttributeError):  # an option of Linux, within limits of the system's
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+
 class Watched(io.RawIOBase):
     """A pipe, read while watching stdout: when the reader of our output leaves, waiting is over."""
 
     def __init__(self, owner: Stage, descriptor: int) -> None:
+        widen(descriptor)
         self._owner, self._descriptor = owner, descriptor
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLIN)
@@ -358,7 +368,7 @@ def read_checkpoint(path: str) -> Run:
     return record
 
 
-def write_stdout(data: bytes) -> None:
+def write_stdout(data: bytes | memoryview) -> None:
     """Every byte to stdout."""
     from stages.artifacts.files import write_all
 

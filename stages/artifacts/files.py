@@ -30,7 +30,7 @@ def write_all(descriptor: int, data: bytes | memoryview, where: str = "output") 
             raise TransferError(where, message, "", "free some space and run again") from error
 
 
-def atomic_write(path: Path, data: bytes, *, durable: bool = True) -> None:
+def atomic_write(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
     """Replace a file in one step: write beside it, sync, rename."""
     with AtomicFile(path, durable=durable) as file:
         file.write(data)
@@ -61,7 +61,7 @@ class AtomicFile:
     def __enter__(self) -> AtomicFile:
         return self
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         write_all(self.file.fileno(), data, str(self.path))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+
 from stages.artifacts import hdf5
 from stages.artifacts.records import Record
 from stages.errors import DataError, InputMissing, StreamBroken
 
 DEFAULT_MAX_RECORD_BYTES = 1 << 30
 _PIECE_BYTES = 1 << 22
+_NOTHING = memoryview(b"")
 
 
 def records(file: BinaryIO, where: str, *, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES) -> Iterator[Record]:
@@ -64,7 +67,7 @@ class _Pipe:
 
     def __init__(self, file: BinaryIO, where: str, max_record_bytes: int) -> None:
         self._file, self._where, self._max_record_bytes = file, where, max_record_bytes
-        self._number, self._header = 0, b""
+        self._number, self._header = 0, _NOTHING
 
     def more(self) -> bool:
         """Whether another record begins; waits for it or for the end of the stream."""
@@ -79,8 +82,8 @@ class _Pipe:
         self._number += 1
         return hdf5.decode(self._image(self._header, place), place, max_bytes=self._max_record_bytes)
 
-    def _image(self, header: bytes, place: str) -> bytes:
-        length = hdf5.image_bytes(header.ljust(hdf5.HEADER_BYTES, b"\0"), place)
+    def _image(self, header: memoryview, place: str) -> memoryview:
+        length = hdf5.image_bytes(bytes(header).ljust(hdf5.HEADER_BYTES, b"\0"), place)
         if len(header) < hdf5.HEADER_BYTES:
             raise StreamBroken(place, f"{len(header)} bytes", "a whole record", "the producer stopped early")
         if length > self._max_record_bytes:
@@ -90,7 +93,7 @@ class _Pipe:
                 f"at most {self._max_record_bytes} from a pipe",
                 "raise --max-record, or pack with a smaller --block-length",
             )
-        image = _read(self._file, length - len(header), start=header)
+        image = _read(self._file, length, header)
         if len(image) != length:
             raise StreamBroken(place, f"{len(image)} of {length} bytes", "a whole record", "the producer stopped early")
         return image
@@ -100,14 +103,15 @@ def _place(where: str, number: int) -> str:
     return where if number == 0 else f"{where}[{number}]"
 
 
-def _read(file: BinaryIO, wanted: int, *, start: bytes = b"") -> bytes:
-    """`start` and exactly `wanted` bytes more unless the stream ends; memory grows with what arrives, not with what is
-    promised."""
-    pieces, missing = [start], wanted
-    while missing > 0 and (piece := file.read(min(missing, _PIECE_BYTES))):
-        pieces.append(piece)
-        missing -= len(piece)
-    return b"".join(pieces)
+def _read(file: BinaryIO, wanted: int, start: memoryview = _NOTHING) -> memoryview:
+    """`wanted` bytes that begin with `start`, fewer if the stream ends; memory is used as they arrive."""
+    image = np.empty(max(wanted, len(start)), np.uint8).data
+    filled = len(start)
+    image[:filled] = start
+    readinto = cast(io.BufferedReader, file).readinto
+    while filled < wanted and (count := readinto(image[filled : filled + _PIECE_BYTES])):
+        filled += count
+    return image[:filled]
 
 
 def _windows(file: BinaryIO, where: str) -> Iterator[BinaryIO]:

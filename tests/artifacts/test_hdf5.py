@@ -175,6 +175,33 @@ def test_deep_nesting_is_refused():
         hdf5.decode(image(fill))
 
 
+def large(seed: int) -> Block:
+    """A block whose image is built and read through a file in memory of ours."""
+    x = np.random.default_rng(seed).integers(0, 255, (50, 300, 300), dtype=np.uint8)
+    assert x.nbytes > hdf5.COPIED_BYTES
+    return Block(x, np.arange(50), "NHW")
+
+
+def test_a_large_record_is_the_same_bytes_whatever_was_in_memory_before(tmp_path):
+    images = [bytes(hdf5.encode(large(seed))) for seed in (0, 1, 0, 2, 0)]
+    assert images[0] == images[2] == images[4] != images[1]
+    (tmp_path / "block.h5").write_bytes(images[0])
+    with h5py.File(tmp_path / "block.h5") as file:
+        assert np.array_equal(file["x"][:], large(0).x)
+    assert np.array_equal(hdf5.decode(images[0]).x, large(0).x)
+    assert hdf5.image_bytes(images[0][: hdf5.HEADER_BYTES], "") == len(images[0])
+
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
+def test_a_damaged_large_record_is_refused(at):
+    data = bytearray(hdf5.encode(large(0)))
+    with pytest.raises(DataError):
+        hdf5.decode(bytes(data[: int(at * len(data))]))
+    data[int(at * len(data))] ^= 4
+    with pytest.raises(DataError):
+        hdf5.decode(bytes(data))
+
+
 @pytest.mark.parametrize("kept", [0, 7, 8, 40, 100, 0.5, 0.9])
 def test_a_truncated_image_is_refused(block, kept):
     data = hdf5.encode(block)
