@@ -500,7 +500,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--elsewhere-seeds", type=int, default=3, help="where the stream is not iid")
-    parser.add_argument("--tuning-seeds", type=int, default=3)
+    parser.add_argument("--tuning-seeds", type=int, default=2)
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trials at once, one processor each")
     for name in MODALITIES:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 REFERENCE = "random"
-SIMPLE = ("random", "stratified", "random-30")
-"""What every other method has to beat; the last trains on all of as many candidates as the scored methods look at."""
+SIMPLE = ("random", "stratified", "all", "random-30")
+"""What every other method has to beat; the last two train on as many samples as the scored methods look at."""
 
 PAPER_METHODS = ("random", "IS", "low loss", "high loss", "entropy", "OCS", "Camel", "Titan")
 PAPER = {
@@ -40,8 +40,18 @@ PAPER = {
 }
 """Titan's Table 1: time to random's final accuracy, relative to random; final accuracy in %."""
 
-Results = Mapping[tuple[str, str, str], Sequence[Mapping[str, Any]]]
+Trials = Sequence[Mapping[str, Any]]
+"""One result per seed."""
+
+Results = Mapping[tuple[str, str, str], Trials]
 """(modality, order, method) -> one result per seed, the seeds in the same order everywhere."""
+
+
+CONTENDERS = {
+    "seconds": ("auto", "auto to 30", "quota + titan"),
+    "pipelined seconds": ("auto to 30, overlapped", "quota + titan"),
+}
+"""What the verdict compares with the best simple rival, and in what unit."""
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -79,28 +89,41 @@ def reached(result: Mapping[str, Any], target: float) -> tuple[Mapping[str, floa
     return {name: before[name] + share * (here[name] - before[name]) for name in here}, True
 
 
-def cost_to(results: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], way: str) -> str:
-    """What a method needs for the reference's final accuracy, relative to the reference, seed by seed.
+def relative(ours: Trials, theirs: Trials, targets: Sequence[float], way: str) -> str:
+    """What a method needs for each seed's target, relative to what another one needs for it.
 
     The ratio of the sums over seeds with a 95 % interval (bootstrap over seeds, pairs kept); `>` where some seeds never
     got there and count with all they used.
     """
-    pairs = [(reached(ours, final(theirs)), reached(theirs, final(theirs)))
-             for ours, theirs in zip(results, reference, strict=True)]  # fmt: skip
-    if not any(there for (_, there), _ in pairs):
+    mine, its = ([reached(*pair) for pair in zip(results, targets, strict=True)] for results in (ours, theirs))
+    missed = sum(not there for _, there in mine)
+    if missed == len(mine):
         return "never"
-    ours, theirs = (np.array([WAYS[way](pair[side][0]) for pair in pairs]) for side in (0, 1))
-    ratio = ours.sum() / theirs.sum()
-    missed = sum(not there for (_, there), _ in pairs)
-    mark = f"> ({len(pairs) - missed} of {len(pairs)}) " if missed else ""
-    if len(pairs) < 3 or ours is theirs:
-        return f"{mark}{ratio:.2f}"
-    draws = np.random.default_rng(0).integers(0, len(pairs), (4000, len(pairs)))
-    low, high = np.quantile(ours[draws].sum(1) / theirs[draws].sum(1), [0.025, 0.975])
-    return f"{mark}{ratio:.2f} ({low:.2f}-{high:.2f})"
+    top, base = (np.array([WAYS[way](point) for point, _ in side]) for side in (mine, its))
+    mark = f"> ({len(mine) - missed} of {len(mine)}) " if missed else ""
+    if len(mine) < 3 or ours is theirs:
+        return f"{mark}{top.sum() / base.sum():.2f}"
+    draws = np.random.default_rng(0).integers(0, len(mine), (4000, len(mine)))
+    low, high = np.quantile(top[draws].sum(1) / base[draws].sum(1), [0.025, 0.975])
+    return f"{mark}{top.sum() / base.sum():.2f} ({low:.2f}-{high:.2f})"
 
 
-def mean_of(results: Sequence[Mapping[str, Any]], name: str) -> str:
+def cost_to(results: Trials, reference: Trials, way: str) -> str:
+    """What a method needs for the reference's final accuracy, relative to the reference, seed by seed."""
+    return relative(results, reference, [final(result) for result in reference], way)
+
+
+def quickest(found: Mapping[str, Trials], targets: Sequence[float], way: str) -> str:
+    """The simple rival that needs least for the targets; one that misses some is behind all that do not."""
+
+    def needs(name: str) -> tuple[int, float]:
+        ends = [reached(*pair) for pair in zip(found[name], targets, strict=True)]
+        return sum(not there for _, there in ends), sum(WAYS[way](point) for point, _ in ends)
+
+    return min((name for name in SIMPLE if name in found), key=needs)
+
+
+def mean_of(results: Trials, name: str) -> str:
     values = [result["moments"][name] for result in results if name in result["moments"]]
     return f"{np.mean(values):.3g}" if values else ""
 
@@ -122,7 +145,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-def accuracy_table(found: Mapping[str, Sequence[Mapping[str, Any]]], rates: Mapping[str, float]) -> str:
+def accuracy_table(found: Mapping[str, Trials], rates: Mapping[str, float]) -> str:
     """One row per method: accuracy, and what it needs for the final accuracy of random choice."""
     rows = []
     for name, results in found.items():
@@ -133,14 +156,35 @@ def accuracy_table(found: Mapping[str, Sequence[Mapping[str, Any]]], rates: Mapp
     return table(["method", "rate", "accuracy, %", "rounds", "seconds", "pipelined seconds"], rows)
 
 
-def rivals_table(found: Mapping[str, Sequence[Mapping[str, Any]]], way: str) -> str:
+def rivals_table(found: Mapping[str, Trials], way: str) -> str:
     """Seconds to the final accuracy of each simple rival, relative to that rival."""
     simple = [name for name in SIMPLE if name in found]
     rows = [[name, *(cost_to(results, found[rival], way) for rival in simple)] for name, results in found.items()]
     return table(["method", *(f"to {rival}'s" for rival in simple)], rows)
 
 
-def cost_table(found: Mapping[str, Sequence[Mapping[str, Any]]], window: int) -> str:
+def verdict(results: Results) -> str:
+    """Scored selection against the best simple rival, picked with hindsight, for every stream."""
+    rows = []
+    for modality, order in dict.fromkeys(key[:2] for key in results):
+        found = {key[2]: value for key, value in results.items() if key[:2] == (modality, order)}
+        simple = [name for name in SIMPLE if name in found]
+        best = max(simple, key=lambda name: np.mean([final(result) for result in found[name]]))
+        for target in dict.fromkeys((REFERENCE, best)):
+            targets = [final(result) for result in found[target]]
+            row = [f"{modality}, {order}", target]
+            for way, methods in CONTENDERS.items():
+                rival = quickest(found, targets, way)
+                row += [rival, *(relative(found[name], found[rival], targets, way) if name in found else ""
+                                 for name in methods)]  # fmt: skip
+            rows.append(row)
+    header = ["stream", "to the accuracy of"]
+    for way, methods in CONTENDERS.items():
+        header += [f"{way}: quickest simple", *methods]
+    return table(header, rows)
+
+
+def cost_table(found: Mapping[str, Trials], window: int) -> str:
     """Milliseconds per round of each stage, latency per sample, memory, and where the gradient's error comes from."""
     rows = []
     for name, results in found.items():
@@ -168,7 +212,7 @@ def theory(results: Results) -> str:
     return f"{rounds:,} rounds looked at; " + ", ".join(f"{name} in {count:,}" for name, count in counts.items())
 
 
-def choices(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def choices(found: Mapping[str, Trials]) -> list[str]:
     """What `auto` did."""
     lines = []
     for name, results in found.items():
@@ -215,6 +259,10 @@ def write(
         "* Variances and squared biases are of the last layer's gradient, in units of the variance of ten random "
         "samples, from the first seed. The filter's are those of its candidates against their window.\n",
         f"C-IS with real-valued places against IS and random choice on the same candidates: {theory(results)}.\n",
+        "## Does choosing pay?\n",
+        f"Relative to the quickest of {', '.join(SIMPLE)} (as far as they ran), picked with hindsight for each "
+        "row. The tables below compare with one rival each.\n",
+        verdict(results),
     ]  # fmt: skip
     for modality, order in dict.fromkeys(key[:2] for key in results):
         found = {key[2]: value for key, value in results.items() if key[:2] == (modality, order)}

@@ -1,9 +1,11 @@
 """Selection that pays: which way of choosing brings the most progress per second (`--strategy auto`).
 
-A step of gradient descent with an estimate of second moment M = |G|^2 + V makes progress in proportion to |G|^4 / M at
-the best step size (the descent lemma), so what progress costs is in proportion to M x the cost of a round. Where noise
-dominates this is the classic criterion, variance x cost (Glynn and Whitt, *Operations Research* 1992); where the
-gradient does, it prefers cheap steps (their balance is the critical batch size of McCandlish et al., arXiv:1812.06162).
+A step of size eta with an estimate of second moment M = |G|^2 + V lowers a loss of curvature L by
+eta |G|^2 - eta^2 L M / 2 (the descent lemma; Bottou, Curtis and Nocedal, *SIAM Review* 2018, eq. 4.4). The step size is
+the user's and does not follow the choice, so it is taken to be the one that makes the most of random batches of the
+smallest size, eta = |G|^2 / (L M0). A round's progress is then in proportion to 2 M0 - M: taking all the noise away
+doubles it at most, however large M0 is: the diminishing return of large batches at a fixed step size. What progress
+costs is in proportion to the cost of a round / (2 M0 - M).
 V has three parts: of the window as a sample of the stream, of the pool as a sample of the window, and of the batch as a
 sample of the pool, the last in closed form for every strategy and batch size.
 """
@@ -221,11 +223,23 @@ class Tuner:
             yield Option("all", size, size)
 
     def price(self, option: Option, costs: Costs) -> float:
-        """Second moment x cost: in arbitrary units, lower is better."""
+        """Cost of a round, divided by its progress relative to random choice of the smallest batch."""
+        cost, reference = costs.of(option.scored, self._trained(option)), self._reference()
+        if not reference:
+            return cost
+        progress = 2.0 - self._second_moment(option) / reference
+        return cost / progress if progress > 0 else float("inf")
+
+    def _reference(self) -> float:
+        """The second moment that the step size is made for: of random choice of the smallest batch."""
+        found = self._known()
+        return max(found.signal, 0.0) + found.window + found.pool + found.batch["random", self.batches[0]].variance
+
+    def _second_moment(self, option: Option) -> float:
         found = self._known()
         pool = found.pool * self._size / option.candidates
-        noise = found.window + pool + (0.0 if option.strategy == "all" else self._yield(option).variance)
-        return (max(found.signal, 0.0) + noise) * costs.of(option.scored, self._trained(option))
+        chosen = 0.0 if option.strategy == "all" else self._yield(option).variance
+        return max(found.signal, 0.0) + found.window + pool + chosen
 
     def explain(self, decision: Decision) -> str:
         """The choice in words, beside the best option of every other strategy."""
@@ -234,9 +248,9 @@ class Tuner:
         said = f"{option.strategy}, batch {option.batch}{scored}"
         if self._replay is not None:
             return f"{said} (replayed)"
-        best = self.price(option, costs)
-        if not best:
+        if not self._reference():
             return f"{said} (nothing varies)"
+        best = self.price(option, costs)
         others: dict[str, float] = {}
         for other in self.options(self._size):
             if other.strategy != option.strategy:
