@@ -29,10 +29,13 @@ from stages.valuation.fine import (
 )
 
 FADE = 0.5
-"""Weight of the past in the running moments, per observation: gradients change fast while observations double apart."""
+"""Weight of the past in the running moments, per observation: gradients change fast between the early ones."""
+
+EARLY = (0, 1, 4, 16)
+"""The first rounds that are observed. Each costs the forward pass of a whole pool."""
 
 PROBE_EVERY = 50
-"""Rounds between observations, after the first ones at rounds 0, 1, 2, 4, 8, ...: at most 2 % of the rounds."""
+"""Rounds between observations after that."""
 
 SCORED = frozenset({"is", "titan"})
 """Options that score their candidates; the others look at labels only."""
@@ -168,12 +171,12 @@ class Tuner:
         self._decision: Decision | None = None
 
     def due(self, number: int) -> bool:
-        """Whether a round is scored whole and observed: 0, 1, 2, 4, 8, ... after the first, and every fiftieth."""
+        """Whether a round is scored whole and observed: 0, 1, 4, 16 after the first, and every fiftieth."""
         if self._replay is not None:
             return self._recorded(number).observed
         self._first = number if self._first is None else self._first
         since = number - self._first
-        return _doubling(since) or since % PROBE_EVERY == 0
+        return since in EARLY or since % PROBE_EVERY == 0
 
     def observe(self, view: GradientView, epsilon: float, arrived: int) -> None:
         """Take in a scored pool out of so many samples that arrived."""
@@ -185,7 +188,7 @@ class Tuner:
     def decide(self, number: int, size: int) -> Decision:
         """The option for a pool of `size` candidates that costs least per unit of progress, as of the last observation.
 
-        Where several batch sizes are allowed, the first observed rounds take the largest and the smallest in turn, so
+        Where several batch sizes are allowed, the early observed rounds take the smallest and the largest in turn, so
         that the cost of both becomes known. Raises `DataError` for a round that the replayed run did not have.
         """
         if self._replay is not None:
@@ -197,8 +200,8 @@ class Tuner:
         since = number - (self._first or 0)
         if not observed:
             return self._decision
-        if len(self.batches) > 1 and _doubling(since):
-            extreme = (min, max)[since.bit_length() % 2](option.batch for option in options)
+        if len(self.batches) > 1 and since in EARLY:
+            extreme = (min, max)[EARLY.index(since) % 2](option.batch for option in options)
             options = [option for option in options if option.batch == extreme]
         return self._cheapest(options, observed=True)
 
@@ -277,8 +280,3 @@ class Tuner:
                 f"round {number}", "not in the run that is replayed", "the same stream", "leave out --replay"
             )
         return found
-
-
-def _doubling(number: int) -> bool:
-    """0, 1, 2, 4, 8, ..."""
-    return number & (number - 1) == 0

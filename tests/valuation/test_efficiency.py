@@ -7,7 +7,7 @@ import pytest
 
 from stages.errors import DataError
 from stages.valuation.costs import Costs, Line, Meter
-from stages.valuation.efficiency import PROBE_EVERY, Moments, Option, Tuner, Yield, moments, recorded
+from stages.valuation.efficiency import EARLY, PROBE_EVERY, Moments, Option, Tuner, Yield, moments, recorded
 from tests.valuation.pools import pool, random_pool
 
 LATER = 3
@@ -118,8 +118,8 @@ def test_what_was_chosen_stands_until_the_next_observation():
     tuner._moments = found(1, 2, 5, 1.9)
     assert tuner.decide(LATER + 2, 30) is first
     assert tuner.decide(LATER + 2, 29).option == Option("random", 29, 10)  # another pool, another choice
-    assert tuner.decide(8, 29).observed
-    assert tuner.decide(9, 30).option.strategy == "random"
+    assert tuner.decide(16, 29).observed
+    assert tuner.decide(17, 30).option.strategy == "random"
 
 
 def test_training_on_all_is_an_option_where_it_is_allowed():
@@ -129,10 +129,10 @@ def test_training_on_all_is_an_option_where_it_is_allowed():
     assert list(tuner_for(wide(), max_batch=20).options(8)) == [Option("all", 8, 8)]
 
 
-def test_both_ends_of_the_batch_sizes_are_tried_in_doubling_rounds():
+def test_both_ends_of_the_batch_sizes_are_tried_in_the_early_rounds():
     tuner = tuner_for(wide(), max_batch=20)
-    assert [tuner.decide(number, 30).option.batch for number in (0, 1, 2, 4, 8, 16)] == [10, 20, 10, 20, 10, 20]
-    assert {tuner_for(wide()).decide(number, 30).option.batch for number in (0, 1, 2, 4)} == {10}
+    assert [tuner.decide(number, 30).option.batch for number in (0, 1, 4, 16)] == [10, 20, 10, 20]
+    assert {tuner_for(wide()).decide(number, 30).option.batch for number in EARLY} == {10}
 
 
 def test_moments_of_a_pool():
@@ -160,7 +160,7 @@ def test_the_signal_is_the_streams_and_not_the_pools_noise():
 def test_the_first_rounds_and_then_few_are_observed():
     tuner = Tuner(10, 10, Meter(3.0))
     due = [number - 7 for number in range(7, 7 + 4 * PROBE_EVERY) if tuner.due(number)]
-    assert due == [0, 1, 2, 4, 8, 16, 32, 50, 64, 100, 128, 150]
+    assert due == [0, 1, 4, 16, 50, 100, 150]
 
 
 def test_old_observations_fade():
