@@ -105,3 +105,8 @@ def test_costs_to_an_accuracy_are_those_of_the_first_smoothed_point_there():
     assert titan_page.cost_to([slow], [reference], "rounds") == "never"
     assert titan_page.cost_to([fast, slow], [reference] * 2, "rounds") == "> (1 of 2) 0.75"
     assert titan_page.cost_to([fast] * 3, [reference] * 3, "rounds") == "0.50 (0.50-0.50)"
+    assert titan_page.relative([reference], [fast], [0.6], "rounds") == "2.00"
+    rivals = {"random": [reference], "stratified": [fast], "all": [slow], "is": [fast]}
+    assert titan_page.quickest(rivals, [0.6], "rounds") == "stratified"
+    assert titan_page.quickest(rivals, [0.6], "seconds") == "stratified"
+    assert titan_page.quickest({"random": [slow, fast], "all": [reference] * 2}, [0.6] * 2, "rounds") == "all"

@@ -1,6 +1,6 @@
 """Titan's comparison: what each way of choosing samples costs and brings, on images, sound and activity data.
 
-    python examples/reproduce/titan.py         # everything, into docs/results/titan.md; 45 minutes on two processors
+    python examples/reproduce/titan.py         # everything, into docs/results/titan.md; about an hour on two cores
     python examples/reproduce/titan.py --modality images --order iid --rounds 100 --seeds 2 --page build/titan.md
 
 Every method trains the same network from the same start on the same stream. Each gets the learning rate of `--rates`
@@ -508,7 +508,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/titan"))
     parser.add_argument("--page", type=Path, default=Path("docs/results/titan.md"))
     options = parser.parse_args()
-    began, OUT, PROCESSORS = time.time(), options.out, multiprocessing.get_context("fork").Queue()
+    OUT, PROCESSORS = options.out, multiprocessing.get_context("fork").Queue()
     for processor in sorted(os.sched_getaffinity(0))[: options.jobs]:
         PROCESSORS.put(processor)
     time.sleep(0.1)  # until the queue's thread has passed them on
@@ -534,7 +534,7 @@ def main() -> None:
     results = {key: [result_of(trial) for trial in trials] for key, trials in reported.items()}
     sources = {name: f"{task.source}; {task.arch} {task.arch_args}" for name, task in TASKS.items()}
     command = " ".join(["python", "examples/reproduce/titan.py", *sys.argv[1:]])
-    titan_page.write(options.page, results, rates, rounds, sources, options, command, time.time() - began)
+    titan_page.write(options.page, results, rates, rounds, sources, options, command)
     print(options.page)
 
 

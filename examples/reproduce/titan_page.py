@@ -240,13 +240,11 @@ def write(
     sources: Mapping[str, str],
     options: argparse.Namespace,
     command: str,
-    seconds: float,
 ) -> None:
     """Write the page and its pictures."""
     parts = [
         "# Titan's comparison\n",
-        f"Written by `{command}` in {seconds / 60:.0f} minutes with {options.jobs} processors; "
-        f"Python {platform.python_version()}.\n",
+        f"Written by `{command}` with {options.jobs} trials at a time; Python {platform.python_version()}.\n",
         "* *rounds*, *seconds* (one processor) and *pipelined seconds* (filter and selection on a processor of their "
         "own, ideally) are those until the mean of three measurements reaches the final accuracy of the method named, "
         "on the same stream from the same start, relative to that method; in brackets 95 % intervals over "
