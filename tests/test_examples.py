@@ -95,6 +95,7 @@ def test_costs_to_an_accuracy_are_those_of_the_first_smoothed_point_there():
 
     reference = result(0.1, 0.2, 0.3, 0.6, 0.6, 0.6)
     assert titan_page.final(reference) == pytest.approx(0.6)
+    assert titan_page.second_half(result(0.9, 0.9, 0.1, 0.2, 0.6)) == pytest.approx(0.3)
     fast, slow = result(0.6, 0.6, 0.6, 0.6, 0.6, 0.6, update=2.0), result(*[0.1] * 6)
     assert titan_page.cost_to([reference], [reference], "rounds") == "1.00"
     assert titan_page.cost_to([fast], [reference], "rounds") == "0.50"

@@ -12,9 +12,14 @@ an undisturbed one, even where the resumed run is disturbed again.
 
 from __future__ import annotations
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # read when torch is imported; a fork cannot use threads that its parent has started
+)
+
 import argparse
 import json
-import os
 import random
 import re
 import resource
@@ -398,7 +403,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "faults.md")
     options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     raise_on_signals()
     register()
     preload()
@@ -410,7 +414,9 @@ def main() -> None:
         began = time.perf_counter()
         expected, _ = completed(stream, whole)
         length_s = time.perf_counter() - began
-        for number in range(len(FAULTS) if options.quick else options.trials):
+        trials = len(FAULTS) if options.quick else options.trials
+        for number in range(trials):
+            print(f"trial {number + 1} of {trials}", end="\r", file=sys.stderr, flush=True)
             fault, folder = FAULTS[number % len(FAULTS)], Path(name) / str(number)
             folder.mkdir()
             trial(fault, tallies[fault.name], stream, folder, model, expected, chance, length_s, options.limit)
