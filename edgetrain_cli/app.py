@@ -66,38 +66,51 @@ def _options(
     pass
 
 
+signals: list[int] = []
+"""Those that asked the running command to end."""
+
+
 def guarded(command: str, body: Callable[..., None]) -> Callable[..., None]:
     """The command's function with every error turned into one line on stderr and its exit code."""
 
     @functools.wraps(body)
     def run(*args: Any, **arguments: Any) -> None:
         keep_freed_memory()
+        signals.clear()
         try:
             body(*args, **arguments)
         except typer.Exit:
             raise
-        except NoInput:
-            print(usage(command), file=sys.stderr)
-            fail(command, "nothing to read; name a file or pipe one in", 2)
-        except EdgeTrainError as error:
-            fail(command, str(error), error.exit_code)
-        except BrokenPipeError:
-            leave_by(signal.SIGPIPE)
-        except Stopped as stop:
-            fail(command, "interrupted", 128 + stop.signal)
         except KeyboardInterrupt:
             fail(command, "interrupted", 130)
-        except OSError as error:
-            fail(command, os_error_line(error), TransferError.exit_code)
-        except MemoryError:
-            fail(command, "out of memory; use a smaller --micro-batch or --block-length", 70)
-        except Exception as error:
-            if os.environ.get("EDGETRAIN_DEBUG"):
-                raise
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            fail(command, f"internal error: {text}; set EDGETRAIN_DEBUG=1 for the traceback and report it", 70)
+        except (Stopped, Exception) as error:
+            if signals:  # a library may have made another error of what the signal raised
+                fail(command, "interrupted", 128 + signals[0])
+            explain(command, error)
 
     return run
+
+
+def explain(command: str, error: BaseException) -> None:
+    """End with a line about the error and its exit code."""
+    if isinstance(error, NoInput):
+        print(usage(command), file=sys.stderr)
+        fail(command, "nothing to read; name a file or pipe one in", 2)
+    if isinstance(error, EdgeTrainError):
+        fail(command, str(error), error.exit_code)
+    if isinstance(error, Stopped):
+        fail(command, "interrupted", 128 + error.signal)
+    if isinstance(error, BrokenPipeError):
+        leave_by(signal.SIGPIPE)
+        return
+    if isinstance(error, OSError):
+        fail(command, os_error_line(error), TransferError.exit_code)
+    if isinstance(error, MemoryError):
+        fail(command, "out of memory; use a smaller --micro-batch or --block-length", 70)
+    if os.environ.get("EDGETRAIN_DEBUG"):
+        raise error
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    fail(command, f"internal error: {text}; set EDGETRAIN_DEBUG=1 for the traceback and report it", 70)
 
 
 def usage(command: str) -> str:
@@ -168,4 +181,5 @@ def _not_raised(what: Any) -> None:
 
 
 def _stopped(number: int, frame: object) -> None:
+    signals.append(number)
     raise Stopped(number)
