@@ -30,8 +30,8 @@ CHUNK_BYTES = 1 << 18
 """Of datasets: chunks that stay in a processor's cache are written in half the time of those of 1 MiB."""
 COPIED_BYTES = 1 << 22
 """Records up to here are built and read in HDF5's own memory. Handing parts of them over costs more than the copy."""
-_HEADERS_BYTES = 1 << 16
-"""Set aside for what a large image holds beside its arrays, with 1/64 of theirs for the chunks' index."""
+_HEADERS_BYTES = 1 << 20
+"""Set aside for what a large image holds beside its arrays: the index of its chunks takes 20 bytes for each."""
 MAX_DEPTH = 16
 MAX_OBJECTS = 100_000
 _END_OF_FILE = {0: (13, 24, 40), 1: (13, 28, 44), 2: (9, 12, 28), 3: (9, 12, 28)}
@@ -69,7 +69,7 @@ def encode_tree(tree: Group) -> bytes | memoryview:
             return bytes(file.get_file_image())
         finally:
             file.close()
-    memory = MemoryFile(room=content + content // 64 + _HEADERS_BYTES)
+    memory = MemoryFile(room=content + _HEADERS_BYTES)
     _created(_through(memory), tree).close()
     return memory.view()
 

@@ -9,28 +9,14 @@ from typing import Any
 import numpy as np
 
 
-class MemoryFile(io.RawIOBase):
-    """A seekable binary file over memory, as HDF5 reads and writes it; nothing but its caller copies.
+class SeekableFile(io.RawIOBase):
+    """A binary file of a known length, and where in it the next byte is read."""
 
-    Args:
-        content: what it holds at first; immutable bytes are for reading only.
-        room: to write: bytes to set aside, into which `content` is copied; memory is used as they fill.
-    """
-
-    def __init__(self, content: bytes | memoryview = b"", *, room: int = 0) -> None:
-        self._memory = memoryview(content)
-        self._length, self._at = len(content), 0
-        self._reserve(room)
-
-    def view(self) -> memoryview:
-        """What the file holds now; to be taken when the last byte is written."""
-        return self._memory[: self._length]
+    def __init__(self, length: int) -> None:
+        self._length, self._at = length, 0
 
     def readable(self) -> bool:
         return True
-
-    def writable(self) -> bool:
-        return not self._memory.readonly
 
     def seekable(self) -> bool:
         return True
@@ -42,6 +28,27 @@ class MemoryFile(io.RawIOBase):
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
         self._at = max(0, base + offset)
         return self._at
+
+
+class MemoryFile(SeekableFile):
+    """A file over memory, as HDF5 reads and writes it; nothing but its caller copies.
+
+    Args:
+        content: what it holds at first; immutable bytes are for reading only.
+        room: to write: bytes to set aside, into which `content` is copied; memory is used as they fill.
+    """
+
+    def __init__(self, content: bytes | memoryview = b"", *, room: int = 0) -> None:
+        super().__init__(len(content))
+        self._memory = memoryview(content)
+        self._reserve(room)
+
+    def view(self) -> memoryview:
+        """What the file holds now; to be taken when the last byte is written."""
+        return self._memory[: self._length]
+
+    def writable(self) -> bool:
+        return not self._memory.readonly
 
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._length - self._at))

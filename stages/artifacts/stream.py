@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from stages.artifacts import hdf5
+from stages.artifacts.memory_file import SeekableFile
 from stages.artifacts.records import Record
 from stages.errors import DataError, InputMissing, StreamBroken
 
@@ -145,25 +146,12 @@ class SharedFile(io.FileIO):
         self.close()
 
 
-class Window(io.RawIOBase):
+class Window(SeekableFile):
     """A part of a seekable file as a file of its own; several windows may share the file."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
+        super().__init__(length)
+        self._file, self._start = file, start
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self._length - self._at)]
