@@ -208,12 +208,14 @@ def evaluate_tasks(
 
 
 def identity(run: Run, sets: Mapping[str, Block], config: Tasks, seed: int) -> dict[str, object]:
-    """What all shards of one evaluation have in common: model, samples, tasks, methods, settings, seed."""
-    common = replace(config, shard=(0, 1), measure=True)
+    """What says which results can stand side by side: model, samples, tasks, settings, seed; and the methods, which
+    parts of one evaluation may differ in."""
+    common = asdict(replace(config, shard=(0, 1), measure=True))
+    del common["methods"]
     return {
         "model": model_hash(run),
         "samples": {name: data_hash(block) for name, block in sets.items()},
-        "settings": sha256(json.dumps(asdict(common), sort_keys=True).encode()).hexdigest(),
+        "settings": sha256(json.dumps(common, sort_keys=True).encode()).hexdigest(),
         "tasks": config.tasks,
         "methods": list(config.methods),
         "seed": seed,

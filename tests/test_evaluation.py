@@ -99,6 +99,17 @@ def test_rows_repeat_and_shards_join():
     assert [each.accuracy for each in summarise(joined, "none")] == [each.accuracy for each in summarise(whole, "none")]
 
 
+def test_an_evaluation_is_the_same_one_with_other_methods_but_not_with_other_settings():
+    run, sets = random_run(), {"squares": squares(classes=5)}
+
+    def told(**changed):
+        found = identity(run, sets, Tasks(**{**settings(QUICK), **changed}), 4)
+        return {key: value for key, value in found.items() if key != "methods"}
+
+    assert told(methods=("full",)) == told(shard=(1, 2)) == told()
+    assert told(adapting=Adapting(iterations=7)) != told()
+
+
 def settings(config):
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
@@ -142,3 +153,10 @@ def test_settings_are_checked(wrong):
 def test_there_are_methods():
     published = {"none", "full", "last-layer", "sparse-update", "tinytrain", "transductive", "tinytl"}
     assert published | {f"adapter-drop-{percent}" for percent in (75, 50, 25)} <= set(METHODS)
+
+
+def test_the_help_names_every_method():
+    from edgetrain_cli.commands.evaluate import evaluate as command
+
+    named = command.__doc__.split("Methods:")[1].split("and every named plan")[0].replace(",", " ").split()
+    assert set(METHODS) - set(named) == set()

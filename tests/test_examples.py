@@ -111,3 +111,26 @@ def test_costs_to_an_accuracy_are_those_of_the_first_smoothed_point_there():
     assert titan_page.quickest(rivals, [0.6], "rounds") == "stratified"
     assert titan_page.quickest(rivals, [0.6], "seconds") == "stratified"
     assert titan_page.quickest({"random": [slow, fast], "all": [reference] * 2}, [0.6] * 2, "rounds") == "all"
+
+
+def test_tinytrains_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    from stages.artifacts.files import atomic_write
+    from stages.artifacts.hdf5 import encode
+    from stages.importing import Importing, import_model
+
+    monkeypatch.setenv("EDGETRAIN_DATA", str(tmp_path / "nothing"))
+    kept = tmp_path / "cnn4-w32" / "32-pixels-seed-0.h5"  # as if meta-training were done
+    kept.parent.mkdir()
+    atomic_write(kept, encode(import_model(Importing(arch="cnn4-w32", arch_args={"size": 32}), None)))
+    script = [sys.executable, str(EXAMPLES / "reproduce" / "tinytrain_accuracy.py"), "--out", str(tmp_path)]
+    small = ["--tasks", "2", "--jobs", "2"]
+    run([*script, *small, "--methods", "none,tinytrain"], tmp_path)
+    before = (kept.parent / "none.jsonl").stat().st_mtime_ns
+    run([*script, *small, "--methods", "none,last-layer,tinytrain:rule=l2"], tmp_path)
+    assert (kept.parent / "none.jsonl").stat().st_mtime_ns == before
+    page = (tmp_path / "tinytrain_accuracy.md").read_text()
+    methods, ablations = page.split("Ablations")
+    assert [methods.count(f"| average | {name} | 4 |") for name in ("none", "last-layer", "tinytrain")] == [1, 1, 1]
+    assert "rule=l2" not in methods
+    assert "| tinytrain:rule=l2 |" in ablations
+    assert (tmp_path / "tinytrain_accuracy-cnn4-w32.png").is_file()

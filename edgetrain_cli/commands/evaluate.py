@@ -68,7 +68,9 @@ def evaluate(
     rows: Annotated[
         str | None, typer.Option("--rows", metavar="FILE", help="Write one JSON line per task and method.")
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="IN and SAMPLES are files of --rows: join them.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="IN and SAMPLES are files of --rows, of shards or methods: join them.")
+    ] = False,
     write_tasks: Annotated[
         str | None, typer.Option("--write-tasks", metavar="FILE", help="Write the list of tasks.")
     ] = None,
@@ -94,7 +96,7 @@ def evaluate(
     On samples the record's head answers, or class means of --support. With --tasks every method adapts the backbone to
     the same tasks, drawn as Meta-Dataset draws them or with fixed --ways; the table shows paired differences.
 
-    Methods: none, full, last-layer, last-K (layers), bias, sparse-update, tinytrain, transductive, tinytl,
+    Methods: none, full, last-layer, last-K (layers), bias, sparse-update, tinytrain, shortcut, transductive, tinytl,
     adapter-drop-75, adapter-drop-50, adapter-drop-25, and every named plan of score-layers.
 
     Example: edgetrain evaluate adapted.h5 query.h5

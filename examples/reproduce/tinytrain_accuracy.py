@@ -1,36 +1,45 @@
 """TinyTrain's comparison of adaptation methods (arXiv:2307.09988, Table 1) on the data at hand.
 
-    python examples/reproduce/tinytrain_accuracy.py                      # small: about an hour on 2 cores
-    python examples/reproduce/tinytrain_accuracy.py --paper              # the paper's protocol: a batch system's job
-    python examples/reproduce/tinytrain_accuracy.py --shard 0/8 ...      # an eighth of the tasks; then --merge
-    python examples/reproduce/tinytrain_accuracy.py --nets mcunet-5fps-meta   # meta-trained first, then --merge
+    python examples/reproduce/tinytrain_accuracy.py                          # small: about an hour on 2 cores
+    python examples/reproduce/tinytrain_accuracy.py --ablations              # TinyTrain's parts, and shortcut's
+    python examples/reproduce/tinytrain_accuracy.py --nets mcunet-5fps-meta  # meta-trained first
+    python examples/reproduce/tinytrain_accuracy.py --paper                  # the paper's protocol: a batch system's
+    python examples/reproduce/tinytrain_accuracy.py --paper --shard 0/8      # job; an eighth of its tasks, then --merge
 
 Backbones are the three ImageNet nets where their weights are at hand, else a Conv-4 that is meta-trained on glyphs.
 `-meta` after a net's name meta-trains it on Omniglot's background alphabets (if at hand) and glyphs before anything
 else: in the paper only TinyTrain starts from such a backbone, which is part of its lead.
 Data sets: Omniglot's evaluation alphabets and Quick, Draw! where they are at hand; digits and glyphs always. Real data
-and weights are taken from the folder that EDGETRAIN_DATA names, or `shared` beside the repository. Rows go to
-OUT/<backbone>.jsonl, one line per task and method; the table and the picture are made from them.
+and weights are taken from the folder that EDGETRAIN_DATA names, or `shared` beside the repository.
+
+Each method on each backbone is a job with one thread, as many at once as there are processors. Its rows, one line per
+task, go to OUT/<backbone>/<method>.jsonl; what lies there already is not measured again, so a run that was cut short
+goes on, and further methods and backbones join those measured before. The page and its pictures show all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from edgetrain_cli.plots.methods import check_plot, plot_methods
+from stages.artifacts.files import atomic_write
+from stages.artifacts.hdf5 import encode
 from stages.artifacts.records import Array, Block, Run
 from stages.artifacts.stream import open_records
 from stages.cost.model import paper_peak_bytes
 from stages.data.synthetic import Glyphs, glyphs
-from stages.errors import PartMissing
+from stages.errors import EdgeTrainError, PartMissing
 from stages.evaluation import Tasks, evaluate_tasks, identity
 from stages.fsl.episodes import FixedShape, VariousShape
 from stages.fsl.schedule import WarmCosine
@@ -51,6 +60,8 @@ METHODS = (
     "none", "last-layer", "transductive", "full", "tinytl", "adapter-drop-75", "adapter-drop-50", "adapter-drop-25",
     "sparse-update", "tinytrain", "shortcut",
 )  # fmt: skip
+SLOWEST = ("tinytl", "adapter-drop-25", "full", "transductive", "adapter-drop-50", "adapter-drop-75")
+"""First, so that no processor waits for a long last job."""
 SEARCHED = ("tinytrain", "shortcut")
 """Methods with a memory budget."""
 ABLATIONS = (
@@ -73,21 +84,19 @@ META_RATE = 1e-3
 def main() -> None:
     options = arguments()
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    sections: list[str] = []
-    for name in options.nets or [net for net in NETS if weights(net).is_file()] or [SMALL]:
-        known = [*NETS, *(net + META for net in NETS), SMALL]
-        if name not in known:
-            raise SystemExit(f"--nets {name}: expected some of {', '.join(known)}")
-        file = out / f"{name}{'' if options.shard == '0/1' else '-' + options.shard.replace('/', 'of')}.jsonl"
-        rows = merged(out, name) if options.merge else measured(name, file, options)
-        table = list(zip(*(summarise(rows, to) for to in REFERENCES), strict=True))
-        picture = out / f"tinytrain_accuracy-{name}.png"
-        draw([one for one, _ in table], picture)
-        sections += [*lines(name, table), "", f"![accuracy and cost]({picture.name})", *per_task(rows)]
-    page = "\n".join([*heading(options), *sections])
+    names = options.nets or [net for net in NETS if weights(net).is_file()] or [SMALL]
+    known = [*NETS, *(net + META for net in NETS), SMALL]
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"--nets {unknown[0]}: expected some of {', '.join(known)}")
+    if not options.merge:
+        measure_all(names, options)
+    if options.shard != "0/1" and not options.merge:
+        print(f"{out}: shard {options.shard} is done; --merge makes the page when all are", file=sys.stderr)
+        return
+    results = {name: rows for name in known if (rows := merged(out / name))}
+    page = "\n".join([*heading(options, results), *sections(results, out), *gains(results)])
     (out / "tinytrain_accuracy.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
+    print(out / "tinytrain_accuracy.md")
 
 
 def arguments() -> argparse.Namespace:
@@ -95,52 +104,76 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--paper", action="store_true", help="200 tasks of Meta-Dataset's shape, 128 pixels, 40 steps")
     parser.add_argument("--tasks", type=int, help="per data set (5, with --paper 200)")
     parser.add_argument("--nets", nargs="*", help=f"some of {', '.join(NETS)}, each with or without {META}, {SMALL}")
-    parser.add_argument("--methods", default=None, help="comma-separated, as for `edgetrain evaluate`")
+    parser.add_argument("--methods", help="comma-separated, as for `edgetrain evaluate`")
     parser.add_argument("--ablations", action="store_true", help="TinyTrain's and shortcut's, instead of the methods")
     parser.add_argument("--shard", default="0/1", help="i/n: only every n-th task")
     parser.add_argument("--merge", action="store_true", help="measure nothing: report what lies in OUT")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at once, one thread each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=str(ROOT / "build" / "tinytrain-accuracy"))
     return parser.parse_args()
 
 
-def measured(name: str, file: Path, options: argparse.Namespace) -> list[Row]:
-    """All rows of one backbone, written line by line as they are done."""
-    size = 32 if name == SMALL else PAPER_SIZE if options.paper else SMALL_SIZE
-    run = backbone(name, size, options.seed)
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure_all(names: Sequence[str], options: argparse.Namespace) -> None:
+    """Every method on every backbone, the slowest first."""
+    chosen = (
+        options.methods.split(",") if options.methods else [*SEARCHED, *ABLATIONS] if options.ablations else METHODS
+    )
+    for name in names:
+        backbone(name, options)  # what is meta-trained is trained once, before the jobs
+    jobs = [
+        (name, method, options)
+        for method in sorted(chosen, key=lambda method: SLOWEST.index(method) if method in SLOWEST else len(SLOWEST))
+        for name in names
+        if name != SMALL or method != "sparse-update"
+    ]
+    # no fork: this process may have trained with several threads
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
+        for number, done in enumerate(as_completed([pool.submit(measure, *job) for job in jobs]), start=1):
+            print(f"{number} of {len(jobs)}: {' '.join(done.result())}", file=sys.stderr)
+
+
+def measure(name: str, method: str, options: argparse.Namespace) -> tuple[str, str]:
+    """One method on one backbone, unless its rows are there already."""
+    run = backbone(name, options)
     sets = {key: block for key, make in DATA.items() if (block := make()) is not None}
     first, step = map(int, options.shard.split("/"))
-    chosen = options.methods.split(",") if options.methods else ABLATIONS if options.ablations else METHODS
-    methods = [budgeted(method, name, size) for method in chosen if name != SMALL or method != "sparse-update"]
     config = Tasks(
         tasks=options.tasks or (200 if options.paper else 5),
-        methods=tuple(methods),
+        methods=(budgeted(method, name, size_of(name, options)),),
         shape=VariousShape() if options.paper else FixedShape(ways=10, shots=3, queries=10),
         skip_small=True,
         adapting=Adapting(iterations=40 if options.paper else 20, micro_batch=100, folds=3 if options.paper else 2),
         shard=(first, step),
     )
-    rows: list[Row] = []
-    with file.open("w", encoding="utf-8") as results:
-        results.write(header_line(identity(run, sets, config, options.seed)))
-
-        def on_row(row: Row) -> None:
-            rows.append(replace(row, method=plain(row.method)))
-            results.write(row_line(row))
-            results.flush()
-            print(f"{name} {row.dataset} task {row.task} {row.method}: {row.accuracy:.3f}", file=sys.stderr)
-
+    shard = "" if step == 1 else f"-{first}of{step}"
+    file = Path(options.out) / name / f"{method.replace('/', '-')}{shard}.jsonl"
+    header = header_line(identity(run, sets, config, options.seed))
+    if not (file.is_file() and file.read_text(encoding="utf-8").startswith(header)):
+        lines = [header]
         for key, block in sets.items():
             shaped = replace(config, hierarchical=key == "omniglot")
-            evaluate_tasks(run, block, shaped, seed=options.seed, dataset=key, on_row=on_row)
-    return rows
+            lines += map(row_line, evaluate_tasks(run, block, shaped, seed=options.seed, dataset=key))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, "".join(lines).encode())
+    return name, method
 
 
-def merged(out: Path, name: str) -> list[Row]:
-    """The rows that all runs of one backbone have written, budgets out of the methods' names."""
-    files = [*out.glob(f"{name}.jsonl"), *sorted(out.glob(f"{name}-[0-9]*of*.jsonl"))]
-    found = merge_results((file.name, *read_results(file.read_text(encoding="utf-8"), file.name)) for file in files)
-    return [replace(row, method=plain(row.method)) for row in found]
+def merged(folder: Path) -> list[Row]:
+    """The rows of one backbone, methods in the order of the tables, budgets out of the methods' names."""
+    files = sorted(folder.glob("*.jsonl"))
+    found = merge_results((str(file), *read_results(file.read_text(encoding="utf-8"), str(file))) for file in files)
+    rows = [replace(row, method=plain(row.method)) for row in found]
+    order, sets = [*METHODS, *ABLATIONS], list(DATA)
+
+    def place(row: Row) -> tuple[int, int, int]:
+        return sets.index(row.dataset), row.task, order.index(row.method) if row.method in order else len(order)
+
+    return sorted(rows, key=place)
 
 
 def budgeted(method: str, name: str, size: int) -> str:
@@ -167,17 +200,36 @@ def weights(name: str) -> Path:
     return SHARED / "weights" / f"{NETS[name.removesuffix(META)]}.h5"
 
 
-def backbone(name: str, size: int, seed: int) -> Run:
-    """A net with ImageNet weights, with or without meta-training, or a Conv-4 from scratch, always meta-trained."""
+def size_of(name: str, options: argparse.Namespace) -> int:
+    """Side of the pictures, in pixels."""
+    return 32 if name == SMALL else PAPER_SIZE if options.paper else SMALL_SIZE
+
+
+def backbone(name: str, options: argparse.Namespace) -> Run:
+    """A net with ImageNet weights, with or without meta-training, or a Conv-4 from scratch, always meta-trained.
+
+    What was meta-trained is kept in OUT/<backbone>/.
+    """
+    size, seed = size_of(name, options), options.seed
+    run = imported(name.removesuffix(META), size, seed)
+    if name != SMALL and not name.endswith(META):
+        return run
+    file = Path(options.out) / name / f"{size}-pixels-seed-{seed}.h5"
+    if file.is_file():
+        kept = next(open_records(file))
+        assert isinstance(kept, Run)
+        return kept
+    print(f"{name}: meta-training", file=sys.stderr)
     if name == SMALL:
         schedule = WarmCosine(epochs=8, rate=0.3, warmup_epochs=0, least_rate=0.0)
-        return meta_trained(imported(name, size, seed), [training_glyphs(size)], schedule, "train", seed)
-    run = imported(name.removesuffix(META), size, seed)
-    if not name.endswith(META):
-        return run
-    background = omniglot(evaluation=False)
-    blocks = [training_glyphs(32), *([] if background is None else [background])]
-    return meta_trained(run, blocks, WarmCosine(epochs=8, rate=META_RATE, warmup_epochs=1), "frozen", seed)
+        trained = meta_trained(run, [training_glyphs(size)], schedule, "train", seed)
+    else:
+        background = omniglot(evaluation=False)
+        blocks = [training_glyphs(32), *([] if background is None else [background])]
+        trained = meta_trained(run, blocks, WarmCosine(epochs=8, rate=META_RATE, warmup_epochs=1), "frozen", seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, encode(trained))
+    return trained
 
 
 def imported(arch: str, size: int, seed: int) -> Run:
@@ -260,40 +312,130 @@ REFERENCES = ("tinytrain", "sparse-update")
 """Methods that all others are compared with, task by task."""
 
 
-def heading(options: argparse.Namespace) -> Iterator[str]:
-    protocol = "the paper's protocol" if options.paper else (
+def heading(options: argparse.Namespace, results: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    protocol = "200 tasks of Meta-Dataset's shape per data set at 128 pixels, 40 iterations" if options.paper else (
         f"10-way 3-shot tasks at {SMALL_SIZE} pixels, 20 iterations, learning rate chosen by 2 folds of the support"
     )  # fmt: skip
     yield "# Adaptation methods on few-shot tasks"
     yield ""
-    yield f"Written by `make reproduce-tinytrain-accuracy`: {protocol}, seed {options.seed}."
+    yield f"Protocol: {protocol}, seed {options.seed}. What wrote this page:"
+    yield ""
+    plain_nets, trained = ([name for name in results if name.endswith(META) is meta] for meta in (False, True))
+    with_ablations = [name for name, rows in results.items() if any(is_ablation(row.method) for row in rows)]
+    script, flag = "python examples/reproduce/tinytrain_accuracy.py", " --paper" if options.paper else ""
+    yield f"    make reproduce-tinytrain-accuracy{' ARGS=--paper' if flag else ''}    # {', '.join(plain_nets)}"
+    if trained:
+        yield f"    {script}{flag} --nets {' '.join(trained)}"
+    if with_ablations:
+        yield f"    {script}{flag} --ablations --nets {' '.join(with_ablations)}"
+    yield ""
     yield "Accuracies in per cent with 95 % intervals over tasks. *to tinytrain*, *to sparse-update*: differences in"
     yield "points on the same tasks, with 95 % intervals: these decide. *paper*: Table 1 of arXiv:2307.09988, average"
     yield "over nine other data sets, where only TinyTrain starts from a meta-trained backbone."
-    yield "Memory by the paper's accounting and backward MACs are per sample; *s* is a whole task, and runs that share"
-    yield "a machine slow each other down."
+    yield "Memory by the paper's accounting and backward MACs are per sample; *s* is a whole task on one thread, among"
+    yield "other jobs: runs that share a machine slow each other down."
     yield TRAPS
 
 
-def lines(name: str, table: Sequence[tuple[MethodSummary, MethodSummary]]) -> Iterator[str]:
+def sections(results: Mapping[str, Sequence[Row]], out: Path) -> Iterator[str]:
+    """Per backbone the methods, the picture, the ablations and every accuracy."""
+    for name, rows in results.items():
+        compared = [row for row in rows if not is_ablation(row.method)]
+        methods = methods_of(compared)
+        table = {to: summarise(compared, to) for to in REFERENCES if to in methods} or {
+            methods[0]: summarise(compared, methods[0])
+        }
+        picture = out / f"tinytrain_accuracy-{name}.png"
+        draw(next(iter(table.values())), picture)
+        yield from lines(name, table)
+        yield from ("", f"![accuracy and cost]({picture.name})")
+        yield from ablations(rows)
+        yield from per_task(compared)
+
+
+def lines(name: str, compared: Mapping[str, Sequence[MethodSummary]]) -> Iterator[str]:
+    """The table of one backbone; `compared` has its lines by the method that differences are taken to."""
     paper = dict(zip(METHODS, PAPER.get(name, ()), strict=False))
-    average = [each for each, _ in table if each.dataset == table[-1][0].dataset]
     yield from ("", f"## {name}", "")
     if paper:
         yield f"The paper's order: {ranked(paper)}."
-    yield f"Here: {ranked({each.method: 100 * each.accuracy for each in average})}."
-    yield from ("Decided by these tasks, against `tinytrain`: " + decided(average) + ".", "")
-    yield "| data | method | tasks | accuracy | to tinytrain | to sparse-update | paper | memory MB | MMAC | s |"
-    yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
-    for each, other in table:
-        yield (
-            f"| {each.dataset} | {each.method} | {each.tasks} "
-            f"| {percent(each.accuracy, each.half_width)} "
-            f"| {percent(each.difference, each.difference_half_width, '+')} "
-            f"| {percent(other.difference, other.difference_half_width, '+')} "
-            f"| {paper.get(each.method, '') if each.dataset == 'average' else ''} "
-            f"| {each.memory_bytes / 2**20:.2f} | {each.backward_macs / 1e6:.2f} | {each.seconds:.1f} |"
-        )
+    for to, table in compared.items():
+        average = averages(table)
+        if to == next(iter(compared)):
+            yield f"Here: {ranked({each.method: 100 * each.accuracy for each in average})}."
+        yield f"Told from `{to}` by these tasks: {decided(average)}."
+    differences = "".join(f" to {to} |" for to in compared)
+    yield ""
+    yield f"| data | method | tasks | accuracy |{differences} paper | memory MB | MMAC | s |"
+    yield "|---|---|" + "--:|" * (6 + len(compared))
+    for row in zip(*compared.values(), strict=True):
+        each = row[0]
+        to_others = " | ".join(percent(one.difference, one.difference_half_width, "+") for one in row)
+        published = paper.get(each.method, "") if each.dataset == "average" else ""
+        accuracy = percent(each.accuracy, each.half_width)
+        values = (each.dataset, each.method, each.tasks, accuracy, to_others, published, costs(each))
+        yield "| " + " | ".join(map(str, values)) + " |"
+
+
+def ablations(rows: Sequence[Row]) -> Iterator[str]:
+    """Methods with other settings, average over data sets, each beside the method itself."""
+    tables = {
+        base: averages(summarise([row for row in rows if row.method.split(":")[0] == base], base))
+        for base in SEARCHED
+        if any(row.method.startswith(base + ":") for row in rows)
+    }
+    if not tables:
+        return
+    yield from ("", "Ablations, average over the data sets; differences on the same tasks:", "")
+    yield "| variant | accuracy | difference | memory MB | MMAC | s |"
+    yield "|---|--:|--:|--:|--:|--:|"
+    for table in tables.values():
+        for each in table:
+            difference = percent(each.difference, each.difference_half_width, "+")
+            yield f"| {each.method} | {percent(each.accuracy, each.half_width)} | {difference} | {costs(each)} |"
+
+
+def gains(results: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    """What meta-training gives each method, on the same tasks."""
+    for name in [name for name in results if name.endswith(META)]:
+        without_training = results.get(name.removesuffix(META), ())
+        both = [method for method in methods_of(results[name]) if method in methods_of(without_training)]
+        if not both:
+            continue
+        yield from ("", f"## {name.removesuffix(META)} with and without meta-training", "")
+        yield from ("Average over the data sets; differences on the same tasks.", "")
+        yield "| method | without | with | difference |"
+        yield "|---|--:|--:|--:|"
+        for method in both:
+            pair = [
+                replace(row, method=kind)
+                for kind, source in (("without", without_training), ("with", results[name]))
+                for row in source
+                if row.method == method
+            ]
+            without, trained = averages(summarise(pair, "without"))
+            difference = percent(trained.difference, trained.difference_half_width, "+")
+            yield f"| {method} | {percent(without.accuracy, without.half_width)} " + (
+                f"| {percent(trained.accuracy, trained.half_width)} | {difference} |"
+            )
+
+
+def methods_of(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.method for row in rows))
+
+
+def averages(table: Sequence[MethodSummary]) -> list[MethodSummary]:
+    """The last rows: the average over data sets, or the only set's."""
+    return [each for each in table if each.dataset == table[-1].dataset]
+
+
+def costs(each: MethodSummary) -> str:
+    return f"{each.memory_bytes / 2**20:.2f} | {each.backward_macs / 1e6:.2f} | {each.seconds:.1f}"
+
+
+def is_ablation(method: str) -> bool:
+    """Whether the method's name changes its settings."""
+    return ":" in method
 
 
 def ranked(accuracies: dict[str, float]) -> str:
@@ -309,7 +451,7 @@ def decided(average: Sequence[MethodSummary]) -> str:
 
 def per_task(rows: Sequence[Row]) -> Iterator[str]:
     """Every accuracy, a line per task."""
-    methods = list(dict.fromkeys(row.method for row in rows))
+    methods = methods_of(rows)
     found = {(row.dataset, row.task, row.method): row.accuracy for row in rows}
     yield from ("", "Per task, per cent:", "")
     yield "| task | " + " | ".join(methods) + " |"
@@ -333,4 +475,7 @@ def draw(table: Sequence[MethodSummary], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EdgeTrainError as error:
+        raise SystemExit(str(error)) from None

@@ -45,7 +45,7 @@ class Row:
 
 
 def header_line(identity: Mapping[str, object]) -> str:
-    """The first line of a file of results; `identity` is what all shards must have in common."""
+    """The first line of a file of results; `identity` says of what evaluation (`stages.evaluation.identity`)."""
     return json.dumps({"edgetrain": KIND, "schema": VERSION, **identity}, sort_keys=True) + "\n"
 
 
@@ -65,15 +65,19 @@ def read_results(text: str, where: str) -> tuple[dict[str, object], list[Row]]:
 
 
 def merge_results(parts: Iterable[tuple[str, dict[str, object], Sequence[Row]]]) -> list[Row]:
-    """The rows of several files (name, header, rows). Raises `DataError` where headers differ."""
+    """The rows of several files (name, header, rows): shards, or methods that were measured apart.
+
+    Raises:
+        DataError: headers that differ in more than their methods.
+    """
     rows: list[Row] = []
     first: tuple[str, dict[str, object]] | None = None
     for name, header, found in parts:
         first = first or (name, header)
-        for key in sorted({*header, *first[1]}):
+        for key in sorted({*header, *first[1]} - {"methods"}):
             if header.get(key) != first[1].get(key):
                 expected = f"{first[1].get(key)!r} as in {first[0]}"
-                raise DataError(name, f"{key} {header.get(key)!r}", expected, "merge shards of one evaluation")
+                raise DataError(name, f"{key} {header.get(key)!r}", expected, "merge parts of one evaluation")
         rows += found
     return rows
 
@@ -160,7 +164,7 @@ def _table(rows: Sequence[Row]) -> dict[str, dict[str, dict[int, Row]]]:
             lacking = tasks - by_method.get(method, {}).keys()
             if lacking:
                 found = f"{method} lacks {len(lacking)} of the {len(tasks)} tasks of {dataset!r}"
-                raise DataError("results", found, "every method on every task", "merge all shards")
+                raise DataError("results", found, "every method on every task", "merge all its shards")
     return table
 
 

@@ -95,3 +95,11 @@ def test_shards_of_different_evaluations_do_not_merge():
     parts = [("a", {"seed": 1}, [ROW]), ("b", {"seed": 2}, [ROW])]
     with pytest.raises(DataError, match="seed 2, expected 1 as in a"):
         merge_results(parts)
+
+
+def test_methods_that_were_measured_apart_stand_side_by_side():
+    one, other = rows("birds", none=[0.2, 0.4]), rows("birds", full=[0.5, 0.9])
+    joined = merge_results(
+        [("a", {"seed": 1, "methods": ["none"]}, one), ("b", {"seed": 1, "methods": ["full"]}, other)]
+    )
+    assert summarise(joined, "none")[1].difference == pytest.approx(0.4)
