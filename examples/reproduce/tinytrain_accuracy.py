@@ -158,6 +158,7 @@ def measure(name: str, method: str, options: argparse.Namespace) -> tuple[str, s
         for key, block in sets.items():
             shaped = replace(config, hierarchical=key == "omniglot")
             lines += map(row_line, evaluate_tasks(run, block, shaped, seed=options.seed, dataset=key))
+            print(f"{name} {method}: {key} done", file=sys.stderr)
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, "".join(lines).encode())
     return name, method
@@ -363,7 +364,7 @@ def lines(name: str, compared: Mapping[str, Sequence[MethodSummary]]) -> Iterato
         average = averages(table)
         if to == next(iter(compared)):
             yield f"Here: {ranked({each.method: 100 * each.accuracy for each in average})}."
-        yield f"Told from `{to}` by these tasks: {decided(average)}."
+        yield verdict(to, average)
     differences = "".join(f" to {to} |" for to in compared)
     yield ""
     yield f"| data | method | tasks | accuracy |{differences} paper | memory MB | MMAC | s |"
@@ -443,10 +444,16 @@ def ranked(accuracies: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.1f}" for name, value in sorted(accuracies.items(), key=lambda item: -item[1]))
 
 
-def decided(average: Sequence[MethodSummary]) -> str:
-    """The methods whose difference to the reference is told from nothing by its interval."""
-    told = [each for each in average if abs(each.difference) > each.difference_half_width]
-    return ", ".join(f"{each.method} {percent(each.difference, float('nan'), '+')}" for each in told) or "nothing"
+def verdict(to: str, average: Sequence[MethodSummary]) -> str:
+    """Which methods the paired intervals put above and below the method `to`, and which they leave open."""
+    told: dict[str, list[str]] = {"above": [], "below": [], "open": []}
+    for each in average:
+        if each.method != to:
+            shown = f"{each.method} {percent(each.difference, float('nan'), '+')}"
+            is_open = not abs(each.difference) > each.difference_half_width
+            told["open" if is_open else "above" if each.difference > 0 else "below"].append(shown)
+    parts = (f"{side} {', '.join(names) or 'nothing'}" for side, names in told.items())
+    return f"On the same tasks, against `{to}`: {'; '.join(parts)}."
 
 
 def per_task(rows: Sequence[Row]) -> Iterator[str]:

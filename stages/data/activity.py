@@ -21,6 +21,7 @@ HARBOX_AXES = 9
 
 
 def is_uci_har(root: Path) -> bool:
+    """Whether the folder is UCI HAR as it is unpacked."""
     return (root / "activity_labels.txt").is_file() and (root / "train" / "y_train.txt").is_file()
 
 
@@ -72,6 +73,7 @@ def _same_length(folder: Path, *arrays: Array) -> None:
 
 
 def is_harbox(root: Path) -> bool:
+    """Whether the folder holds one folder per user of HARBOX."""
     return any(root.glob("*/*_train.txt"))
 
 

@@ -173,6 +173,7 @@ def npy_folder(root: Path, layout: str | None) -> Source:
 
 
 def is_cifar(root: Path) -> bool:
+    """Whether the folder is the binary version of CIFAR-10 or -100."""
     return any((root / name).is_file() for name in ("batches.meta.txt", "fine_label_names.txt"))
 
 

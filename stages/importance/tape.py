@@ -18,6 +18,7 @@ from torch.nn.grad import conv1d_input, conv2d_input
 
 from stages.models.execute import apply
 from stages.models.graph import Graph, Op
+from stages.models.reach import within_reach
 
 Tensors = Mapping[str, Tensor]
 
@@ -94,6 +95,7 @@ def _input_gradient(op: Op, tensors: Tensors, x: Tensor, gradient: Tensor) -> Te
     weight = tensors[f"{op.name}.weight"]
     if op.kind == "linear":
         return gradient @ weight
+    op, weight = within_reach(op, weight)
     conv_input: Callable[..., Tensor] = conv1d_input if len(op.kernel) == 1 else conv2d_input
     return conv_input(x.shape, weight, gradient, op.stride, op.padding, op.dilation, op.groups)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.errors import UsageError
 from stages.models.graph import Graph, Op
+from stages.models.reach import within_reach
 
 Rule = Callable[[Op, Sequence[Tensor], Mapping[str, Tensor]], Tensor]
 
@@ -46,7 +47,8 @@ def apply(op: Op, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Te
 
 
 def _conv(op: Op, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-    weight, bias = tensors[f"{op.name}.weight"], tensors[f"{op.name}.bias"] if op.bias else None
+    bias = tensors[f"{op.name}.bias"] if op.bias else None
+    op, weight = within_reach(op, tensors[f"{op.name}.weight"])
     if len(op.kernel) == 1:
         return F.conv1d(inputs[0], weight, bias, op.stride, op.padding, op.dilation, op.groups)
     return F.conv2d(inputs[0], weight, bias, op.stride, op.padding, op.dilation, op.groups)

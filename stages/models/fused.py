@@ -19,6 +19,7 @@ from torch import Tensor
 from stages.errors import UsageError
 from stages.models.execute import RULES, apply
 from stages.models.graph import Graph, Op
+from stages.models.reach import within_reach
 
 Kernel = Callable[[Sequence[Tensor]], Tensor]
 Watch = Callable[["Step", Sequence[Tensor], Tensor], None]
@@ -129,8 +130,9 @@ class Program:
             return IN_PLACE[op.kind](step) if step.overwrite is not None and op.kind in IN_PLACE else _plain(op)
         weight, bias = self._tensors[f"{op.name}.weight"], self._tensors[f"{op.name}.bias"] if op.bias else None
         if self.channels_last and len(op.kernel) == 2 and pointwise_fits(weight):
+            op, weight = within_reach(op, weight)
             ready = weight if op.name in self._changing else packed(op, weight, batch)
-            return _pointwise(step, ready, bias)
+            return _pointwise(op, step.activation, ready, bias)
         return _layer(step, self._tensors)
 
 
@@ -165,7 +167,7 @@ def pointwise_works() -> bool:
     weight, bias = torch.linspace(-1, 1, 576).reshape(8, 8, 3, 3), torch.ones(8)
     expected = apply(op, [x], {"probe.weight": weight, "probe.bias": bias}).clamp(0, 6)
     try:
-        found = _pointwise(Step(op, "relu6", "", None, ()), packed(op, weight, 1), bias)([x])
+        found = _pointwise(op, "relu6", packed(op, weight, 1), bias)([x])
     except (AttributeError, RuntimeError):
         return False
     return torch.allclose(found, expected, atol=1e-4)
@@ -188,10 +190,9 @@ _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _pointwise(step: Step, weight: Tensor, bias: Tensor | None) -> Kernel:
-    op = step.op
+def _pointwise(op: Op, activation: str, weight: Tensor, bias: Tensor | None) -> Kernel:
     convolution = torch.ops.mkldnn._convolution_pointwise.default
-    attribute, scalars = _FUSED[step.activation]
+    attribute, scalars = _FUSED[activation]
     padding, stride, dilation = list(op.padding), list(op.stride), list(op.dilation)
 
     def run(inputs: Sequence[Tensor]) -> Tensor:

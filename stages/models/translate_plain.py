@@ -16,6 +16,8 @@ Rule = Callable[..., None]
 
 
 def elementwise(kind: str) -> Rule:
+    """The rule of an operator of this kind that works on each value alone."""
+
     def rule(b: Builder, node: fx.Node, input: Any, inplace: bool = False) -> None:
         b.emit(node, kind, (input,))
 

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from stages.models.fused import ACTIVATIONS, Program, Step, laid_out
 from stages.models.graph import Graph, Op
+from stages.models.reach import within_reach
 from stages.sparse.live import Live, channels_of
 from stages.sparse.masks import max_pool_gradient, pack, unpack, window_index
 from stages.sparse.weight_gradients import bias_gradient, is_matrix, weight_gradient
@@ -213,12 +214,12 @@ def _pull_conv(suffix: Suffix, op: Op) -> Pull:
     if is_matrix(op) and set(op.stride) == {1}:
         matrix = suffix.tensors[f"{op.name}.weight"].flatten(1)
         return lambda saved, gradient: [Flow((gradient.movedim(1, -1) @ matrix).movedim(-1, 1), fresh=True)]
+    op, weight = within_reach(op, suffix.tensors[f"{op.name}.weight"])
     spatial = zip(op.in_shape[1:], op.shape[1:], op.kernel, op.stride, op.padding, op.dilation, strict=True)
     unread = [
         size - ((out - 1) * step - 2 * pad + apart * (taps - 1) + 1) for size, out, taps, step, pad, apart in spatial
     ]
     transposed = F.conv_transpose1d if len(op.kernel) == 1 else F.conv_transpose2d
-    weight = suffix.tensors[f"{op.name}.weight"]
 
     def pull(saved: Saved, gradient: Tensor) -> list[Flow]:
         spread = transposed(gradient, weight, None, op.stride, op.padding, unread, op.groups, op.dilation)
