@@ -326,7 +326,9 @@ def heading(options: argparse.Namespace, results: Mapping[str, Sequence[Row]]) -
     script, flag = "python examples/reproduce/tinytrain_accuracy.py", " --paper" if options.paper else ""
     yield f"    make reproduce-tinytrain-accuracy{' ARGS=--paper' if flag else ''}    # {', '.join(plain_nets)}"
     if trained:
-        yield f"    {script}{flag} --nets {' '.join(trained)}"
+        methods = [method for method in methods_of(results[trained[0]]) if not is_ablation(method)]
+        only = f" --methods {','.join(methods)}" if methods != list(METHODS) else ""
+        yield f"    {script}{flag} --nets {' '.join(trained)}{only}"
     if with_ablations:
         yield f"    {script}{flag} --ablations --nets {' '.join(with_ablations)}"
     yield ""
