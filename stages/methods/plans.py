@@ -127,7 +127,8 @@ class TinyTrain:
         window = candidates(graph, self.blocks, self.layers)
         found = fisher_pass(backbone, pseudo_query.batches(size), pseudo_query.loss, window)
         scores = scores_of(self.criterion, backbone, found, window, rng)
-        budget, evidence = self.budget(full_backward_macs(graph)), Evidence(arrays(backbone), rng)
+        # spawned, so that random channels leave the draws of the support's views as they are
+        budget, evidence = self.budget(full_backward_macs(graph)), Evidence(arrays(backbone), rng.spawn(1)[0])
         problem = pose(graph, scores, budget, self.channels(), evidence, detached=detached(graph, self.gradient))
         return problem.complete(select_layers(problem, self.select).updates)
 
