@@ -69,8 +69,8 @@ ABLATIONS = (
     "tinytrain:ratios=0.5+rule=l2", "tinytrain:ratios=0.5+rule=random", "tinytrain:ratios=0.25",
     "tinytrain:ratios=0.125", "shortcut:gradient=exact", "shortcut:layers=all",
 )  # fmt: skip
-"""Rules of choosing channels are compared at a fixed ratio: with free ratios, plans by l2 or random channels came out with
-whole layers, where there is nothing to choose."""
+"""Rules of choosing channels are compared at a fixed ratio: with free ratios, plans by l2 or random channels came out
+with whole layers, where there is nothing to choose."""
 PAPER = {
     "mcunet-5fps": (44.5, 54.6, 61.5, 66.9, 66.1, 56.0, 61.8, 63.4, 64.3, 69.3),
     "mobilenetv2-w0.35": (51.7, 58.1, 56.5, 62.7, 62.1, 57.4, 60.1, 61.4, 64.0, 65.6),
