@@ -112,8 +112,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--merge", action="store_true", help="measure nothing: report what lies in OUT")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at once, one thread each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=str(ROOT / "build" / "tinytrain-accuracy"))
-    return parser.parse_args()
+    parser.add_argument("--out", help="a folder for one protocol; default: build/tinytrain-accuracy[-paper]")
+    options = parser.parse_args()
+    # one page tells of one protocol, so the two never share a folder
+    options.out = options.out or str(ROOT / "build" / f"tinytrain-accuracy{'-paper' if options.paper else ''}")
+    return options
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -363,11 +366,11 @@ def lines(name: str, compared: Mapping[str, Sequence[MethodSummary]]) -> Iterato
     paper = dict(zip(METHODS, PAPER.get(name, ()), strict=False))
     yield from ("", f"## {name}", "")
     if paper:
-        yield f"The paper's order: {ranked(paper)}."
+        yield f"* The paper's order: {ranked(paper)}."
     for to, table in compared.items():
         average = averages(table)
         if to == next(iter(compared)):
-            yield f"Here: {ranked({each.method: 100 * each.accuracy for each in average})}."
+            yield f"* Here: {ranked({each.method: 100 * each.accuracy for each in average})}."
         yield verdict(to, average)
     differences = "".join(f" to {to} |" for to in compared)
     yield ""
@@ -457,7 +460,7 @@ def verdict(to: str, average: Sequence[MethodSummary]) -> str:
             is_open = not abs(each.difference) > each.difference_half_width
             told["open" if is_open else "above" if each.difference > 0 else "below"].append(shown)
     parts = (f"{side} {', '.join(names) or 'nothing'}" for side, names in told.items())
-    return f"On the same tasks, against `{to}`: {'; '.join(parts)}."
+    return f"* On the same tasks, against `{to}`: {'; '.join(parts)}."
 
 
 def per_task(rows: Sequence[Row]) -> Iterator[str]:

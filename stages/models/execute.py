@@ -1,4 +1,4 @@
-"""The plain interpreter of a `Graph`: stock torch operators, one after the other.
+"""The plain interpreter of a `Graph`: stock torch operators, one after the other, kernels cut to what meets the map.
 
 It is differentiable where the tensors require gradients, so it also serves as the dense oracle of the sparse engine.
 """
