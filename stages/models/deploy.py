@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from stages.artifacts.records import Array, InputSpec, Model
 from stages.errors import DataError, UsageError
-from stages.models import execute, registry
+from stages.models import registry
 from stages.models.builder import with_blocks
+from stages.models.fused import Program, channels_last_is_faster, in_chunks
 from stages.models.graph import Graph, Op
 from stages.models.tracing import Traced, trace_module
 
@@ -37,13 +39,18 @@ class Backbone:
     input: InputSpec
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, *input.shape) float32 -> (N, D), without gradients."""
-        return self.until(x, self.graph.ops[-1].name)
+        """(N, *input.shape) float32 -> (N, D), without gradients and as fast as this machine allows.
 
-    def until(self, x: Tensor, op_name: str) -> Tensor:
-        """Output (N, *shape) of one operator, without gradients; nothing after it runs."""
-        with torch.no_grad():
-            return execute.run(self.graph, self.tensors, x, stop=op_name)
+        From the first call on the tensors must keep their values. Raises `DataError` for an input of another shape.
+        """
+        self.graph.check_input(x.shape)
+        return in_chunks(self._program, self.graph.ops[0].name, x)[0]
+
+    @cached_property
+    def _program(self) -> Program:
+        channels_last = all(map(channels_last_is_faster, self.tensors.values()))
+        names = [op.name for op in self.graph.ops]
+        return Program(self.graph, self.tensors, names, names[-1:], channels_last=channels_last)
 
 
 # ----------------------------------------------------------------------------------------------------------- folding

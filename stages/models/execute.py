@@ -11,34 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.errors import UsageError
 from stages.models.graph import Graph, Op
 from stages.models.reach import within_reach
 
 Rule = Callable[[Op, Sequence[Tensor], Mapping[str, Tensor]], Tensor]
 
 
-def run(graph: Graph, tensors: Mapping[str, Tensor], x: Tensor, *, stop: str | None = None) -> Tensor:
-    """Output of the last operator, or of the operator named `stop`, for x (N, *graph.input_shape).
+def run(graph: Graph, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Output of the last operator for x (N, *graph.input_shape).
 
-    Outputs are dropped after their last use. Raises `UsageError` for an unknown `stop` or an input of another shape.
+    Outputs are dropped after their last use. Raises `DataError` for an input of another shape.
     """
-    if tuple(x.shape[1:]) != graph.input_shape:
-        raise UsageError("model input", f"shape {tuple(x.shape)}", f"(N, {', '.join(map(str, graph.input_shape))})")
-    last = graph.ops[-1].name if stop is None else stop
-    if last not in graph.by_name:
-        raise UsageError("model", f"no operator {last!r}", "a name of the graph")
+    graph.check_input(x.shape)
     waiting = {name: len(readers) for name, readers in graph.consumers.items()}
     values = {graph.ops[0].name: x}
-    for op in graph.ops[1:] if last != graph.ops[0].name else ():
+    for op in graph.ops[1:]:
         values[op.name] = apply(op, [values[name] for name in op.inputs], tensors)
-        if op.name == last:
-            break
         for name in op.inputs:
             waiting[name] -= 1
             if not waiting[name]:
                 del values[name]
-    return values[last]
+    return values[graph.ops[-1].name]
 
 
 def apply(op: Op, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Tensor:

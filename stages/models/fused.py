@@ -2,7 +2,7 @@
 
 What makes it fast (measured: docs/decisions.md): activations fused into the layer before them, weights laid out once in
 the form that oneDNN's kernels read, channels-last tensors, additions and activations in place, values dropped after
-their last reader. A sample's result does not depend on the batch that it is computed in.
+their last reader. What a convolution makes of a sample does not depend on the batch that it is computed in.
 """
 
 from __future__ import annotations
@@ -134,6 +134,22 @@ class Program:
             ready = weight if op.name in self._changing else packed(op, weight, batch)
             return _pointwise(op, step.activation, ready, bias)
         return _layer(step, self._tensors)
+
+
+FROZEN_CHUNK = 16
+"""Samples that pass frozen layers together: nothing is kept there, so more would only raise the peak of memory."""
+
+
+def in_chunks(
+    program: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], source: str, x: Tensor
+) -> tuple[Tensor, ...]:
+    """What a program keeps, in its order, for x (N, ...) as the value `source`, `FROZEN_CHUNK` samples at a time."""
+    parts = [program({source: part.contiguous()}) for part in torch.split(x, FROZEN_CHUNK)]
+    return (
+        tuple(parts[0].values())
+        if len(parts) == 1
+        else tuple(map(torch.cat, zip(*(part.values() for part in parts), strict=True)))
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts

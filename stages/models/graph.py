@@ -7,10 +7,12 @@ mapping keyed `<layer>.weight` and `<layer>.bias`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+
+from stages.errors import DataError
 
 Shape = tuple[int, ...]
 
@@ -133,6 +135,12 @@ class Graph:
     @property
     def input_shape(self) -> Shape:
         return self.ops[0].shape
+
+    def check_input(self, shape: Sequence[int]) -> None:
+        """Raise `DataError` unless a batch of this shape (N, *input_shape) fits."""
+        if tuple(shape[1:]) != self.input_shape:
+            expected = ", ".join(map(str, self.input_shape))
+            raise DataError("model input", f"shape {tuple(shape)}", f"(N, {expected})")
 
     @property
     def feature_dim(self) -> int:

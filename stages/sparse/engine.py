@@ -15,17 +15,13 @@ from torch import Tensor, nn
 from stages.artifacts.records import LayerUpdate, detached_layers
 from stages.errors import DataError
 from stages.models.deploy import Backbone
-from stages.models.fused import Program, channels_last_is_faster
+from stages.models.fused import Program, channels_last_is_faster, in_chunks
 from stages.models.graph import Graph
 from stages.sparse.functions import Attached, Suffix
 from stages.sparse.live import live_layers
 
 Boundary = tuple[Tensor, ...]
 """What crosses from the prefix into the suffix: the values (N, C, ...) that both touch, often a single one."""
-
-
-PREFIX_CHUNK = 16
-"""Samples that pass the frozen prefix together: nothing is kept there, so more would only raise the peak of memory."""
 
 
 class SparseNet:
@@ -42,8 +38,7 @@ class SparseNet:
     def __init__(
         self, backbone: Backbone, updates: Sequence[LayerUpdate], *, channels_last: bool | None = None
     ) -> None:
-        graph = backbone.graph
-        self.input_shape = graph.input_shape
+        self._graph = graph = backbone.graph
         self._tensors = dict(backbone.tensors)
         for update in updates:
             if not update.trains:
@@ -56,7 +51,6 @@ class SparseNet:
         detached = detached_layers(updates)
         self._suffix = Suffix(graph, self._tensors, self._live, detached=detached, channels_last=channels_last)
         before = _ancestors(graph, self._suffix.boundary)
-        self._input = graph.ops[0].name
         self._prefix = Program(graph, self._tensors, before, self._suffix.boundary, channels_last=channels_last)
 
     @property
@@ -68,10 +62,8 @@ class SparseNet:
 
     def prefix(self, x: Tensor) -> Boundary:
         """Model input (N, *input) -> what enters the trained part, without autograd. Never changes while training."""
-        if tuple(x.shape[1:]) != self.input_shape:
-            raise DataError("model input", f"shape {tuple(x.shape)}", f"(N, {', '.join(map(str, self.input_shape))})")
-        parts = [self._prefix({self._input: part.contiguous()}) for part in torch.split(x, PREFIX_CHUNK)]
-        return tuple(_joined([part[name] for part in parts]) for name in self._suffix.boundary)
+        self._graph.check_input(x.shape)
+        return in_chunks(self._prefix, self._graph.ops[0].name, x)
 
     def suffix(self, boundary: Boundary) -> Tensor:
         """What `prefix` gave -> features (N, D), differentiable in the parameters."""
@@ -139,10 +131,6 @@ class SparseNet:
     def tensors(self) -> dict[str, Tensor]:
         """The whole backbone's tensors with the live values merged in, copied where they may still change."""
         return {**self._tensors, **{name: tensor.clone() for name, tensor in self.changed_tensors().items()}}
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _ancestors(graph: Graph, names: Collection[str]) -> set[str]:

@@ -17,6 +17,7 @@ from stages.artifacts.records import InputSpec, Model
 from stages.errors import DataError, UsageError
 from stages.models.deploy import Backbone, deploy, fold, restore, state, store
 from stages.models.execute import run
+from stages.models.fused import FROZEN_CHUNK
 from stages.models.registry import build, input_spec
 from stages.models.tracing import trace
 from tests.models.nets import Classifier, PreActivation, randomise, write_module
@@ -134,20 +135,18 @@ def test_deploy_and_store_keep_the_features(arch: str) -> None:
     assert all(value.dtype == torch.float32 and value.is_contiguous() for value in first.tensors.values())
 
 
-def test_until_stops_at_the_named_operator() -> None:
-    backbone = deploy(record("cnn4", **SMALL["cnn4"]))
-    x = torch.rand(2, 1, 28, 28)
-    for op in backbone.graph.ops:
-        assert backbone.until(x, op.name).shape == (2, *op.shape)
-    assert torch.equal(backbone.until(x, "input"), x)
-    with pytest.raises(UsageError, match="no operator 'nowhere'"):
-        backbone.until(x, "nowhere")
+@pytest.mark.parametrize("arch", SMALL)
+def test_features_are_the_plain_interpreters(arch: str) -> None:
+    backbone = deploy(record(arch, **SMALL[arch]))
+    x = torch.rand(FROZEN_CHUNK + 3, *backbone.input.shape, generator=torch.Generator().manual_seed(0))
+    features = backbone.features(x)
+    torch.testing.assert_close(features, run(backbone.graph, backbone.tensors, x), rtol=1e-4, atol=1e-5)
 
 
 def test_features_refuse_another_shape_and_need_no_gradient() -> None:
     backbone = deploy(record("cnn4", **SMALL["cnn4"]))
     assert not backbone.features(torch.rand(1, 1, 28, 28)).requires_grad
-    with pytest.raises(UsageError, match="shape"):
+    with pytest.raises(DataError, match="shape"):
         backbone.features(torch.rand(1, 1, 32, 32))
 
 

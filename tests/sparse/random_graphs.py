@@ -204,7 +204,8 @@ def distance_to_kinks(backbone: Backbone, x: torch.Tensor) -> float:
     for op in graph.ops:
         if op.kind not in ("relu", "relu6", "max_pool"):
             continue
-        value = execute.run(graph, backbone.tensors, x, stop=op.inputs[0])
+        before = Graph(graph.ops[: graph.position[op.inputs[0]] + 1])
+        value = execute.run(before, backbone.tensors, x)
         if op.kind == "max_pool":
             ordered = value.flatten().unique()
             gaps = ordered.diff() if len(ordered) > 1 else torch.ones(1)

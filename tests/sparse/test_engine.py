@@ -14,8 +14,9 @@ from stages.cost.training import saved_activation_bytes
 from stages.errors import DataError, UsageError
 from stages.models import execute, registry
 from stages.models.deploy import Backbone, deploy
+from stages.models.fused import FROZEN_CHUNK
 from stages.models.graph import Graph, Op
-from stages.sparse.engine import PREFIX_CHUNK, SparseNet
+from stages.sparse.engine import SparseNet
 from stages.sparse.live import Live
 from tests.sparse.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
 
@@ -399,11 +400,11 @@ def test_the_prefix_holds_few_samples_at_a_time(monkeypatch):
     backbone = small("mobilenetv2-w0.35")
     last = backbone.graph.layers[-1]
     net = SparseNet(backbone, [LayerUpdate(last.name, "output", (0,), last.out_channels)])
-    x = random_input(backbone.graph, 2 * PREFIX_CHUNK + 3, 0, torch.float32)
+    x = random_input(backbone.graph, 2 * FROZEN_CHUNK + 3, 0, torch.float32)
     sizes, run = [], net._prefix
     monkeypatch.setattr(net, "_prefix", lambda values: sizes.append(len(*values.values())) or run(values))
     (together,) = net.prefix(x)
-    assert sizes == [PREFIX_CHUNK, PREFIX_CHUNK, 3]
+    assert sizes == [FROZEN_CHUNK, FROZEN_CHUNK, 3]
     monkeypatch.undo()
     one_by_one = [net.prefix(sample[None])[0] for sample in x]
     assert torch.equal(together, torch.cat(one_by_one))
