@@ -137,11 +137,10 @@ class Stage:
         return run, _rounds(_with_first(first, records), where)
 
     def read_samples(self, path: str) -> Block:
-        """The samples of a named file as one block; a file of one block stays on disk until it is sliced."""
+        """The samples of a file, or of stdin, as one block; a file of one block stays on disk until it is sliced."""
         from stages.artifacts.records import Run
         from stages.data.blocks import join_blocks
 
-        self.named(path)
         _, blocks = self.read_stream(path)
         found = list(blocks)
         if not found or any(isinstance(block, Run) for block in found):

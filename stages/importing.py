@@ -178,7 +178,8 @@ def class_list(path: Path) -> tuple[str, ...]:
 
 
 def input_from_text(text: str) -> InputSpec:
-    """The input of a user model: `3x32x32` (image), `900` (features), `49x40@16000` (log-mel frames, bands, Hz).
+    """The input of a user model: `3x32x32` (image), `9x128` (signals x steps), `900` (features), `49x40@16000` (log-mel
+    frames, bands, Hz).
 
     Images are scaled to 2 * (pixel / 255) - 1.
 
@@ -189,9 +190,12 @@ def input_from_text(text: str) -> InputSpec:
         return InputSpec("features", (int(text),))
     if found := re.fullmatch(r"(\d+)x(\d+)x(\d+)", text):
         return registry.image_input(int(found[1]), int(found[2]), int(found[3]))
+    if found := re.fullmatch(r"(\d+)x(\d+)", text):
+        return registry.signal_input(int(found[1]), int(found[2]))
     if found := re.fullmatch(r"(\d+)x(\d+)@(\d+)", text):
         return registry.sound_input(int(found[1]), int(found[2]), int(found[3]))
-    raise UsageError("--input", repr(text), "3x32x32 (image), 900 (features) or 49x40@16000 (frames, bands, Hz)")
+    forms = "3x32x32 (image), 9x128 (signals x steps), 900 (features) or 49x40@16000 (frames, bands, Hz)"
+    raise UsageError("--input", repr(text), forms)
 
 
 # ------------------------------------------------------------------------------------------------------------- files

@@ -345,7 +345,8 @@ def test_settings_check_themselves(settings: dict[str, Any], message: str) -> No
 def test_texts_of_the_command_line(tmp_path: Path) -> None:
     assert input_from_text("900").kind == "features"
     assert input_from_text("49x40@16000").shape == (1, 49, 40)
-    for text in ("3x32", "axb", "", "3x32x32x2", "49x40@"):
+    assert (input_from_text("9x128").kind, input_from_text("9x128").shape) == ("signal", (9, 128))
+    for text in ("3x", "axb", "", "3x32x32x2", "49x40@"):
         with pytest.raises(UsageError, match="--input"):
             input_from_text(text)
     for pairs in (["mix"], ["=1"], ["a=1", "a=2"]):

@@ -147,7 +147,7 @@ def evaluate(
         )
         require(bool(samples), "SAMPLES", "none", "one file of samples per data set")
         run = io.read_run(source, run_file)
-        sets = {io.named(path).stem: io.read_samples(path) for path in samples or []}
+        sets = {Path(path).stem: io.read_samples(path) for path in samples or []}
         found = _on_tasks(io, run, sets, config, seed, rows, write_tasks, read_tasks, arch)
         _report(io, found, against, as_json, plot, out)
 

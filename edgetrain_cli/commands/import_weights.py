@@ -25,7 +25,9 @@ def import_weights(
     size: Annotated[int | None, typer.Option("--size", min=1, help="Side of the input image in pixels.")] = None,
     input: Annotated[
         str | None,
-        typer.Option("--input", help="Input of your own model: 3x32x32, 900 (features), 49x40@16000 (log-mel)."),
+        typer.Option(
+            "--input", help="Input of your own model: 3x32x32, 9x128 (signals), 900 (features), 49x40@16000 (log-mel)."
+        ),
     ] = None,
     classifier: Annotated[
         str | None,

@@ -35,9 +35,12 @@ def pack(
     box_scale: Annotated[float, typer.Option("--box-scale", help="Enlarge boxes about their centre.")] = 1.0,
     x_name: Annotated[str | None, typer.Option("--x-name", help=".npz, HDF5: the array of samples.")] = None,
     y_name: Annotated[str | None, typer.Option("--y-name", help=".npz, HDF5: the array of labels.")] = None,
-    layout: Annotated[str | None, typer.Option("--layout", help="Axes: NHW, NHWC, NCHW, NT (sound), ND.")] = None,
+    layout: Annotated[
+        str | None, typer.Option("--layout", help="Axes: NHW, NHWC, NCHW, NT (sound), NTC, NCT (signals), ND.")
+    ] = None,
     shape: Annotated[
-        str | None, typer.Option("--shape", metavar="28x28", help="Flat samples are images of this shape.")
+        str | None,
+        typer.Option("--shape", metavar="28x28", help="Shape of flat samples, with --layout where it needs one."),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="UCI HAR: sensor signals instead of the 561 features.")] = False,
     size: Annotated[

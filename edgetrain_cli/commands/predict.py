@@ -51,6 +51,8 @@ def predict(
 
     form = format_of(out, format)
     with pipe.stage("predict", locals(), writes="records" if form == "hdf5" else "text") as io:
+        from pathlib import Path
+
         from stages import predicting
         from stages.models.deploy import deploy
 
@@ -64,8 +66,8 @@ def predict(
         head = predicting.head_for(run.model, backbone, shown, micro_batch)
         if samples is None:
             chunks = predicting.chunks_of_blocks(blocks, micro_batch)
-        elif (path := io.named(samples)).is_dir():
-            chunks = predicting.chunks_of_images(path, backbone.input, micro_batch)
+        elif Path(samples).is_dir():
+            chunks = predicting.chunks_of_images(Path(samples), backbone.input, micro_batch)
         else:
             chunks = predicting.chunks_of_blocks(io.read_stream(samples)[1], micro_batch)
         answers = predicting.predict(backbone, head, chunks, on_step=io.progress("samples"))

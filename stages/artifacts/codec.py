@@ -206,7 +206,7 @@ def guess_layout(x: Any, where: str = "") -> str:
     raise DataError(
         f"{where}/x",
         f"shape {shape} without a layout",
-        "NHW, NHWC, NCHW, NT or ND",
+        "one of " + ", ".join(LAYOUTS),
         "pack it with `edgetrain pack --layout`",
     )
 

@@ -47,8 +47,8 @@ class Group:
 class InputSpec:
     """The input adapter: how raw samples become the model's input.
 
-    `kind` is `image` (shape C, H, W), `sound` (1, frames, mel bands) or `features` (D,). After conversion to float32,
-    channel c becomes value * scale[c] + offset[c]; a single entry stands for all channels.
+    `kind` is `image` (shape C, H, W), `sound` (1, frames, mel bands), `signal` (C, T) or `features` (D,). After
+    conversion to float32, channel c becomes value * scale[c] + offset[c]; a single entry stands for all channels.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class InputSpec:
     """Sound only: distance between windows."""
 
     def __post_init__(self) -> None:
-        ranks = {"image": 3, "sound": 3, "features": 1}
+        ranks = {"image": 3, "sound": 3, "signal": 2, "features": 1}
         if self.kind not in ranks:
             raise SchemaError("/model/input", f"kind {self.kind!r}", "one of " + ", ".join(ranks))
         if len(self.shape) != ranks[self.kind] or min(self.shape) < 1:
@@ -229,8 +229,8 @@ class Run:
 
 # -------------------------------------------------------------------------------------------------- the block record
 
-LAYOUTS: Mapping[str, int] = MappingProxyType({"NHW": 3, "NHWC": 4, "NCHW": 4, "NT": 2, "ND": 2})
-"""Meaning of a block's axes -> rank. NT is sound over time, ND a feature vector."""
+LAYOUTS: Mapping[str, int] = MappingProxyType({"NHW": 3, "NHWC": 4, "NCHW": 4, "NT": 2, "NTC": 3, "NCT": 3, "ND": 2})
+"""Meaning of a block's axes -> rank. NT is sound or one signal over time, NTC and NCT several, ND a feature vector."""
 
 
 @dataclass(frozen=True)

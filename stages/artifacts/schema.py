@@ -68,8 +68,8 @@ RUN: Mapping[str, Table] = {
     ),
     "model/input": Table(
         {
-            "kind": Attr("str", "`image`, `sound` or `features`"),
-            "shape": Attr("ints", "input of the model: C, H, W or 1, frames, bands or D"),
+            "kind": Attr("str", "`image`, `sound`, `signal` or `features`"),
+            "shape": Attr("ints", "input of the model: C, H, W or 1, frames, bands or C, T or D"),
             "scale": Attr("floats", "per channel: model input = raw * scale + offset"),
             "offset": Attr("floats", "per channel"),
             "sample_rate_hz": Attr("int", "sound: samples per second", required=False),
@@ -133,7 +133,9 @@ BLOCK: Mapping[str, Table] = {
     "": Table(
         {
             **_ROOT,
-            "layout": Attr("str", "axes of x: NHW, NHWC, NCHW, NT (sound) or ND (features)", required=False),
+            "layout": Attr(
+                "str", "axes of x: NHW, NHWC, NCHW, NT (sound), NTC, NCT (signals) or ND (features)", required=False
+            ),
             "round": Attr("int", "round of the streaming pipeline, from 0", required=False),
             "end": Attr("int", "present in the closing block only: number of rounds in the stream", required=False),
         },

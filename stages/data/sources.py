@@ -33,7 +33,7 @@ class Opening:
     y_name: str | None = None
     layout: str | None = None
     shape: tuple[int, ...] | None = None
-    """Flat samples are images of this shape: H, W or H, W, C or C, H, W."""
+    """Flat samples have this shape: H, W or H, W, C or C, H, W, with their layout also T, C or C, T."""
     raw: bool = False
     """UCI HAR: sensor signals instead of features."""
     image: images.ImageForm = field(default_factory=images.ImageForm)
@@ -46,7 +46,7 @@ class Opening:
             self.shape is None or (len(self.shape) in (2, 3) and min(self.shape) > 0),
             "--shape",
             str(self.shape),
-            "HxW, HxWxC or CxHxW",
+            "HxW, HxWxC or CxHxW, or with --layout TxC or CxT",
         )
 
 
@@ -136,14 +136,16 @@ def _detect_file(path: Path, opening: Opening) -> str:
 
 STORED = frozenset({"npz", "npy", "hdf5", "csv", "npy-folder"})
 """Kinds whose samples are arrays of any meaning."""
+FLAT = STORED | {"uci-har", "harbox"}
+"""Kinds whose samples may be flat arrays of what has a shape."""
 LISTED = frozenset({"list", "coco"})
 """Kinds that name their files."""
 MEANT_FOR: dict[str, tuple[Callable[[Opening], object], frozenset[str]]] = {
     "--base": (lambda o: o.base, LISTED),
     "--pattern": (lambda o: o.pattern, frozenset({"images", "sounds"})),
     "--x-name, --y-name": (lambda o: o.x_name or o.y_name, frozenset({"npz", "hdf5"})),
-    "--layout": (lambda o: o.layout, STORED),
-    "--shape": (lambda o: o.shape, STORED),
+    "--layout without --shape": (lambda o: o.layout and not o.shape, STORED),
+    "--shape": (lambda o: o.shape, FLAT),
     "--raw": (lambda o: o.raw, frozenset({"uci-har"})),
     "--box-scale": (lambda o: o.image.box_scale != 1, LISTED),
     "--file-column, --box": (lambda o: o.columns.file or o.columns.box, frozenset({"list"})),

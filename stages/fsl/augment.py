@@ -10,6 +10,8 @@ What the words mean by the kind of input (`InputSpec.kind`):
 * image (N, C, H, W): everything below;
 * sound (N, 1, frames, bands): colour is a gain added to the log-mel energies, translation a shift in time only;
   the geometric distortions and `flip` do not apply;
+* signal (N, C, T): colour is Gaussian jitter of `jitter` times each channel's deviation over the batch, translation a
+  shift in time;
 * features (N, D): colour is Gaussian jitter of `jitter` times each feature's deviation over the batch; nothing else.
 
 All random numbers come from an explicit CPU `torch.Generator`, so the result does not depend on the device.
@@ -55,7 +57,7 @@ class Augmentation:
     soften: float = 0.0
     """Probability, per sample, of a loss of detail: shrunk to between a quarter and a half of the size, and back."""
     jitter: float = 0.1
-    """Features only: deviation of the noise in units of each feature's own deviation."""
+    """Features and signals: deviation of the noise in units of each feature's or channel's own deviation."""
 
     def __post_init__(self) -> None:
         require(0 <= self.probability <= 1, "augmentation", f"probability {self.probability}", "0..1")
@@ -111,14 +113,22 @@ def _sound(x: Tensor, rng: torch.Generator, how: Augmentation) -> Tensor:
     return _shift(x, how.translation, rng, how.fill, axes=(2,)) if how.translation else x
 
 
+def _signal(x: Tensor, rng: torch.Generator, how: Augmentation) -> Tensor:
+    if how.color:
+        x = _jittered(x, how.jitter, rng, over=(0, 2))
+    return _shift(x, how.translation, rng, how.fill, axes=(2,)) if how.translation else x
+
+
 def _features(x: Tensor, rng: torch.Generator, how: Augmentation) -> Tensor:
-    if not how.color:
-        return x
+    return _jittered(x, how.jitter, rng, over=(0,)) if how.color else x
+
+
+def _jittered(x: Tensor, share: float, rng: torch.Generator, over: tuple[int, ...]) -> Tensor:
     noise = torch.randn(x.shape, generator=rng).to(x)
-    return x + how.jitter * x.std(dim=0, correction=0) * noise
+    return x + share * x.std(dim=over, correction=0, keepdim=True) * noise
 
 
-_BY_KIND = {"image": _image, "sound": _sound, "features": _features}
+_BY_KIND = {"image": _image, "sound": _sound, "signal": _signal, "features": _features}
 
 
 def _toss(size: int, probability: float, coin: str, rng: torch.Generator) -> Tensor:

@@ -1,7 +1,8 @@
 """The input adapter: raw samples of a block -> the float32 tensor that a model reads.
 
 Images: channels repeated (1 to 3) or mixed to luma (3 to 1, ITU-R BT.601), resized by bilinear interpolation with
-antialiasing where they shrink, then value * scale + offset. Sound: log-mel energies. Features: as they are.
+antialiasing where they shrink, then value * scale + offset. Sound: log-mel energies. Signals (sensors or a raw waveform
+over time) and features: as they are, int16 as shares of full scale.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from stages.errors import DataError
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601 weights of red, green and blue."""
 
-LAYOUTS_OF_KIND = {"image": ("NHW", "NHWC", "NCHW"), "sound": ("NT",), "features": ("ND",)}
+LAYOUTS_OF_KIND = {
+    "image": ("NHW", "NHWC", "NCHW"),
+    "sound": ("NT",),
+    "signal": ("NTC", "NCT", "NT"),
+    "features": ("ND",),
+}
 DTYPES = ("uint8", "int16", "float32")
 INT16_FULL_SCALE = 32768.0
 LOG_FLOOR = 1e-6
@@ -38,7 +44,9 @@ def adapt(x: Array, layout: str, spec: InputSpec) -> Tensor:
     if spec.kind == "image":
         values = _image(raw, layout, spec)
     elif spec.kind == "sound":
-        values = log_mel(raw.float() / INT16_FULL_SCALE if raw.dtype == torch.int16 else raw.float(), spec)[:, None]
+        values = log_mel(_waves(raw), spec)[:, None]
+    elif spec.kind == "signal":
+        values = _signal(raw, layout, spec)
     else:
         values = raw.float()
     return _scale(values, spec).contiguous()
@@ -84,7 +92,22 @@ def _image(raw: Tensor, layout: str, spec: InputSpec) -> Tensor:
     return values.expand(-1, wanted, -1, -1)
 
 
-# ------------------------------------------------------------------------------------------------------------- sound
+# ------------------------------------------------------------------------------------------------- sound and signals
+
+
+def _waves(raw: Tensor) -> Tensor:
+    """float32; what int16 holds as shares of full scale."""
+    return raw.float() / INT16_FULL_SCALE if raw.dtype == torch.int16 else raw.float()
+
+
+def _signal(raw: Tensor, layout: str, spec: InputSpec) -> Tensor:
+    """(N, T), (N, T, C) or (N, C, T) -> float32 (N, C, T), not scaled yet."""
+    signals = raw[:, None] if layout == "NT" else raw.permute(0, 2, 1) if layout == "NTC" else raw
+    if tuple(signals.shape[1:]) != spec.shape:
+        (channels, steps), wanted = signals.shape[1:], spec.shape
+        found = f"{channels} channels of {steps} values in layout {layout}"
+        raise DataError("x", found, f"{wanted[0]} of {wanted[1]}, as the model was built for", "pack such windows")
+    return _waves(signals)
 
 
 def log_mel(waves: Tensor, spec: InputSpec) -> Tensor:

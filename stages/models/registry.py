@@ -24,7 +24,7 @@ from stages.models.mcunet import mcunet_5fps
 from stages.models.mobilenet_v1 import MobileNetV1
 from stages.models.mobilenet_v2 import mobilenet_v2
 from stages.models.proxyless import proxyless_w03
-from stages.models.small import Cnn4, DsCnn, Mlp
+from stages.models.small import Cnn1d, Cnn4, DsCnn, Mlp
 from stages.models.squeezenet import SqueezeNet
 
 Factory = Callable[..., nn.Module]
@@ -52,6 +52,11 @@ def sound_input(frames: int, mel: int, sample_rate_hz: int) -> InputSpec:
     return InputSpec("sound", (1, frames, mel), (0.1,), (0.5,), sample_rate_hz, window, hop)
 
 
+def signal_input(channels: int, length: int) -> InputSpec:
+    """Values over time as they are."""
+    return InputSpec("signal", (channels, length))
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "mcunet-5fps": Architecture(
         mcunet_5fps, image_input(3, 128, 128), "MCUNet's 5 FPS ImageNet backbone; mix, channels, size"
@@ -68,12 +73,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ds-cnn": Architecture(
         DsCnn, sound_input(49, 40, 16000), "DS-CNN on log-mel; -wX or width (64), depth, frames, mel, sample_rate"
     ),
+    "cnn1d": Architecture(
+        Cnn1d, signal_input(9, 128), "Conv-4 over time; -wX or width (64), channels (9), length (128)"
+    ),
     "mlp": Architecture(
         Mlp, InputSpec("features", (900,)), "fully connected; dim (900), -wX or width (100), depth (1)"
     ),
 }
 
-INPUT_ARGUMENTS = {"image": {"size"}, "sound": {"frames", "mel", "sample_rate"}, "features": set[str]()}
+INPUT_ARGUMENTS = {
+    "image": {"size"},
+    "sound": {"frames", "mel", "sample_rate"},
+    "signal": {"length"},
+    "features": set[str](),
+}
 """Arguments that shape the input and not the network, by kind of input."""
 
 
@@ -108,6 +121,9 @@ def input_spec(arch: str, arch_args: Mapping[str, Any]) -> InputSpec:
         return replace(spec, shape=(_positive(arch, "channels", args.get("channels", spec.shape[0])), height, width))
     if spec.kind == "features":
         return replace(spec, shape=(_positive(arch, "dim", args.get("dim", spec.shape[0])),))
+    if spec.kind == "signal":
+        length = _positive(arch, "length", args.get("length", spec.shape[1]))
+        return signal_input(_positive(arch, "channels", args.get("channels", spec.shape[0])), length)
     rate_hz = _positive(arch, "sample_rate", args.get("sample_rate", spec.sample_rate_hz))
     frames = _positive(arch, "frames", args.get("frames", spec.shape[1]))
     mel = _positive(arch, "mel", args.get("mel", spec.shape[2]))

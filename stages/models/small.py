@@ -1,4 +1,4 @@
-"""Small networks: Conv-4 for characters, an MLP for activity features, DS-CNN for sound."""
+"""Small networks: Conv-4 for characters, the same over time for sensors, an MLP for features, DS-CNN for sound."""
 
 from __future__ import annotations
 
@@ -33,6 +33,33 @@ class Cnn4(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.blocks(x)
         return h.flatten(1)
+
+
+class _TimeBlock(nn.Module):
+    """Convolution over 5 steps, BatchNorm, ReLU, max pooling over 2."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(c_in, c_out, 5, padding=2, bias=False)
+        self.conv_bn = nn.BatchNorm1d(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool1d(F.relu(self.conv_bn(self.conv(x))), 2)
+
+
+class Cnn1d(nn.Module):
+    """Conv-4's four blocks over time, then the mean over time: windows of sensor values, or a short waveform.
+
+    (N, channels, T) -> (N, width); T at least 16.
+    """
+
+    def __init__(self, *, width: int = 64, channels: int = 9) -> None:
+        super().__init__()
+        self.blocks = numbered(_TimeBlock(width if i else channels, width) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.blocks(x)
+        return h.mean(2)
 
 
 class _DenseBlock(nn.Module):

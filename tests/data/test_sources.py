@@ -201,6 +201,16 @@ def test_sources_that_are_refused(tmp_path: Path) -> None:
         open_source([tmp_path] * 3, Opening())
 
 
+def test_sensor_values_become_windows(tmp_path: Path) -> None:
+    """HARBOX lies time first, so its flat samples are windows of 100 x 9."""
+    paths = make("harbox", tmp_path)
+    flat, windows = open_source(paths, Opening()), open_source(paths, Opening(shape=(100, 9), layout="NTC"))
+    rows = np.arange(len(flat))
+    x = windows.reader.read(rows, stop)[0]
+    assert (windows.layout, x.shape) == ("NTC", (len(flat), 100, 9))
+    np.testing.assert_array_equal(x.reshape(len(flat), -1), flat.reader.read(rows, stop)[0])
+
+
 @pytest.mark.parametrize(
     ("kind", "option", "opening"),
     [
@@ -208,6 +218,7 @@ def test_sources_that_are_refused(tmp_path: Path) -> None:
         ("csv", "--pattern", {"pattern": "x"}),
         ("csv", "--x-name", {"y_name": "y"}),
         ("images", "--layout", {"layout": "NHWC"}),
+        ("harbox", "--layout", {"layout": "NTC"}),
         ("cifar", "--shape", {"shape": (32, 32, 3)}),
         ("images", "--box-scale", {"image": ImageForm(box_scale=1.2)}),
         ("harbox", "--raw", {"raw": True}),

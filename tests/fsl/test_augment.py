@@ -9,6 +9,7 @@ from stages.fsl.augment import HANDWRITING, PSEUDO_QUERY, Augmentation, augment
 
 IMAGE = InputSpec("image", (3, 8, 8))
 SOUND = InputSpec("sound", (1, 10, 4))
+SIGNAL = InputSpec("signal", (3, 20))
 FEATURES = InputSpec("features", (6,))
 STILL = Augmentation(probability=1.0, color=False, translation=0.0)
 EVERYTHING = replace(HANDWRITING, color=True, flip=True)
@@ -22,7 +23,7 @@ def samples(spec, count=6):
     return torch.rand(count, *spec.shape, generator=rng(99))
 
 
-@pytest.mark.parametrize("spec", [IMAGE, SOUND, FEATURES], ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("spec", [IMAGE, SOUND, SIGNAL, FEATURES], ids=lambda spec: spec.kind)
 @pytest.mark.parametrize("how", [PSEUDO_QUERY, EVERYTHING], ids=["pseudo-query", "everything"])
 def test_same_seed_same_result_and_the_input_stays(spec, how):
     x = samples(spec)
@@ -80,6 +81,19 @@ def test_sound_shifts_in_time_only():
     assert torch.equal(augment(bands, SOUND, rng(), replace(STILL, translation=0.2)), bands)
     frames = torch.arange(10.0).view(1, 1, 10, 1).expand(50, 1, 10, 4)
     assert not torch.equal(augment(frames, SOUND, rng(), replace(STILL, translation=0.2)), frames)
+
+
+def test_signals_shift_in_time_with_all_channels_together():
+    x = torch.arange(20.0).expand(50, 3, 20)
+    y = augment(x, SIGNAL, rng(), replace(STILL, translation=0.2))
+    assert torch.equal(y[:, 0], y[:, 2])
+    assert {int(row[10]) for row in y[:, 0]} == set(range(6, 15))
+
+
+def test_jitter_follows_each_channels_deviation():
+    x = torch.randn(1000, 3, 20, generator=rng()) * torch.tensor([1.0, 10.0, 0.0]).view(-1, 1)
+    noise = (augment(x, SIGNAL, rng(1), Augmentation(probability=1.0, translation=0.0, jitter=0.5)) - x).std(dim=(0, 2))
+    torch.testing.assert_close(noise, 0.5 * x.std(dim=(0, 2)), rtol=0.05, atol=1e-6)
 
 
 def test_jitter_follows_each_features_deviation():

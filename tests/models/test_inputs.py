@@ -86,6 +86,17 @@ def test_the_samples_are_not_touched() -> None:
     assert (x == 1).all()
 
 
+def test_the_layouts_of_signals_agree() -> None:
+    """Two channels of three steps by hand; int16 is a share of full scale, and scales are per channel."""
+    spec = InputSpec("signal", (2, 3), (1.0, 2.0), (0.0, 0.5))
+    time_first = np.array([[[1, 10], [2, 20], [3, 30]]], np.float32)
+    expected = torch.tensor([[[1.0, 2, 3], [20.5, 40.5, 60.5]]])
+    assert torch.equal(adapt(time_first, "NTC", spec), expected)
+    assert torch.equal(adapt(time_first.transpose(0, 2, 1), "NCT", spec), expected)
+    wave = np.array([[-32768, 0, 16384]], np.int16)
+    assert torch.equal(adapt(wave, "NT", InputSpec("signal", (1, 3))), torch.tensor([[[-1.0, 0.0, 0.5]]]))
+
+
 @pytest.mark.parametrize(
     ("x", "layout", "spec", "message"),
     [
@@ -95,6 +106,14 @@ def test_the_samples_are_not_touched() -> None:
         (pixels(2, 4, 4), "NHWC", image(1, 4, 4), "layout 'NHWC' with shape"),
         (pixels(2, 4), "NT", image(1, 4, 4), "layout NT, expected NHW or NHWC or NCHW for image"),
         (np.zeros((2, 4), np.float32), "ND", InputSpec("features", (5,)), "4 features per sample, expected 5"),
+        (
+            np.zeros((2, 4, 3), np.float32),
+            "NTC",
+            InputSpec("signal", (3, 5)),
+            "3 channels of 4 values .* expected 3 of 5",
+        ),
+        (np.zeros((2, 4), np.float32), "NT", InputSpec("signal", (3, 4)), "1 channels of 4 values .* expected 3 of 4"),
+        (np.zeros((2, 4, 3), np.float32), "NHW", InputSpec("signal", (3, 4)), "layout NHW, expected NTC or NCT or NT"),
         (np.zeros((2, 0, 4), np.uint8), "NHW", image(1, 4, 4), "at least one value"),
     ],
 )

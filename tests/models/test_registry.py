@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "squeezenet": {"size": 32},
     "cnn4": {"width": 8},
     "ds-cnn": {"width": 8, "frames": 20, "mel": 16, "sample_rate": 8000},
+    "cnn1d": {"width": 8, "channels": 3, "length": 40},
     "mlp": {"dim": 20, "width": 8, "depth": 2},
 }
 """Arguments that make every registry architecture small enough for tests."""
@@ -74,7 +75,7 @@ def test_last_six_blocks_are_eighteen_layers_and_the_stem_is_in_the_first() -> N
 
 def test_every_architecture_has_small_arguments_here() -> None:
     assert SMALL.keys() == ARCHITECTURES.keys()
-    assert len(SMALL) == 8
+    assert len(SMALL) == 9
 
 
 @pytest.mark.parametrize("arch", SMALL)
