@@ -79,6 +79,9 @@ PAPER = {
 """Table 1, average over nine data sets, in the order of METHODS: only TinyTrain there starts from a meta-trained
 backbone."""
 SMALL_SIZE, PAPER_SIZE = 64, 128
+SCRIPT = "    python examples/reproduce/tinytrain_accuracy.py"
+DEFAULT_TASKS = {False: 5, True: 200}
+"""Per data set: of the small protocol, of the paper's."""
 META_RATE = 1e-3
 """P>M>F's 5e-5 is for 200,000 steps; here are 400."""
 
@@ -148,7 +151,7 @@ def measure(name: str, method: str, options: argparse.Namespace) -> tuple[str, s
     sets = {key: block for key, make in DATA.items() if (block := make()) is not None}
     first, step = map(int, options.shard.split("/"))
     config = Tasks(
-        tasks=options.tasks or (200 if options.paper else 5),
+        tasks=options.tasks or DEFAULT_TASKS[options.paper],
         methods=(budgeted(method, name, size_of(name, options)),),
         shape=VariousShape() if options.paper else FixedShape(ways=10, shots=3, queries=10),
         skip_small=True,
@@ -326,16 +329,7 @@ def heading(options: argparse.Namespace, results: Mapping[str, Sequence[Row]]) -
     yield ""
     yield f"Protocol: {protocol}, seed {options.seed}. What wrote this page:"
     yield ""
-    plain_nets, trained = ([name for name in results if name.endswith(META) is meta] for meta in (False, True))
-    with_ablations = [name for name, rows in results.items() if any(is_ablation(row.method) for row in rows)]
-    script, flag = "python examples/reproduce/tinytrain_accuracy.py", " --paper" if options.paper else ""
-    yield f"    make reproduce-tinytrain-accuracy{' ARGS=--paper' if flag else ''}    # {', '.join(plain_nets)}"
-    if trained:
-        methods = [method for method in methods_of(results[trained[0]]) if not is_ablation(method)]
-        only = f" --methods {','.join(methods)}" if methods != list(METHODS) else ""
-        yield f"    {script}{flag} --nets {' '.join(trained)}{only}"
-    if with_ablations:
-        yield f"    {script}{flag} --ablations --nets {' '.join(with_ablations)}"
+    yield from commands(options.paper, results)
     yield ""
     yield "Accuracies in per cent with 95 % intervals over tasks. *to tinytrain*, *to sparse-update*: differences in"
     yield "points on the same tasks, with 95 % intervals: these decide. *paper*: Table 1 of arXiv:2307.09988, average"
@@ -343,6 +337,23 @@ def heading(options: argparse.Namespace, results: Mapping[str, Sequence[Row]]) -
     yield "Memory by the paper's accounting and backward MACs are per sample; *s* is a whole task on one thread, among"
     yield "other jobs: runs that share a machine slow each other down."
     yield TRAPS
+
+
+def commands(paper: bool, results: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    """The command lines that measured this: one per group of backbones with the same methods, and the ablations'."""
+    tasks = 1 + max((row.task for rows in results.values() for row in rows), default=-1)
+    flags = [*(["--paper"] if paper else []), *([f"--tasks {tasks}"] if tasks != DEFAULT_TASKS[paper] else [])]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, rows in results.items():
+        groups.setdefault(tuple(method for method in methods_of(rows) if not is_ablation(method)), []).append(name)
+    for methods, names in groups.items():
+        if methods == METHODS and names == list(NETS):
+            yield "    make reproduce-tinytrain-accuracy" + (f" ARGS='{' '.join(flags)}'" if flags else "")
+        else:
+            only = [] if methods == METHODS else ["--methods", ",".join(methods)]
+            yield " ".join([SCRIPT, *flags, "--nets", *names, *only])
+    if names := [name for name, rows in results.items() if any(is_ablation(row.method) for row in rows)]:
+        yield " ".join([SCRIPT, *flags, "--nets", *names, "--ablations"])
 
 
 def sections(results: Mapping[str, Sequence[Row]], out: Path) -> Iterator[str]:
