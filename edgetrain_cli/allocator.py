@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 1 << 28
 """Free memory at the heap's end above which it goes back to the system."""
@@ -17,6 +15,8 @@ def keep_freed_memory() -> None:
     A step frees its activations and the next one asks for them again. By default it depends on chance, on what lies at
     the heap's end, whether every step then gets fresh pages, which the system has to clear first. The peak stays.
     """
+    import ctypes  # not for a list of commands
+
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(_TRIM_THRESHOLD, KEPT_BYTES)

@@ -40,17 +40,29 @@ COMMANDS: dict[str, str] = {
 STAGES = ("pretrain-fsl", "profile", "score-layers", "filter", "select", "train-sparse")
 """The six stages; the other commands are their companions."""
 
-app = typer.Typer(
-    name="edgetrain",
-    no_args_is_help=True,
-    add_completion=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
-    help="Train neural networks on edge devices: which samples, which layers, which channels.\n\n"
-    "Stages exchange HDF5 artifacts through files or pipes:\n\n"
-    "  edgetrain filter < stream.h5 | edgetrain select | edgetrain train-sparse -o adapted.h5",
-)
+
+def application(wanted: str | None = None) -> typer.Typer:
+    """The command line with the command `wanted`, or with every one; the others only have their names and first lines.
+
+    Reading the options of fourteen commands takes as long as importing typer, and every start of a stage would do it.
+    """
+    app = typer.Typer(
+        name="edgetrain",
+        no_args_is_help=True,
+        add_completion=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+        help="Train neural networks on edge devices: which samples, which layers, which channels.\n\n"
+        "Stages exchange HDF5 artifacts through files or pipes:\n\n"
+        "  edgetrain filter < stream.h5 | edgetrain select | edgetrain train-sparse -o adapted.h5",
+    )
+    app.callback()(_options)
+    for command, target in COMMANDS.items():
+        module, function = target.split(":")  # modules of commands import nothing heavy at the top
+        body = getattr(importlib.import_module(f"edgetrain_cli.commands.{module}"), function)
+        app.command(command)(guarded(command, body) if wanted in (None, command) else _only_listed(body))
+    return app
 
 
 def _version(wanted: bool) -> None:
@@ -59,11 +71,19 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
     pass
+
+
+def _only_listed(body: Callable[..., None]) -> Callable[[], None]:
+    """What a list of commands shows of one."""
+
+    def command() -> None: ...
+
+    command.__doc__ = body.__doc__
+    return command
 
 
 signals: list[int] = []
@@ -115,7 +135,7 @@ def explain(command: str, error: BaseException) -> None:
 
 def usage(command: str) -> str:
     """The command's help text."""
-    found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    found = typer.main.get_command(application(command)).commands[command]  # type: ignore[attr-defined]
     text: str = found.get_help(typer.Context(found, info_name=f"edgetrain {command}"))
     return text
 
@@ -138,20 +158,14 @@ def leave_by(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def register() -> None:
-    """Attach every command. Their modules import nothing heavy at the top."""
-    for command, target in COMMANDS.items():
-        module, function = target.split(":")
-        body = getattr(importlib.import_module(f"edgetrain_cli.commands.{module}"), function)
-        app.command(command)(guarded(command, body))
-
-
 def main() -> None:
     """Entry point of the console script."""
     raise_on_signals()
-    register()
+    # a shell that completes a line asks by a variable and names the command elsewhere
+    completes = any(name.startswith("_") and name.endswith("_COMPLETE") for name in os.environ)
+    named = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
-        app()
+        application(None if completes else named)()
     except Stopped as stop:  # before a command's body began, or after it ended
         say("edgetrain: interrupted")
         sys.exit(128 + stop.signal)

@@ -27,11 +27,11 @@ def run(
 
 def run_words(words: Sequence[str]) -> int:
     """Run one command line in this process and return its exit code."""
-    from edgetrain_cli.app import app, say
+    from edgetrain_cli.app import application, say
     from edgetrain_cli.pipe import Stopped
 
     try:
-        app(list(words), prog_name="edgetrain")
+        application(words[0])(list(words), prog_name="edgetrain")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 70
     except Stopped as stop:  # before the command's body began, or after it ended

@@ -36,7 +36,7 @@ from statistics import median
 
 import numpy as np
 
-from edgetrain_cli.app import raise_on_signals, register
+from edgetrain_cli.app import raise_on_signals
 from edgetrain_cli.commands.run import run_words
 from edgetrain_cli.launch import preload, start
 from stages.artifacts.hdf5 import encode
@@ -412,7 +412,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "faults.md")
     options = parser.parse_args()
     raise_on_signals()
-    register()
     preload()
     chance, tallies = random.Random(options.seed), {fault.name: Tally() for fault in FAULTS}
     with tempfile.TemporaryDirectory() as name:

@@ -15,7 +15,7 @@ def work():
     reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     del thing
     time.sleep(60)
-app.register, app.app = lambda: None, work
+app.application = lambda wanted: work
 app.main()
 """
 
