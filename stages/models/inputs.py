@@ -54,7 +54,8 @@ def adapt(x: Array, layout: str, spec: InputSpec) -> Tensor:
 
 def _check(x: Array, layout: str, spec: InputSpec) -> None:
     if layout not in LAYOUTS_OF_KIND[spec.kind]:
-        raise DataError("x", f"layout {layout}", f"{' or '.join(LAYOUTS_OF_KIND[spec.kind])} for {spec.kind} input")
+        wanted = f"{' or '.join(LAYOUTS_OF_KIND[spec.kind])} for {spec.kind} input"
+        raise DataError("x", f"layout {layout}", wanted, "state what it is with `edgetrain pack --layout`")
     check_layout(layout, x.shape, "x")
     if x.dtype.name not in DTYPES:
         raise DataError("x", f"dtype {x.dtype}", ", ".join(DTYPES), "convert it with `edgetrain pack`")
