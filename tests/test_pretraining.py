@@ -188,6 +188,27 @@ def test_a_loss_that_is_not_finite_ends_training():
         pretrain(random_run(), [squares()], config, seed=0)
 
 
+READS = {"__bool__": False, "__int__": 0, "__float__": 0.0, "item": 0.0}
+
+
+@pytest.mark.filterwarnings("ignore:.*no-op")
+def test_everything_is_computed_on_the_device(monkeypatch):
+    """The meta device stands for an accelerator: it refuses operands from elsewhere. It has no values, so whoever reads
+    one gets zero."""
+
+    def of_meta(answer, original):
+        return lambda tensor: answer(tensor) if tensor.is_meta else original(tensor)
+
+    for name, value in READS.items():
+        monkeypatch.setattr(torch.Tensor, name, of_meta(lambda tensor, value=value: value, getattr(torch.Tensor, name)))
+    zeros = of_meta(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), torch.Tensor.cpu)
+    monkeypatch.setattr(torch.Tensor, "cpu", zeros)
+    config, saved = replace(CONFIG, supervised=Supervised(epochs=1, batch=8)), []
+    found = pretrain(random_run(), [squares()], config, seed=0, device="meta", save=saved.append)
+    assert len(found.metrics[STAGE]["epoch"]) == len(saved) == 4
+    pretrain(random_run(), [squares()], config, seed=0, device="meta", resume=saved[1])
+
+
 def test_no_such_device():
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
