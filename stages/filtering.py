@@ -1,28 +1,22 @@
-"""`filter`: a stream of samples -> one block of candidates per round."""
+"""`filter`: a stream of samples -> one block of candidates per round.
+
+Nothing here imports torch: strategies that need no features run in a process of numpy and h5py alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-
-from stages.artifacts.records import Array, Block, End
+from stages.artifacts.records import Block, End
 from stages.data.blocks import join_blocks
 from stages.errors import UsageError, require
-from stages.models.deploy import Backbone
-from stages.models.graph import Graph
-from stages.models.inputs import adapt
-from stages.sparse.engine import SparseNet
 from stages.valuation.buffer import CandidateBuffer, Features
 from stages.valuation.coarse import FILTERS
 from stages.valuation.demand import DemandBuffer
 
 CHUNK = 256
 """Samples scored at once: bounds memory for windows of any length."""
-
-FEATURES_CHUNK = 16
-"""Samples that pass the first blocks at once: these have the largest maps, which should stay in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +59,7 @@ def filter_stream(
     taken as they come: how the input is cut into blocks changes nothing.
 
     Args:
-        features: samples -> shallow features (n, F), for strategies that need them (`shallow_features`).
+        features: samples -> shallow features (n, F), for strategies that need them (`valuation.shallow`).
         on_note: gets one line when the strategy deserves a warning.
         on_step: gets the number of rounds closed so far.
 
@@ -141,21 +135,3 @@ def _emptied(pieces: list[Block]) -> Block:
     joined = pieces[0] if len(pieces) == 1 else join_blocks(pieces, where="stream")
     pieces.clear()
     return joined
-
-
-def shallow_features(backbone: Backbone, depth: int) -> Features:
-    """Samples -> output of the backbone's first `depth` blocks, flat: float32 (n, F) (Titan footnote 3).
-
-    Raises `UsageError` when the model has fewer blocks.
-    """
-    graph = backbone.graph
-    there = len(graph.blocks)
-    require(1 <= depth <= there, "--blocks", f"{depth}", f"1 to {there}, the model's blocks")
-    last = max(graph.position[op.name] for op in graph.ops if op.block == depth - 1)
-    shallow = SparseNet(replace(backbone, graph=Graph(graph.ops[: last + 1], graph.blocks[:depth])), [])
-
-    def features(block: Block) -> Array:
-        pieces = (adapt(np.asarray(piece.x), piece.layout, backbone.input) for piece in block.slices(FEATURES_CHUNK))
-        return np.concatenate([shallow.prefix(piece)[0].flatten(1).numpy() for piece in pieces])
-
-    return features

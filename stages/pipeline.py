@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from stages.artifacts.live import Version, version_for
 from stages.artifacts.records import Array, Block, End, Head, Run
 from stages.errors import require
-from stages.filtering import Filtering, filter_stream, shallow_features
+from stages.filtering import Filtering, filter_stream
 from stages.models.deploy import deploy
 from stages.selection import Selection, Weights, select_stream
 from stages.sparse_training import StreamTraining, Update, train_stream
+from stages.valuation.shallow import shallow_features
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -68,7 +68,7 @@ def filter_samples(
         from edgetrain_cli.status import Status
         from stages.artifacts.records import Block, End
         from stages.errors import require
-        from stages.filtering import Filtering, filter_on_demand, filter_stream, shallow_features
+        from stages.filtering import Filtering, filter_on_demand, filter_stream
 
         require(pace in ("window", "demand"), "--pace", f"{pace!r}", "window or demand")
         if pace == "demand":
@@ -81,6 +81,7 @@ def filter_samples(
                 writer.write(run)
                 if config.needs_model:
                     from stages.models.deploy import deploy
+                    from stages.valuation.shallow import shallow_features
 
                     features = shallow_features(deploy(run.model, allow=arch), blocks)
             del run  # a stream may be endless, and its tensors are large

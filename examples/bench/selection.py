@@ -28,7 +28,7 @@ import torch
 
 from edgetrain_cli.allocator import keep_freed_memory
 from stages.artifacts.records import Block, Head, Model
-from stages.filtering import Filtering, filter_stream, shallow_features
+from stages.filtering import Filtering, filter_stream
 from stages.models import heads, registry
 from stages.models.deploy import Backbone, deploy, state
 from stages.models.inputs import adapt
@@ -39,6 +39,7 @@ from stages.sparse.optimizers import Optimizing
 from stages.valuation.coarse import FILTERS
 from stages.valuation.fine import SELECTIONS
 from stages.valuation.forward import Forward
+from stages.valuation.shallow import shallow_features
 
 CLASSES, WINDOW, KEEP, BATCH = 10, 100, 30, 10
 

@@ -39,7 +39,7 @@ from edgetrain_cli.allocator import keep_freed_memory
 from stages.artifacts.live import Version, version_for
 from stages.artifacts.records import Block, End, InputSpec, Model, Run
 from stages.data.conversion import noisy_labels, share_of, with_noise
-from stages.filtering import Filtering, filter_stream, shallow_features
+from stages.filtering import Filtering, filter_stream
 from stages.measurement.process import process_memory
 from stages.models import heads, registry
 from stages.models.deploy import deploy, state
@@ -53,6 +53,7 @@ from stages.valuation import fine
 from stages.valuation.costs import UpdateClock
 from stages.valuation.designs import divide
 from stages.valuation.scoring import masses, scored
+from stages.valuation.shallow import shallow_features
 
 WINDOW, BATCH, KEEP = 100, 10, 30
 """Titan section 4.1: samples per round, batch, candidates."""

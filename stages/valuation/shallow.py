@@ -1,0 +1,36 @@
+"""Features of a backbone's first blocks, for filters that look at more than labels (Titan footnote 3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from stages.artifacts.records import Array, Block
+from stages.errors import require
+from stages.models.deploy import Backbone
+from stages.models.graph import Graph
+from stages.models.inputs import adapt
+from stages.sparse.engine import SparseNet
+from stages.valuation.buffer import Features
+
+FEATURES_CHUNK = 16
+"""Samples that pass the first blocks at once: these have the largest maps, which should stay in the cache."""
+
+
+def shallow_features(backbone: Backbone, depth: int) -> Features:
+    """Samples -> output of the backbone's first `depth` blocks, flat: float32 (n, F) (Titan footnote 3).
+
+    Raises `UsageError` when the model has fewer blocks.
+    """
+    graph = backbone.graph
+    there = len(graph.blocks)
+    require(1 <= depth <= there, "--blocks", f"{depth}", f"1 to {there}, the model's blocks")
+    last = max(graph.position[op.name] for op in graph.ops if op.block == depth - 1)
+    shallow = SparseNet(replace(backbone, graph=Graph(graph.ops[: last + 1], graph.blocks[:depth])), [])
+
+    def features(block: Block) -> Array:
+        pieces = (adapt(np.asarray(piece.x), piece.layout, backbone.input) for piece in block.slices(FEATURES_CHUNK))
+        return np.concatenate([shallow.prefix(piece)[0].flatten(1).numpy() for piece in pieces])
+
+    return features
