@@ -176,10 +176,13 @@ def evaluate_tasks(
     seed: int,
     dataset: str = "",
     episodes: Sequence[Episode] | None = None,
+    known: Iterable[Row] = (),
     on_row: Callable[[Row], None] = lambda row: None,
     allow: str | None = None,
 ) -> list[Row]:
     """Every method on every task of the shard; `on_row` gets each row as it is done.
+
+    What is among `known` (rows of this very evaluation, perhaps of other data sets too) is not done again.
 
     Task t of a seed, and the random numbers that methods draw on it, are the same for all methods, in every shard and
     on every machine. `episodes` gives the tasks instead of drawing them.
@@ -194,10 +197,15 @@ def evaluate_tasks(
     config = replace(config, adapting=replace(config.adapting, scale=scale))
     methods = {name: find_method(name) for name in config.methods}
     drawn = draw_tasks(block, config, seed) if episodes is None else (episodes[i] for i in config.numbers)
+    have = {(row.task, row.method): row for row in known if row.dataset == dataset}
     rows = []
     for number, episode in zip(config.numbers, drawn, strict=True):
-        task = make_task(block, episode, backbone)
+        task = None
         for name, method in methods.items():
+            if (number, name) in have:
+                rows.append(have[number, name])
+                continue
+            task = task or make_task(block, episode, backbone)
             started = perf_counter()
             answer = method(backbone, task, config.adapting, generator(seed, "adapt", number))
             seconds = perf_counter() - started if config.measure else 0.0

@@ -89,6 +89,39 @@ def test_shards_and_lists_of_tasks_give_the_whole(base, capfd):
     assert whole["against"] == "last-layer"
 
 
+def test_an_evaluation_that_was_cut_short_goes_on(base, capfd):
+    """Rows that are there stay as they are, half a line is done again, and the table is the whole one's."""
+    whole = result(capfd, "base.h5", ["data.h5"], rows="whole.jsonl", **TASKS)
+    lines = (base / "whole.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 9
+    (base / "cut.jsonl").write_text("".join(lines[:4]) + lines[4][:30])
+    assert result(capfd, "base.h5", ["data.h5"], rows="cut.jsonl", resume=True, **TASKS) == whole
+    assert (base / "cut.jsonl").read_text() == "".join(lines)
+    marked = lines[1].replace('"ways": 3', '"ways": 333')
+    (base / "cut.jsonl").write_text(lines[0] + marked)
+    result(capfd, "base.h5", ["data.h5"], rows="cut.jsonl", resume=True, **TASKS)
+    assert (base / "cut.jsonl").read_text() == "".join([lines[0], marked, *lines[2:]]), (
+        "what was done is not done again"
+    )
+
+
+@pytest.mark.parametrize("left", [None, "", '{"edge'], ids=["no file", "an empty file", "half a header"])
+def test_an_evaluation_that_had_not_begun_begins(base, capfd, left):
+    if left is not None:
+        (base / "cut.jsonl").write_text(left)
+    result(capfd, "base.h5", ["data.h5"], rows="cut.jsonl", resume=True, **TASKS)
+    assert len((base / "cut.jsonl").read_text().splitlines()) == 9
+
+
+def test_another_evaluations_results_are_left_alone(base, capfd):
+    result(capfd, "base.h5", ["data.h5"], rows="rows.jsonl", **TASKS)
+    before = (base / "rows.jsonl").read_text()
+    for options in ({"seed": 1}, {"tasks": 5}, {"methods": "none"}, {"iterations": 2}):
+        with pytest.raises(DataError, match="results of another evaluation"):
+            evaluate("base.h5", ["data.h5"], **{**TASKS, "rows": "rows.jsonl", "resume": True, **options})
+    assert (base / "rows.jsonl").read_text() == before
+
+
 def test_the_picture_is_drawn(base, capfd):
     pytest.importorskip("matplotlib")
     evaluate("base.h5", ["data.h5"], plot="points.png", **TASKS)
@@ -111,6 +144,7 @@ def test_accuracy_with_a_support(base, capfd):
         ({"merge": True, "tasks": 2}, "--merge"),
         ({"tasks": 2, "support": "data.h5"}, "--support"),
         ({"tasks": 2, "shard": "1"}, "--shard"),
+        ({"tasks": 2, "resume": True}, "--resume"),
         ({"plot": "a.png"}, "--plot"),
         ({"tasks": 2, "plot": "a.txt"}, "--plot"),
     ],

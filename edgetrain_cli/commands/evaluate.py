@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, count
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -68,6 +68,9 @@ def evaluate(
     rows: Annotated[
         str | None, typer.Option("--rows", metavar="FILE", help="Write one JSON line per task and method.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the tasks that the file of --rows has, and do the others.")
+    ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="IN and SAMPLES are files of --rows, of shards or methods: join them.")
     ] = False,
@@ -115,6 +118,7 @@ def evaluate(
             check_plot(Path(plot))
         require(plot is None or merge or tasks is not None, "--plot", "without tasks", "--tasks or --merge")
         require(not (merge and tasks), "--merge", "together with --tasks", "one of them")
+        require(not resume or rows is not None, "--resume", "without --rows", "the file of --rows that was begun")
         if merge:
             _report(io, _merged(io, [source, *(samples or [])]), against, as_json, plot, out)
             return
@@ -148,7 +152,7 @@ def evaluate(
         require(bool(samples), "SAMPLES", "none", "one file of samples per data set")
         run = io.read_run(source, run_file)
         sets = {Path(path).stem: io.read_samples(path) for path in samples or []}
-        found = _on_tasks(io, run, sets, config, seed, rows, write_tasks, read_tasks, arch)
+        found = _on_tasks(io, run, sets, config, seed, rows, resume, write_tasks, read_tasks, arch)
         _report(io, found, against, as_json, plot, out)
 
 
@@ -208,9 +212,9 @@ def _accuracy_table(result: Accuracy) -> Table:
     for name, side in (("class", "left"), ("samples", "right"), ("accuracy %", "right"), ("interval", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     lines = [(each.name, each.samples, each.interval) for each in result.classes]
-    for name, count, interval in [*lines, ("all", result.samples, result.interval)]:
+    for name, samples, interval in [*lines, ("all", result.samples, result.interval)]:
         bounds = f"{100 * interval.low:.1f} .. {100 * interval.high:.1f}"
-        table.add_row(name, str(count), f"{100 * interval.value:.1f}", bounds, end_section=name == lines[-1][0])
+        table.add_row(name, str(samples), f"{100 * interval.value:.1f}", bounds, end_section=name == lines[-1][0])
     return table
 
 
@@ -233,34 +237,40 @@ def _on_tasks(
     config: Tasks,
     seed: int,
     rows: str | None,
+    resume: bool,
     write_tasks: str | None,
     read_tasks: str | None,
     arch: str | None,
 ) -> list[Row]:
     """All rows of all data sets, each written to `rows` as soon as it is done."""
+    from pathlib import Path
+
     from stages.errors import require
     from stages.evaluation import evaluate_tasks, identity
-    from stages.methods.results import header_line, row_line
+    from stages.methods.results import results_file
 
     listed = write_tasks is not None or read_tasks is not None
     require(not listed or len(sets) == 1, "--write-tasks, --read-tasks", f"{len(sets)} data sets", "one")
     progress = io.progress("tasks", len(config.numbers) * len(config.methods) * len(sets))
     found: list[Row] = []
+    done = count(1)
     with ExitStack() as stack:
-        file = None if rows is None else stack.enter_context(open(rows, "w", encoding="utf-8"))
-        if file is not None:
-            file.write(header_line(identity(run, sets, config, seed)))
+        known: list[Row] = []
+        add = None
+        if rows is not None:
+            what = identity(run, sets, config, seed)
+            known, add = stack.enter_context(results_file(Path(rows), what, resume=resume))
 
         def on_row(row: Row) -> None:
-            found.append(row)
-            progress(len(found))
-            if file is not None:
-                file.write(row_line(row))
-                file.flush()
+            if add is not None:
+                add(row)
+            progress(len(known) + next(done))
 
         for name, block in sets.items():
             episodes = _task_list(io, block, config, seed, write_tasks, read_tasks)
-            evaluate_tasks(run, block, config, seed=seed, dataset=name, episodes=episodes, on_row=on_row, allow=arch)
+            found += evaluate_tasks(
+                run, block, config, seed=seed, dataset=name, episodes=episodes, known=known, on_row=on_row, allow=arch
+            )
     return found
 
 

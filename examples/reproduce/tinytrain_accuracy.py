@@ -13,8 +13,8 @@ Data sets: Omniglot's evaluation alphabets and Quick, Draw! where they are at ha
 and weights are taken from the folder that EDGETRAIN_DATA names, or `shared` beside the repository.
 
 Each method on each backbone is a job with one thread, as many at once as there are processors. Its rows, one line per
-task, go to OUT/<backbone>/<method>.jsonl; what lies there already is not measured again, so a run that was cut short
-goes on, and further methods and backbones join those measured before. The page and its pictures show all of them.
+task, go to OUT/<backbone>/<method>.jsonl; tasks that lie there already are not measured again, so a run that was cut
+short goes on, and further methods and backbones join those measured before. The page and its pictures show all of them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from stages.evaluation import Tasks, evaluate_tasks, identity
 from stages.fsl.episodes import FixedShape, VariousShape
 from stages.fsl.schedule import WarmCosine
 from stages.importing import Importing, import_model, read_weights
-from stages.methods.results import MethodSummary, Row, header_line, merge_results, read_results, row_line, summarise
+from stages.methods.results import MethodSummary, Row, merge_results, read_results, results_file, summarise
 from stages.models.deploy import deploy
 from stages.pretraining import Pretraining, Validation, pretrain
 from stages.sparse.adaptation import Adapting
@@ -160,15 +160,13 @@ def measure(name: str, method: str, options: argparse.Namespace) -> tuple[str, s
     )
     shard = "" if step == 1 else f"-{first}of{step}"
     file = Path(options.out) / name / f"{method.replace('/', '-')}{shard}.jsonl"
-    header = header_line(identity(run, sets, config, options.seed))
-    if not (file.is_file() and file.read_text(encoding="utf-8").startswith(header)):
-        lines = [header]
+    what = identity(run, sets, config, options.seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with results_file(file, what, resume=True) as (known, add):
         for key, block in sets.items():
             shaped = replace(config, hierarchical=key == "omniglot")
-            lines += map(row_line, evaluate_tasks(run, block, shaped, seed=options.seed, dataset=key))
+            evaluate_tasks(run, block, shaped, seed=options.seed, dataset=key, known=known, on_row=add)
             print(f"{name} {method}: {key} done", file=sys.stderr)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, "".join(lines).encode())
     return name, method
 
 

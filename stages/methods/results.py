@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
+from stages.artifacts.files import atomic_write
 from stages.errors import DataError, UsageError
 from stages.fsl.intervals import half_width
 
@@ -62,6 +65,37 @@ def read_results(text: str, where: str) -> tuple[dict[str, object], list[Row]]:
         fix = "`edgetrain evaluate --tasks N --rows FILE` writes them"
         raise DataError(f"{where}:1", "no header of task results", f"edgetrain {KIND}, schema {VERSION}", fix)
     return header, [_row_of(line, f"{where}:{number}") for number, line in enumerate(lines[1:], 2) if line.strip()]
+
+
+@contextmanager
+def results_file(
+    path: Path, identity: Mapping[str, object], *, resume: bool = False
+) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
+    """A file of results that grows row by row: the rows that it has already, and what adds one.
+
+    Without `resume` it begins anew. With it, what an evaluation that was cut short has left is kept, all but a line
+    that it had not finished.
+
+    Raises:
+        DataError: to be resumed, and of another evaluation; the file is left as it is.
+        OutputError: the file cannot be created.
+    """
+    header = header_line(identity)
+    found = path.read_text(encoding="utf-8") if resume and path.exists() else ""
+    whole = found[: found.rfind("\n") + 1] or header
+    _, known = read_results(whole, path.name)
+    if not whole.startswith(header):
+        fix = "name another file, or remove this one to begin anew"
+        raise DataError(path.name, "results of another evaluation", "of this model, samples, tasks and methods", fix)
+    if whole != found:
+        atomic_write(path, whole.encode())
+    with path.open("a", encoding="utf-8") as file:
+
+        def add(row: Row) -> None:
+            file.write(row_line(row))
+            file.flush()
+
+        yield known, add
 
 
 def merge_results(parts: Iterable[tuple[str, dict[str, object], Sequence[Row]]]) -> list[Row]:
