@@ -120,6 +120,9 @@ def test_another_evaluations_results_are_left_alone(base, capfd):
         with pytest.raises(DataError, match="results of another evaluation"):
             evaluate("base.h5", ["data.h5"], **{**TASKS, "rows": "rows.jsonl", "resume": True, **options})
     assert (base / "rows.jsonl").read_text() == before
+    for options in ({"rows": "base.h5", "resume": True, **TASKS}, {"merge": True}):  # not even text
+        with pytest.raises(DataError, match="no JSON object"):
+            evaluate("base.h5", ["data.h5"], **options)
 
 
 def test_the_picture_is_drawn(base, capfd):

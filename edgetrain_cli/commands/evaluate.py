@@ -304,7 +304,7 @@ def _merged(io: pipe.Stage, paths: Sequence[str]) -> list[Row]:
     from stages.methods.results import merge_results, read_results
 
     files = [io.named(path) for path in paths]
-    return merge_results((file.name, *read_results(file.read_text(encoding="utf-8"), file.name)) for file in files)
+    return merge_results((file.name, *read_results(file.read_text("utf-8", "replace"), file.name)) for file in files)
 
 
 def _report(io: pipe.Stage, rows: list[Row], against: str | None, as_json: bool, plot: str | None, out: str) -> None:

@@ -173,7 +173,7 @@ def measure(name: str, method: str, options: argparse.Namespace) -> tuple[str, s
 def merged(folder: Path) -> list[Row]:
     """The rows of one backbone, methods in the order of the tables, budgets out of the methods' names."""
     files = sorted(folder.glob("*.jsonl"))
-    found = merge_results((str(file), *read_results(file.read_text(encoding="utf-8"), str(file))) for file in files)
+    found = merge_results((str(file), *read_results(file.read_text("utf-8", "replace"), str(file))) for file in files)
     rows = [replace(row, method=plain(row.method)) for row in found]
     order, sets = [*METHODS, *ABLATIONS], list(DATA)
 

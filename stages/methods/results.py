@@ -81,7 +81,7 @@ def results_file(
         OutputError: the file cannot be created.
     """
     header = header_line(identity)
-    found = path.read_text(encoding="utf-8") if resume and path.exists() else ""
+    found = path.read_text("utf-8", "replace") if resume and path.exists() else ""
     whole = found[: found.rfind("\n") + 1] or header
     _, known = read_results(whole, path.name)
     if not whole.startswith(header):
