@@ -123,14 +123,14 @@ def test_tinytrains_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
     kept.parent.mkdir()
     atomic_write(kept, encode(import_model(Importing(arch="cnn4-w32", arch_args={"size": 32}), None)))
     script = [sys.executable, str(EXAMPLES / "reproduce" / "tinytrain_accuracy.py"), "--out", str(tmp_path)]
-    small = ["--tasks", "2", "--jobs", "2"]
+    small = ["--tasks", "1", "--jobs", "1"]
     run([*script, *small, "--methods", "none,tinytrain"], tmp_path)
     before = (kept.parent / "none.jsonl").stat().st_mtime_ns
     run([*script, *small, "--methods", "none,last-layer,tinytrain:rule=l2"], tmp_path)
     assert (kept.parent / "none.jsonl").stat().st_mtime_ns == before
     page = (tmp_path / "tinytrain_accuracy.md").read_text()
     methods, ablations = page.split("Ablations")
-    assert [methods.count(f"| average | {name} | 4 |") for name in ("none", "last-layer", "tinytrain")] == [1, 1, 1]
+    assert [methods.count(f"| average | {name} | 2 |") for name in ("none", "last-layer", "tinytrain")] == [1, 1, 1]
     assert "rule=l2" not in methods
     assert "| tinytrain:rule=l2 |" in ablations
     assert (tmp_path / "tinytrain_accuracy-cnn4-w32.png").is_file()

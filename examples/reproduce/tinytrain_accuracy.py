@@ -27,6 +27,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -286,8 +287,9 @@ def digits() -> Block:
     return Block((found.images * (255 / 16)).round().astype(np.uint8), found.target.astype(np.int64), "NHW")
 
 
+@cache
 def other_glyphs() -> Block:
-    """Glyph classes with enough fonts that no training has seen."""
+    """Glyph classes with enough fonts that no training has seen; rendered once by each process."""
     block = glyphs(Glyphs(size=32))
     large = np.bincount(block.y)[block.y] == np.bincount(block.y).max()
     return block.take(held_out(block) & large)
