@@ -112,6 +112,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--nets", nargs="*", help=f"some of {', '.join(NETS)}, each with or without {META}, {SMALL}")
     parser.add_argument("--methods", help="comma-separated, as for `edgetrain evaluate`")
     parser.add_argument("--ablations", action="store_true", help="TinyTrain's and shortcut's, instead of the methods")
+    parser.add_argument("--no-measure", dest="measure", action="store_false", help="no seconds: others use the machine")
     parser.add_argument("--shard", default="0/1", help="i/n: only every n-th task")
     parser.add_argument("--merge", action="store_true", help="measure nothing: report what lies in OUT")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at once, one thread each")
@@ -158,6 +159,7 @@ def measure(name: str, method: str, options: argparse.Namespace) -> tuple[str, s
         skip_small=True,
         adapting=Adapting(iterations=40 if options.paper else 20, micro_batch=100, folds=3 if options.paper else 2),
         shard=(first, step),
+        measure=options.measure,
     )
     shard = "" if step == 1 else f"-{first}of{step}"
     file = Path(options.out) / name / f"{method.replace('/', '-')}{shard}.jsonl"
@@ -335,14 +337,16 @@ def heading(options: argparse.Namespace, results: Mapping[str, Sequence[Row]]) -
     yield "points on the same tasks, with 95 % intervals: these decide. *paper*: Table 1 of arXiv:2307.09988, average"
     yield "over nine other data sets, where only TinyTrain starts from a meta-trained backbone."
     yield "Memory by the paper's accounting and backward MACs are per sample; *s* is a whole task on one thread, among"
-    yield "other jobs: runs that share a machine slow each other down."
+    yield "other jobs: runs that share a machine slow each other down; empty where it was not measured."
     yield TRAPS
 
 
 def commands(paper: bool, results: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     """The command lines that measured this: one per group of backbones with the same methods, and the ablations'."""
     tasks = 1 + max((row.task for rows in results.values() for row in rows), default=-1)
-    flags = [*(["--paper"] if paper else []), *([f"--tasks {tasks}"] if tasks != DEFAULT_TASKS[paper] else [])]
+    measured = any(row.seconds for rows in results.values() for row in rows)
+    stated = {"--paper": paper, f"--tasks {tasks}": tasks != DEFAULT_TASKS[paper], "--no-measure": not measured}
+    flags = [flag for flag, is_stated in stated.items() if is_stated]
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, rows in results.items():
         groups.setdefault(tuple(method for method in methods_of(rows) if not is_ablation(method)), []).append(name)
@@ -449,7 +453,8 @@ def averages(table: Sequence[MethodSummary]) -> list[MethodSummary]:
 
 
 def costs(each: MethodSummary) -> str:
-    return f"{each.memory_bytes / 2**20:.2f} | {each.backward_macs / 1e6:.2f} | {each.seconds:.1f}"
+    seconds = f"{each.seconds:.1f}" if each.seconds else ""
+    return f"{each.memory_bytes / 2**20:.2f} | {each.backward_macs / 1e6:.2f} | {seconds}"
 
 
 def is_ablation(method: str) -> bool:
