@@ -157,7 +157,7 @@ class _Job:
         if self.support is None:
             raise UsageError("--support", "missing", "samples of the task", "or --plan with channels chosen by l2")
         size = self.config.micro_batch
-        task = build_task(self.head_kind, self.backbone, self.support, self.run.model.head, size, self.rng)
+        task = build_task(self.head_kind, self.backbone, self.support, self.run.model.head, self.rng)
         found = fisher_pass(self.backbone, task.batches(size), task.loss, window, on_step=self.on_step)
         kept = fisher_bytes(self.backbone.graph, window, min(size, found.samples))
         return found, task.head, {"samples": found.samples, "loss": found.loss, "fisher_pass_bytes": kept}

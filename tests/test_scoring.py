@@ -105,7 +105,7 @@ def test_every_criterion_and_selector_gives_a_plan_within_the_budgets(criterion,
 
 def test_the_scores_are_the_criterion_of_the_fisher_pass():
     found = score(blocks=2)
-    task = build_task("prototypes", BACKBONE, SUPPORT, None, 1, np.random.default_rng(0))
+    task = build_task("prototypes", BACKBONE, SUPPORT, None, np.random.default_rng(0))
     fisher = fisher_pass(BACKBONE, task.batches(1), task.loss, found.scores.layer)
     ops = [GRAPH[name] for name in found.scores.layer]
     macs = {op.name: op.weights * int(np.prod(op.shape[1:])) for op in GRAPH.layers}
@@ -289,7 +289,7 @@ def test_a_hand_made_plan(text, file):
 def test_a_given_plan_takes_its_channels_by_fisher_where_asked():
     by_norm = score(support=None, plan_text=TOML).plan
     by_fisher = score(plan_text=TOML, channel_rule="fisher").plan
-    task = build_task("prototypes", BACKBONE, SUPPORT, None, 1, np.random.default_rng(0))
+    task = build_task("prototypes", BACKBONE, SUPPORT, None, np.random.default_rng(0))
     fisher = fisher_pass(BACKBONE, task.batches(1), task.loss, LAYERS)
     expand, project = by_fisher["blocks.15.expand"], by_fisher["blocks.16.project"]
     assert expand.channels == top_channels(fisher.input["blocks.15.expand"], len(expand.channels))

@@ -55,14 +55,12 @@ def head_loss(head: Head) -> SampleLoss:
     return loss
 
 
-TaskBuilder = Callable[[Backbone, Block, Head | None, int, np.random.Generator], Task]
-"""Backbone, support, the run's head, micro-batch size and randomness -> task. Raises `DataError` for a support without
+TaskBuilder = Callable[[Backbone, Block, Head | None, np.random.Generator], Task]
+"""Backbone, support, the run's head and randomness -> task. Raises `DataError` for a support without
 samples, or where there is but one class: every answer is right then, and no layer matters."""
 
 
-def pseudo_query(
-    backbone: Backbone, support: Block, head: Head | None, micro_batch: int, rng: np.random.Generator
-) -> Task:
+def pseudo_query(backbone: Backbone, support: Block, head: Head | None, rng: np.random.Generator) -> Task:
     """The augmented support against its own prototypes; a `prototypes` head in the run lends its cosine scale.
 
     One coin per sample decides whether it is augmented: with P>M>F's single coin per batch, one seed in ten would score
@@ -70,15 +68,13 @@ def pseudo_query(
     """
     inputs = _inputs(backbone, support)
     scale = {"scale": head.scale} if head is not None and head.kind == "prototypes" else {}
-    means = prototype_head(_features(backbone, inputs, micro_batch), support.y, class_names(support), **scale)
+    means = prototype_head(backbone.features(inputs), support.y, class_names(support), **scale)
     seed = torch.Generator().manual_seed(int(rng.integers(2**63)))
     views = augment(inputs, backbone.input, seed, replace(PSEUDO_QUERY, coin="sample"))
     return _task(views, support, means)
 
 
-def stream_samples(
-    backbone: Backbone, support: Block, head: Head | None, micro_batch: int, rng: np.random.Generator
-) -> Task:
+def stream_samples(backbone: Backbone, support: Block, head: Head | None, rng: np.random.Generator) -> Task:
     """The samples as they are under the run's linear head; classes it does not know are imprinted from them."""
     inputs, names = _inputs(backbone, support), class_names(support)
     if head is None or head.kind != "linear":
@@ -86,7 +82,7 @@ def stream_samples(
     head = extend(head, support.y, names)
     targets = rows(head, support.y, names)
     if not head.known[targets].all():
-        features = _features(backbone, inputs, micro_batch)
+        features = backbone.features(inputs)
         head = imprint(head, features, targets, np.ones(len(targets)))
     return _task(inputs, support, head)
 
@@ -94,13 +90,11 @@ def stream_samples(
 TASKS: Mapping[str, TaskBuilder] = {"prototypes": pseudo_query, "linear": stream_samples}
 
 
-def build_task(
-    kind: str, backbone: Backbone, support: Block, head: Head | None, micro_batch: int, rng: np.random.Generator
-) -> Task:
+def build_task(kind: str, backbone: Backbone, support: Block, head: Head | None, rng: np.random.Generator) -> Task:
     """The task for that kind of head. Raises `UsageError` for another kind, and what a `TaskBuilder` raises."""
     if kind not in TASKS:
         raise UsageError("--head", repr(kind), "one of " + ", ".join(TASKS))
-    return TASKS[kind](backbone, support, head, micro_batch, rng)
+    return TASKS[kind](backbone, support, head, rng)
 
 
 def _task(inputs: Tensor, support: Block, head: Head) -> Task:
@@ -114,7 +108,3 @@ def _inputs(backbone: Backbone, support: Block) -> Tensor:
     if not len(support):
         raise DataError("support", "no samples", "at least one of each of two classes")
     return adapt(support.x[:], support.layout, backbone.input)
-
-
-def _features(backbone: Backbone, inputs: Tensor, micro_batch: int) -> Tensor:
-    return torch.cat([backbone.features(piece) for piece in torch.split(inputs, micro_batch)])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from stages.artifacts.records import Array, LayerUpdate
 from stages.cost.model import full_backward_macs
@@ -23,7 +24,6 @@ from stages.planning.budget import Budget, parse_macs, parse_memory
 from stages.planning.layers import SELECTORS, select_layers
 from stages.planning.problem import Channels, Evidence, pose
 from stages.sparse.adaptation import Adapting, adapt
-from stages.sparse.engine import SparseNet
 from stages.sparse.updates import features_of
 
 Updates = tuple[LayerUpdate, ...]
@@ -48,7 +48,7 @@ def planned(planner: Planner) -> Method:
 
 def nothing(backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Answer:
     """No adaptation: the nearest prototype of the backbone as it is. Nothing is drawn at random."""
-    features = features_of(SparseNet(backbone, ()), [task.support_x, task.query_x], micro_batch=how.micro_batch)
+    features = backbone.features(torch.cat([task.support_x, task.query_x]))
     count = len(task.support_y)
     means = prototypes(features[:count], task.support_y, task.ways)
     return Answer(cosine_logits(features[count:], means, how.scale).argmax(dim=1))
@@ -123,7 +123,7 @@ class TinyTrain:
     def __call__(self, backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Updates:
         """The plan for this task: a Fisher pass over its support, then layers and channels under the budgets."""
         graph, size = backbone.graph, how.micro_batch or len(task.support)
-        pseudo_query = build_task("prototypes", backbone, task.support, None, size, rng)
+        pseudo_query = build_task("prototypes", backbone, task.support, None, rng)
         window = candidates(graph, self.blocks, self.layers)
         found = fisher_pass(backbone, pseudo_query.batches(size), pseudo_query.loss, window)
         scores = scores_of(self.criterion, backbone, found, window, rng)

@@ -144,12 +144,8 @@ def in_chunks(
     program: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], source: str, x: Tensor
 ) -> tuple[Tensor, ...]:
     """What a program keeps, in its order, for x (N, ...) as the value `source`, `FROZEN_CHUNK` samples at a time."""
-    parts = [program({source: part.contiguous()}) for part in torch.split(x, FROZEN_CHUNK)]
-    return (
-        tuple(parts[0].values())
-        if len(parts) == 1
-        else tuple(map(torch.cat, zip(*(part.values() for part in parts), strict=True)))
-    )
+    parts = [tuple(program({source: part.contiguous()}).values()) for part in torch.split(x, FROZEN_CHUNK)]
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts

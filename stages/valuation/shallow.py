@@ -9,13 +9,10 @@ import numpy as np
 from stages.artifacts.records import Array, Block
 from stages.errors import require
 from stages.models.deploy import Backbone
+from stages.models.fused import FROZEN_CHUNK
 from stages.models.graph import Graph
 from stages.models.inputs import adapt
-from stages.sparse.engine import SparseNet
 from stages.valuation.buffer import Features
-
-FEATURES_CHUNK = 16
-"""Samples that pass the first blocks at once: these have the largest maps, which should stay in the cache."""
 
 
 def shallow_features(backbone: Backbone, depth: int) -> Features:
@@ -27,10 +24,10 @@ def shallow_features(backbone: Backbone, depth: int) -> Features:
     there = len(graph.blocks)
     require(1 <= depth <= there, "--blocks", f"{depth}", f"1 to {there}, the model's blocks")
     last = max(graph.position[op.name] for op in graph.ops if op.block == depth - 1)
-    shallow = SparseNet(replace(backbone, graph=Graph(graph.ops[: last + 1], graph.blocks[:depth])), [])
+    shallow = replace(backbone, graph=Graph(graph.ops[: last + 1], graph.blocks[:depth]))
 
     def features(block: Block) -> Array:
-        pieces = (adapt(np.asarray(piece.x), piece.layout, backbone.input) for piece in block.slices(FEATURES_CHUNK))
-        return np.concatenate([shallow.prefix(piece)[0].flatten(1).numpy() for piece in pieces])
+        pieces = (adapt(np.asarray(piece.x), piece.layout, backbone.input) for piece in block.slices(FROZEN_CHUNK))
+        return np.concatenate([shallow.features(piece).flatten(1).numpy() for piece in pieces])
 
     return features

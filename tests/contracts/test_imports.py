@@ -149,7 +149,7 @@ def test_help_imports_nothing_heavy(arguments):
     "arguments", [["filter"], ["filter", "--strategy", "camel"], ["join"], ["inspect"]], ids=" ".join
 )
 def test_what_computes_no_features_imports_no_torch(tmp_path, arguments):
-    """Torch is 130 MB and seconds of a small processor's time, and `filter` runs beside training."""
+    """Torch is most of such a process's memory and start, and `filter` runs beside training."""
     file = tmp_path / "samples.h5"
     file.write_bytes(encode(Block(np.zeros((120, 4), np.float32), np.arange(120) % 3, "ND")))
     out = [] if arguments == ["inspect"] else ["-o", str(tmp_path / "out.h5")]

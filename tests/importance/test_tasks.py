@@ -25,8 +25,8 @@ def support(samples=12, classes=3, seed=0, **changes):
     return Block(**fields | changes)
 
 
-def build(kind, block, head=None, micro_batch=5, seed=0):
-    return build_task(kind, BACKBONE, block, head, micro_batch, np.random.default_rng(seed))
+def build(kind, block, head=None, seed=0):
+    return build_task(kind, BACKBONE, block, head, np.random.default_rng(seed))
 
 
 def linear_head(labels, names=None, dim=5):
@@ -55,10 +55,10 @@ def test_the_query_is_the_augmented_support_and_some_samples_are_left_as_they_ar
     assert 0.8 < changed.float().mean() < 0.98  # nine in ten, one coin per sample
 
 
-def test_a_seed_decides_the_query_and_the_micro_batch_does_not():
+def test_a_seed_decides_the_query():
     block = support()
     first = build("prototypes", block, seed=1)
-    assert torch.equal(first.inputs, build("prototypes", block, seed=1, micro_batch=1).inputs)
+    assert torch.equal(first.inputs, build("prototypes", block, seed=1).inputs)
     assert not torch.equal(first.inputs, build("prototypes", block, seed=2).inputs)
 
 
