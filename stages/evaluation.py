@@ -21,15 +21,15 @@ from stages.errors import DataError, UsageError, require
 from stages.fsl.episode_list import data_hash
 from stages.fsl.episodes import Episode, Shape, VariousShape, check_pool, draw_episodes, pool_of
 from stages.fsl.intervals import Interval, wilson
+from stages.graphs.graph import Graph
 from stages.methods.registry import find_method
 from stages.methods.results import Row
 from stages.methods.task import Answer, make_task, plan_cost
 from stages.models import heads
 from stages.models.deploy import Backbone, deploy
-from stages.models.graph import Graph
 from stages.models.inputs import adapt
 from stages.randomness import generator
-from stages.sparse.adaptation import Adapting
+from stages.training.adaptation import Adapting
 
 # ------------------------------------------------------------------------------------------------ accuracy on samples
 

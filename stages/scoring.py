@@ -17,12 +17,13 @@ from stages.cost.latency import Durations, durations
 from stages.cost.model import full_backward_macs
 from stages.cost.training import HEAD, live_values, whole_update, with_head
 from stages.errors import BudgetError, UsageError, require
+from stages.graphs.graph import Graph
 from stages.importance.criteria import CRITERIA
 from stages.importance.fisher import Fisher, fisher_bytes, fisher_pass
 from stages.importance.tasks import TASKS, build_task
 from stages.methods.layer_scores import GRADIENTS, LAYERS, SEARCHES, Search, candidates, detached, scores_of
 from stages.models.deploy import Backbone, deploy
-from stages.models.graph import Graph, Op
+from stages.operators import Op
 from stages.planning import problem as planning
 from stages.planning.baselines import named_plan
 from stages.planning.budget import Budget, format_bytes, parse_latency, parse_macs, parse_memory

@@ -18,20 +18,20 @@ import torch
 
 from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate, Run
+from stages.engines.torch.net import SparseNet
 from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
+from stages.graphs.graph import Graph
 from stages.models import heads
 from stages.models.deploy import deploy, store
-from stages.models.graph import Graph
 from stages.models.inputs import adapt as model_input
 from stages.planning.baselines import named_plan
 from stages.planning.plans import check_plan
-from stages.sparse.adaptation import Adapting, adapt
-from stages.sparse.checkpoints import Checkpoint, read_checkpoint
-from stages.sparse.engine import SparseNet
-from stages.sparse.learner import Batch, StreamLearner
-from stages.sparse.optimizers import Optimizing, load_state, state_arrays
-from stages.sparse.prefix_file import PrefixFile
-from stages.sparse.updates import PrefixCache, Source
+from stages.training.adaptation import Adapting, adapt
+from stages.training.checkpoints import Checkpoint, read_checkpoint
+from stages.training.learner import Batch, StreamLearner
+from stages.training.optimizers import Optimizing, load_state, state_arrays
+from stages.training.prefix_file import PrefixFile
+from stages.training.updates import PrefixCache, Source
 
 STAGE = "train-sparse"
 """Name of the metrics' table in the run record."""

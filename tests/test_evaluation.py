@@ -10,7 +10,7 @@ from stages.methods.registry import METHODS
 from stages.methods.results import header_line, merge_results, read_results, row_line, summarise
 from stages.models.deploy import state
 from stages.models.registry import build, input_spec
-from stages.sparse.adaptation import Adapting
+from stages.training.adaptation import Adapting
 from tests.test_pretraining import random_run, squares
 
 QUICK = Tasks(

@@ -127,7 +127,7 @@ def evaluate(
             return
         from stages.evaluation import Tasks
         from stages.fsl.episodes import FixedShape, VariousShape
-        from stages.sparse.adaptation import LEARNING_RATES, Adapting
+        from stages.training.adaptation import LEARNING_RATES, Adapting
 
         require(on_bad in ("fail", "skip"), "--on-bad", repr(on_bad), "fail or skip")
         require(support is None, "--support", "together with --tasks", "one of them: tasks have their own support")

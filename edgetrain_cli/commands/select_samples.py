@@ -208,7 +208,7 @@ def _directory(live: str, run: Run, passed: int | None) -> LiveDirectory:
 
 def _blocks_used(checkpoint: str) -> int:
     from edgetrain_cli.pipe import read_checkpoint
-    from stages.sparse.checkpoints import blocks_used
+    from stages.training.checkpoints import blocks_used
 
     return blocks_used(read_checkpoint(checkpoint))
 

@@ -127,8 +127,6 @@ def train_sparse(
     """
     with pipe.stage("train-sparse", locals()) as io:
         from stages.errors import UsageError, require
-        from stages.sparse.adaptation import LEARNING_RATES, Adapting
-        from stages.sparse.optimizers import Optimizing
         from stages.sparse_training import (
             STREAM_OPTIMIZING,
             Holdout,
@@ -137,6 +135,8 @@ def train_sparse(
             TrainingStopped,
             train_stream,
         )
+        from stages.training.adaptation import LEARNING_RATES, Adapting
+        from stages.training.optimizers import Optimizing
 
         require(not (full and last_layer), "--full", "together with --last-layer", "one of the two")
         plan = "full" if full else "last-layer" if last_layer else None
@@ -216,9 +216,9 @@ def _on_support(
     from pathlib import Path
 
     from stages.randomness import generator
-    from stages.sparse.adaptation import total_iterations
-    from stages.sparse.prefix_file import PrefixFile
     from stages.sparse_training import STAGE, train_support
+    from stages.training.adaptation import total_iterations
+    from stages.training.prefix_file import PrefixFile
 
     io.finish_on_signals()
     progress = io.progress("iterations", total_iterations(config.adapting))

@@ -48,7 +48,7 @@ from stages.importing import Importing, import_model, read_weights
 from stages.methods.results import MethodSummary, Row, merge_results, read_results, results_file, summarise
 from stages.models.deploy import deploy
 from stages.pretraining import Pretraining, Validation, pretrain
-from stages.sparse.adaptation import Adapting
+from stages.training.adaptation import Adapting
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("EDGETRAIN_DATA") or ROOT.parent / "shared")

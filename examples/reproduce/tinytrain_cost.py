@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from stages.models.tracing import trace
 
 from stages.artifacts.records import LayerUpdate
 from stages.cost.model import forward_macs, full_backward_macs, last_blocks, paper_peak_bytes, weight_count
@@ -25,10 +26,9 @@ from stages.cost.training import (
     saved_activation_bytes,
     whole_update,
 )
+from stages.graphs.graph import Graph
 from stages.models.deploy import fold
-from stages.models.graph import Graph
 from stages.models.registry import build, input_spec
-from stages.models.tracing import trace
 from stages.planning.baselines import SCHEMES, named_plan
 
 MB, KB = 2**20, 2**10

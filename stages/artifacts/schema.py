@@ -16,7 +16,7 @@ import numpy as np
 from stages.artifacts.records import Group
 from stages.errors import SchemaError
 
-VERSION = 1
+VERSION = 2
 """Written as attribute `schema`; a reader refuses a higher one."""
 
 
@@ -59,9 +59,9 @@ RUN: Mapping[str, Table] = {
     "": Table(_ROOT, required=True),
     "model": Table(
         {
-            "arch": Attr("str", "architecture: a registry name or package.module:factory"),
+            "arch": Attr("str", "where the graph came from: a registry name, package.module:factory or a file"),
             "arch_args": Attr("json", "arguments of the architecture"),
-            "form": Attr("str", "`batchnorm` (the architecture's state dict) or `deploy` (BatchNorm folded)"),
+            "form": Attr("str", "`batchnorm` (as captured) or `deploy` (BatchNorm folded)"),
             "version": Attr("int", "number of updates since the run began"),
         },
         required=True,
@@ -79,6 +79,18 @@ RUN: Mapping[str, Table] = {
         required=True,
     ),
     "model/tensors": Table(others=Column("f4|f8|i8", ("*",), "one tensor of the model"), required=True),
+    "model/graph": Table(
+        arrays={
+            "operator": Column("S", ("O",), "one JSON object per operator, in execution order"),
+            "block": Column("S", ("B",), "names of the blocks, in order", required=False),
+        }
+    ),
+    "model/state": Table(
+        arrays={"entry": Column("S", ("E",), "one JSON object per entry of the user's own state dict")}
+    ),
+    "model/rest": Table(
+        others=Column("f4|f8|f2|i8|i4|i2|i1|u1|b1", ("*",), "an entry of the state dict that the graph does not use")
+    ),
     "model/head": Table(
         {
             "kind": Attr("str", "`prototypes` (scale * cosine) or `linear`"),
@@ -209,7 +221,7 @@ def _unknown(tables: Mapping[str, Table], group: Group, path: str) -> Group:
     return Group(attrs, arrays, groups)
 
 
-FREE_ATTRS = frozenset({"profile", "plan", "model/tensors"})
+FREE_ATTRS = frozenset({"profile", "plan", "model/tensors", "model/rest"})
 """Groups whose further attributes are part of the record itself (totals, facts, 0-d tensors)."""
 
 _ATTR_TYPES: Mapping[str, tuple[type, ...]] = {

@@ -10,11 +10,11 @@ import torch
 
 from stages.artifacts.records import Scores
 from stages.cost.model import block_entries, last_blocks
-from stages.cost.ops import layer_macs
+from stages.cost.ops import macs
+from stages.graphs.graph import Graph
 from stages.importance.criteria import CRITERIA, Evidence
 from stages.importance.fisher import Fisher
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
 from stages.planning.problem import RATIOS
 from stages.planning.shortcuts import residual_entries
 
@@ -64,9 +64,9 @@ def scores_of(
     evidence = Evidence(
         fisher=np.array([fisher.output[op.name].sum() for op in ops]),
         parameters=np.array([float(op.weights) for op in ops]),
-        macs=np.array([float(layer_macs(op)) for op in ops]),
+        macs=np.array([float(macs(op)) for op in ops]),
         most_parameters=max(op.weights for op in graph.layers),
-        most_macs=max(layer_macs(op) for op in graph.layers),
+        most_macs=max(macs(op) for op in graph.layers),
         weight_l2=np.array(norms),
         rng=rng,
     )

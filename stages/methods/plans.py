@@ -12,19 +12,19 @@ from stages.artifacts.records import Array, LayerUpdate
 from stages.cost.model import full_backward_macs
 from stages.errors import UsageError, require
 from stages.fsl.protonet import cosine_logits, prototypes
+from stages.graphs.graph import Graph
 from stages.importance.criteria import CRITERIA
 from stages.importance.fisher import fisher_pass
 from stages.importance.tasks import build_task
 from stages.methods.layer_scores import GRADIENTS, LAYERS, SEARCHES, candidates, detached, scores_of
 from stages.methods.task import Answer, Method, Task
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
 from stages.planning.baselines import SCHEMES, named_plan
 from stages.planning.budget import Budget, parse_macs, parse_memory
 from stages.planning.layers import SELECTORS, select_layers
 from stages.planning.problem import Channels, Evidence, pose
-from stages.sparse.adaptation import Adapting, adapt
-from stages.sparse.updates import features_of
+from stages.training.adaptation import Adapting, adapt
+from stages.training.updates import features_of
 
 Updates = tuple[LayerUpdate, ...]
 Planner = Callable[[Backbone, Task, Adapting, np.random.Generator], Updates]

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from stages.cost import ops
 from stages.cost.model import forward_macs
 from stages.errors import UsageError
-from stages.models.graph import KINDS, Op
+from stages.graphs.graph import KINDS
 from stages.models.registry import ARCHITECTURES, build, input_spec
+from stages.operators import Op
 from tests.cost.nets import backbone, conv, op_input
 
 PAPER_NETS = [
@@ -32,9 +33,9 @@ def test_convolution_by_hand(groups, expected):
 
 
 def test_one_dimensional_convolution_and_linear_by_hand():
-    sound = Op("c", "conv", ("x",), (6, 10), (4, 20), (5,), (2,), (2,), (1,))
+    sound = Op("c", "conv", ("x",), (6, 10), ((4, 20),), (5,), (2,), (2,), (1,))
     assert ops.macs(sound) == 6 * 4 * 5 * 10
-    assert ops.macs(Op("l", "linear", ("x",), (7,), (9,), bias=True)) == 63
+    assert ops.macs(Op("l", "linear", ("x",), (7,), ((9,),), bias=True)) == 63
 
 
 def test_every_kind_has_a_rule_or_a_reason():
@@ -54,7 +55,7 @@ def test_an_operator_without_a_rule_is_refused_by_name():
 def test_kept_bytes_round_the_bits_of_the_whole_batch_up(batch, bits, indices):
     shape = (2, 5, 5)
     for kind, expected in (("relu", bits), ("relu6", bits), ("max_pool", indices), ("add", 0), ("conv", 0)):
-        assert ops.kept_bytes(Op("o", kind, ("x",), shape, shape), batch) == expected
+        assert ops.kept_bytes(Op("o", kind, ("x",), shape, (shape,)), batch) == expected
 
 
 @pytest.mark.parametrize(("arch", "arguments", "expected"), PAPER_NETS)

@@ -19,10 +19,10 @@ from stages.cost.training import (
     whole_update,
     with_head,
 )
+from stages.engines.torch.net import SparseNet
 from stages.errors import UsageError
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
-from stages.sparse.engine import SparseNet
 from tests.cost.nets import HAND_MADE, backbone, classifier, conv, fire, inverted_residual, op_input
 from tests.cost.test_model import net
 

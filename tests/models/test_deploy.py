@@ -11,15 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stages.models.tracing import trace
 from torch import Tensor, nn
 
 from stages.artifacts.records import InputSpec, Model
+from stages.engines.torch.program import FROZEN_CHUNK
+from stages.engines.torch.reference import run
 from stages.errors import DataError, UsageError
 from stages.models.deploy import Backbone, deploy, fold, restore, state, store
-from stages.models.execute import run
-from stages.models.fused import FROZEN_CHUNK
 from stages.models.registry import build, input_spec
-from stages.models.tracing import trace
 from tests.models.nets import Classifier, PreActivation, randomise, write_module
 from tests.models.test_registry import SMALL
 

@@ -6,9 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from stages.models.execute import apply
-from stages.models.graph import Op
-from stages.models.reach import within_reach
+from stages.engines.torch.reference import apply
+from stages.operators import Op
+from stages.operators.reach import within_reach
 
 
 def convolution(sizes, kernel, stride, padding, dilation=(1, 1), channels=4, groups=4):
@@ -18,7 +18,7 @@ def convolution(sizes, kernel, stride, padding, dilation=(1, 1), channels=4, gro
     if min(out) < 1:
         return None
     return Op(
-        "c", "conv", (), (channels, *out), (channels, *sizes), kernel, stride, padding, dilation, groups=groups
+        "c", "conv", (), (channels, *out), ((channels, *sizes),), kernel, stride, padding, dilation, groups=groups
     )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_kernels_that_meet_the_map_are_left_alone():
     op, weight = convolution((8, 8), (3, 3), (1, 1), (1, 1)), torch.randn(4, 1, 3, 3)
     assert within_reach(op, weight)[0] is op
     assert within_reach(op, weight)[1] is weight
-    line = Op("l", "linear", (), (2,), (3,))
+    line = Op("l", "linear", (), (2,), ((3,),))
     assert within_reach(line, weight) == (line, weight)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-
-from stages.errors import PartMissing, UsageError
-from stages.models.execute import run
-from stages.models.graph import Graph
-from stages.models.registry import ARCHITECTURES, build, input_spec
 from stages.models.tracing import trace
+
+from stages.engines.torch.reference import run
+from stages.errors import PartMissing, UsageError
+from stages.graphs.graph import Graph
+from stages.models.registry import ARCHITECTURES, build, input_spec
 from tests.models.nets import write_module
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from stages.artifacts.records import Scores
 from stages.cost.latency import predicted_latency_ns
 from stages.cost.model import full_backward_macs, last_blocks
 from stages.errors import BudgetError, DataError, UsageError
-from stages.models.graph import Graph
+from stages.graphs.graph import Graph
 from stages.planning.budget import Budget
 from stages.planning.layers import SELECTORS, exhaustive, greedy, knapsack, select_layers, strict_prefix
 from stages.planning.problem import Channels, Evidence, Problem, nothing_fits, pose

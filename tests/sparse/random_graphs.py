@@ -8,9 +8,10 @@ import torch
 from hypothesis import strategies as st
 
 from stages.artifacts.records import InputSpec, LayerUpdate
-from stages.models import execute
+from stages.engines.torch import reference
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph, Op
+from stages.operators import Op
 from stages.planning.shortcuts import with_detached
 
 
@@ -27,7 +28,16 @@ class Builder:
 
     def add(self, kind: str, inputs: list[Op], shape: tuple[int, ...], **facts) -> Op:
         name = f"{kind}{len(self.ops)}"
-        self.ops.append(Op(name, kind, tuple(op.name for op in inputs), shape, in_shape=inputs[0].shape, **facts))
+        self.ops.append(
+            Op(
+                name,
+                kind,
+                tuple(op.name for op in inputs),
+                shape,
+                in_shapes=tuple(source.shape for source in inputs),
+                **facts,
+            )
+        )
         return self.ops[-1]
 
 
@@ -191,7 +201,7 @@ def dense_gradients(
     values = {backbone.graph.ops[0].name: x}
     for op in backbone.graph.ops[1:]:
         inputs = [values[name].detach() if op.name in detached else values[name] for name in op.inputs]
-        values[op.name] = execute.apply(op, inputs, tensors)
+        values[op.name] = reference.apply(op, inputs, tensors)
     features = values[backbone.graph.ops[-1].name]
     loss(features).backward()
     gradients = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in tensors.items()}
@@ -205,7 +215,7 @@ def distance_to_kinks(backbone: Backbone, x: torch.Tensor) -> float:
         if op.kind not in ("relu", "relu6", "max_pool"):
             continue
         before = Graph(graph.ops[: graph.position[op.inputs[0]] + 1])
-        value = execute.run(before, backbone.tensors, x)
+        value = reference.run(before, backbone.tensors, x)
         if op.kind == "max_pool":
             ordered = value.flatten().unique()
             gaps = ordered.diff() if len(ordered) > 1 else torch.ones(1)

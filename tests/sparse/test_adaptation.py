@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.artifacts.records import InputSpec, LayerUpdate
+from stages.engines.torch.net import SparseNet
 from stages.errors import DataError, UsageError
 from stages.fsl.augment import Augmentation
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph, Op
-from stages.sparse.adaptation import FALLBACK, Adapting, _Task, adapt, choose_rate, leave_out_folds, total_iterations
-from stages.sparse.engine import SparseNet
-from stages.sparse.optimizers import NotFinite, Optimizing
+from stages.operators import Op
+from stages.training.adaptation import FALLBACK, Adapting, _Task, adapt, choose_rate, leave_out_folds, total_iterations
+from stages.training.optimizers import NotFinite, Optimizing
 
 NOTHING = Augmentation(probability=0)
 
@@ -93,9 +94,9 @@ def test_where_nothing_can_be_left_out_the_rate_is_the_fallback() -> None:
 def backbone() -> Backbone:
     ops = (
         Op("input", "input", (), (4,)),
-        Op("one", "linear", ("input",), (6,), (4,), bias=True),
-        Op("act", "relu", ("one",), (6,), (6,)),
-        Op("two", "linear", ("act",), (5,), (6,), bias=True),
+        Op("one", "linear", ("input",), (6,), ((4,),), bias=True),
+        Op("act", "relu", ("one",), (6,), ((6,),)),
+        Op("two", "linear", ("act",), (5,), ((6,),), bias=True),
     )
     draw = torch.Generator().manual_seed(0)
     tensors = {

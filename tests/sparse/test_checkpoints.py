@@ -10,7 +10,7 @@ import pytest
 from stages.artifacts.hdf5 import decode, encode
 from stages.artifacts.records import Group, InputSpec, Model, Run
 from stages.errors import DataError, UsageError
-from stages.sparse.checkpoints import Checkpoint, read_checkpoint
+from stages.training.checkpoints import Checkpoint, read_checkpoint
 
 
 def checkpoint() -> Checkpoint:

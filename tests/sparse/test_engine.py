@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 
 from stages.artifacts.records import LayerUpdate, Model, detached_layers
 from stages.cost.training import saved_activation_bytes
+from stages.engines.torch import reference
+from stages.engines.torch.live import Live
+from stages.engines.torch.net import SparseNet
+from stages.engines.torch.program import FROZEN_CHUNK
 from stages.errors import DataError, UsageError
-from stages.models import execute, registry
+from stages.graphs.graph import Graph
+from stages.models import registry
 from stages.models.deploy import Backbone, deploy
-from stages.models.fused import FROZEN_CHUNK
-from stages.models.graph import Graph, Op
-from stages.sparse.engine import SparseNet
-from stages.sparse.live import Live
+from stages.operators import Op
 from tests.sparse.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
@@ -186,12 +188,12 @@ def chain() -> Graph:
     ops = (
         Op("input", "input", (), (2, 6, 6)),
         conv("stem", "input", (4, 6, 6), (2, 6, 6)),
-        Op("act", "relu", ("stem",), (4, 6, 6), in_shape=(4, 6, 6)),
+        Op("act", "relu", ("stem",), (4, 6, 6), in_shapes=((4, 6, 6),)),
         conv("middle", "act", (4, 6, 6), (4, 6, 6)),
-        Op("middle.act", "relu6", ("middle",), (4, 6, 6), in_shape=(4, 6, 6)),
-        Op("sum", "add", ("middle.act", "act"), (4, 6, 6), in_shape=(4, 6, 6)),
-        Op("mean", "global_pool", ("sum",), (4,), in_shape=(4, 6, 6)),
-        Op("last", "linear", ("mean",), (5,), in_shape=(4,), bias=True),
+        Op("middle.act", "relu6", ("middle",), (4, 6, 6), in_shapes=((4, 6, 6),)),
+        Op("sum", "add", ("middle.act", "act"), (4, 6, 6), in_shapes=((4, 6, 6),) * 2),
+        Op("mean", "global_pool", ("sum",), (4,), in_shapes=((4, 6, 6),)),
+        Op("last", "linear", ("mean",), (5,), in_shapes=((4,),), bias=True),
     )
     return Graph(ops)
 
@@ -199,7 +201,7 @@ def chain() -> Graph:
 def conv(name: str, source: str, shape: tuple[int, ...], in_shape: tuple[int, ...]) -> Op:
     ones = (1, 1)
     return Op(
-        name, "conv", (source,), shape, in_shape=in_shape, kernel=(3, 3), stride=ones, padding=ones, dilation=ones,
+        name, "conv", (source,), shape, in_shapes=(in_shape,), kernel=(3, 3), stride=ones, padding=ones, dilation=ones,
         bias=True,
     )  # fmt: skip
 
@@ -219,7 +221,7 @@ def x() -> torch.Tensor:
 
 def test_features_are_the_models(backbone, x):
     net = SparseNet(backbone, [MIDDLE])
-    expected = execute.run(backbone.graph, backbone.tensors, x)
+    expected = reference.run(backbone.graph, backbone.tensors, x)
     for found in (net.features(x), net.suffix(net.prefix(x)).detach(), SparseNet(backbone, []).features(x)):
         assert_close(found, expected, 1e-5)
 
@@ -248,7 +250,7 @@ def test_changed_parameters_change_the_next_features(backbone, x):
             parameter.add_(0.5)
     after = net.features(x)
     assert not torch.allclose(after, before, atol=1e-3)
-    assert_close(after, execute.run(backbone.graph, net.tensors(), x), 1e-5)
+    assert_close(after, reference.run(backbone.graph, net.tensors(), x), 1e-5)
 
 
 def test_gradients_accumulate(backbone, x):
@@ -330,9 +332,9 @@ def test_gradients_that_branches_share_are_not_overwritten():
         *chain().ops[:3],
         conv("trunk", "act", shape, shape),
         conv("side", "trunk", shape, shape),
-        Op("sum", "add", ("trunk", "act"), shape, in_shape=shape),
-        Op("both", "concat", ("sum", "side"), (8, 6, 6), in_shape=shape),
-        Op("mean", "global_pool", ("both",), (8,), in_shape=(8, 6, 6)),
+        Op("sum", "add", ("trunk", "act"), shape, in_shapes=(shape,) * 2),
+        Op("both", "concat", ("sum", "side"), (8, 6, 6), in_shapes=(shape,) * 2),
+        Op("mean", "global_pool", ("both",), (8,), in_shapes=((8, 6, 6),)),
     )
     whole = [LayerUpdate(name, "output", (0, 1, 2, 3), 4) for name in ("stem", "trunk", "side")]
     check_gradients((Graph(ops), whole, 2, 5), torch.float64, 1e-10, 1e-12)
@@ -350,10 +352,10 @@ def test_averages_at_the_edge_count_padding_or_not(padded, axes):
     ones, size = (1,) * axes, (6,) * axes
     ops = (
         Op("input", "input", (), (2, *size)),
-        Op("stem", "conv", ("input",), (3, *size), (2, *size), ones, ones, (0,) * axes, ones, bias=True),
-        Op("pool", "avg_pool", ("stem",), (3, *(4,) * axes), (3, *size), (3,) * axes, (2,) * axes, ones, ones,
+        Op("stem", "conv", ("input",), (3, *size), ((2, *size),), ones, ones, (0,) * axes, ones, bias=True),
+        Op("pool", "avg_pool", ("stem",), (3, *(4,) * axes), ((3, *size),), (3,) * axes, (2,) * axes, ones, ones,
            count_include_pad=padded, ceil_mode=True),
-        Op("flat", "flatten", ("pool",), (3 * 4**axes,), (3, *(4,) * axes)),
+        Op("flat", "flatten", ("pool",), (3 * 4**axes,), ((3, *(4,) * axes),)),
     )  # fmt: skip
     check_gradients((Graph(ops), [LayerUpdate("stem", "output", (0, 2), 3)], 2, 1), torch.float64, 1e-10, 1e-12)
 
@@ -363,8 +365,8 @@ def test_a_tensor_that_two_live_layers_read_is_kept_once(x):
     ops = (
         *chain().ops[:5],
         conv("other", "act", (4, 6, 6), (4, 6, 6)),
-        Op("sum", "add", ("middle.act", "other"), (4, 6, 6), in_shape=(4, 6, 6)),
-        Op("mean", "global_pool", ("sum",), (4,), in_shape=(4, 6, 6)),
+        Op("sum", "add", ("middle.act", "other"), (4, 6, 6), in_shapes=((4, 6, 6),) * 2),
+        Op("mean", "global_pool", ("sum",), (4,), in_shapes=((4, 6, 6),)),
     )
     plan = [MIDDLE, LayerUpdate("other", "input", (0, 1, 2, 3), 4)]
     net = SparseNet(random_backbone(Graph(ops), 0, torch.float32), plan)

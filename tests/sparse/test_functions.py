@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stages.sparse import masks
 
 from stages.artifacts.records import LayerUpdate
+from stages.engines.torch.live import Live, channels_of
+from stages.engines.torch.masks import max_pool_gradient, pack, unpack, window_index
+from stages.engines.torch.weight_gradients import OUTER_PAIRS, _outer_gradient, weight_gradient
 from stages.errors import UsageError
+from stages.graphs.graph import Graph
 from stages.models import fused
-from stages.models.graph import Graph, Op
-from stages.sparse import masks
-from stages.sparse.live import Live, channels_of
-from stages.sparse.masks import max_pool_gradient, pack, unpack, window_index
-from stages.sparse.weight_gradients import OUTER_PAIRS, _outer_gradient, weight_gradient
+from stages.operators import Op
 
 FEW = settings(max_examples=30, deadline=None, derandomize=True)
 
@@ -61,7 +62,7 @@ def pool(kernel, stride, padding, in_shape, dilation=None) -> Op:
     dilation = dilation or (1,) * len(kernel)
     spatial = zip(in_shape[1:], kernel, stride, padding, dilation, strict=True)
     shape = (in_shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial))
-    return Op("pool", "max_pool", ("x",), shape, in_shape, kernel, stride, padding, dilation)
+    return Op("pool", "max_pool", ("x",), shape, (in_shape,), kernel, stride, padding, dilation)
 
 
 POOLS = [
@@ -106,7 +107,7 @@ def test_a_window_of_256_positions_fits_a_byte():
 def conv(channels, out, groups, kernel, stride, padding, dilation, size) -> Op:
     spatial = zip(size, kernel, stride, padding, dilation, strict=True)
     shape = (out, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial))
-    return Op("conv", "conv", ("x",), shape, (channels, *size), kernel, stride, padding, dilation, groups)
+    return Op("conv", "conv", ("x",), shape, ((channels, *size),), kernel, stride, padding, dilation, groups)
 
 
 CONVS = {
@@ -178,10 +179,10 @@ def test_channels_are_selected_in_the_tensors_own_layout(channels_last):
 
 def residual() -> Graph:
     def activation(name, kind, source):
-        return Op(name, kind, (source,), (4, 5, 5), (4, 5, 5))
+        return Op(name, kind, (source,), (4, 5, 5), ((4, 5, 5),))
 
     def layer(name, source, channels=4):
-        return Op(name, "conv", (source,), (4, 5, 5), (channels, 5, 5), (3, 3), (1, 1), (1, 1), (1, 1), bias=True)
+        return Op(name, "conv", (source,), (4, 5, 5), ((channels, 5, 5),), (3, 3), (1, 1), (1, 1), (1, 1), bias=True)
 
     return Graph(
         (
@@ -189,10 +190,10 @@ def residual() -> Graph:
             layer("a", "input", 3),
             activation("a.act", "relu", "a"),
             layer("b", "a.act"),
-            Op("sum", "add", ("b", "a.act"), (4, 5, 5), (4, 5, 5)),
+            Op("sum", "add", ("b", "a.act"), (4, 5, 5), ((4, 5, 5),) * 2),
             activation("sum.act", "relu6", "sum"),
             layer("c", "sum.act"),
-            Op("flat", "flatten", ("sum.act",), (100,), (4, 5, 5)),
+            Op("flat", "flatten", ("sum.act",), (100,), ((4, 5, 5),)),
         )
     )
 
@@ -218,7 +219,7 @@ def test_a_layer_whose_output_is_kept_is_not_fused():
 
 def test_what_a_flattening_shares_is_not_overwritten():
     graph = residual()
-    ops = (*graph.ops, Op("late", "relu", ("sum.act",), (4, 5, 5), (4, 5, 5)))
+    ops = (*graph.ops, Op("late", "relu", ("sum.act",), (4, 5, 5), ((4, 5, 5),)))
     steps = {step.out: step for step in fused.fuse(Graph(ops), everything(Graph(ops)), {"flat", "late"})}
     assert steps["late"].overwrite is None
 

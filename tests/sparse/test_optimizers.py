@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stages.errors import DataError, UsageError
-from stages.sparse.optimizers import (
+from stages.training.optimizers import (
     OPTIMIZERS,
     Optimizer,
     Optimizing,
@@ -182,7 +182,7 @@ def test_no_optimiser_imports_torchs_compiler() -> None:
     """It would cost 71 MB and seconds of start-up, whatever the plan saves."""
     code = (
         "import sys, torch\n"
-        "from stages.sparse.optimizers import Optimizing, OPTIMIZERS, checked_step, make_optimizer\n"
+        "from stages.training.optimizers import Optimizing, OPTIMIZERS, checked_step, make_optimizer\n"
         "for name in OPTIMIZERS:\n"
         "    weight = torch.nn.Parameter(torch.ones(3)); weight.grad = torch.ones(3)\n"
         "    optimizer = make_optimizer([weight], Optimizing(optimizer=name))\n"

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from stages.artifacts.hdf5 import decode_tree, encode_tree
 from stages.artifacts.records import Group, LayerUpdate
+from stages.engines.torch.net import SparseNet
 from stages.errors import DataError
 from stages.fsl.protonet import support_loss
 from stages.models.deploy import Backbone
-from stages.sparse.engine import SparseNet
-from stages.sparse.updates import PrefixCache, cache_prefix, features_of, gradient_update
+from stages.training.updates import PrefixCache, cache_prefix, features_of, gradient_update
 from tests.sparse.random_graphs import cases, random_backbone, random_input
 from tests.sparse.test_engine import chain
 

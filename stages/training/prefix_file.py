@@ -14,7 +14,7 @@ from stages.artifacts.hdf5 import decode_tree, encode_tree
 from stages.artifacts.records import Group, LayerUpdate
 from stages.errors import DataError
 from stages.models.deploy import Backbone
-from stages.sparse.updates import PrefixCache
+from stages.training.updates import PrefixCache
 
 KIND = "prefix-cache"
 

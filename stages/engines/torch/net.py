@@ -1,24 +1,23 @@
 """The sparse engine: a backbone and a plan as an executable whose training costs what the plan says.
 
 A frozen prefix (everything that no live layer feeds) runs without autograd; the suffix behind it is one node of torch's
-graph that keeps one bit per activation output and the inputs of live layers (`functions`). Only live slices are
+graph that keeps one bit per activation output and the inputs of live layers (`suffix`). Only live slices are
 parameters: frozen values stay bit-equal under any optimiser.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.records import LayerUpdate, detached_layers
+from stages.artifacts.records import LayerUpdate
+from stages.engines.torch.live import live_layers
+from stages.engines.torch.program import Program, channels_last_is_faster, in_chunks
+from stages.engines.torch.suffix import Attached, Suffix
 from stages.errors import DataError
 from stages.models.deploy import Backbone
-from stages.models.fused import Program, channels_last_is_faster, in_chunks
-from stages.models.graph import Graph
-from stages.sparse.functions import Attached, Suffix
-from stages.sparse.live import live_layers
 
 Boundary = tuple[Tensor, ...]
 """What crosses from the prefix into the suffix: the values (N, C, ...) that both touch, often a single one."""
@@ -48,9 +47,8 @@ class SparseNet:
         self._live = live_layers(graph, updates, self._tensors)
         if channels_last is None:
             channels_last = all(map(channels_last_is_faster, self._tensors.values()))
-        detached = detached_layers(updates)
-        self._suffix = Suffix(graph, self._tensors, self._live, detached=detached, channels_last=channels_last)
-        before = _ancestors(graph, self._suffix.boundary)
+        self._suffix = Suffix(graph, self._tensors, self._live, updates, channels_last=channels_last)
+        before = graph.upstream(self._suffix.boundary)
         self._prefix = Program(graph, self._tensors, before, self._suffix.boundary, channels_last=channels_last)
 
     @property
@@ -131,15 +129,6 @@ class SparseNet:
     def tensors(self) -> dict[str, Tensor]:
         """The whole backbone's tensors with the live values merged in, copied where they may still change."""
         return {**self._tensors, **{name: tensor.clone() for name, tensor in self.changed_tensors().items()}}
-
-
-def _ancestors(graph: Graph, names: Collection[str]) -> set[str]:
-    """The named operators and all that they are computed from."""
-    found = set(names)
-    for op in reversed(graph.ops):
-        if op.name in found:
-            found.update(op.inputs)
-    return found
 
 
 def _tensor_names(layer: str, tensors: Mapping[str, Tensor]) -> list[str]:

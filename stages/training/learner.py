@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.artifacts.records import Array, Head, LayerUpdate
+from stages.engines.torch.net import SparseNet
 from stages.errors import DataError
 from stages.models import heads
 from stages.models.deploy import Backbone
-from stages.sparse.engine import SparseNet
-from stages.sparse.optimizers import (
+from stages.training.optimizers import (
     NotFinite,
     Optimizing,
     checked_step,
@@ -23,7 +23,7 @@ from stages.sparse.optimizers import (
     make_optimizer,
     replace_parameter,
 )
-from stages.sparse.updates import Source, features_of, gradient_update
+from stages.training.updates import Source, features_of, gradient_update
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from stages.models.graph import Op
+from stages.operators.op import Op
 
 Taps = tuple[slice, ...]
 """Per spatial axis, the kernel's taps that are needed."""

@@ -23,15 +23,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.artifacts.records import InputSpec, LayerUpdate
+from stages.engines.torch.net import SparseNet
 from stages.errors import require
 from stages.fsl.augment import PSEUDO_QUERY, Augmentation, augment
 from stages.fsl.protonet import cosine_logits, prototypes, support_loss
 from stages.models.deploy import Backbone
 from stages.randomness import torch_generator
-from stages.sparse.engine import SparseNet
-from stages.sparse.optimizers import NotFinite, Optimizing, checked_step, learning_rate, make_optimizer
-from stages.sparse.prefix_file import PrefixFile, prefix_key
-from stages.sparse.updates import Net, PrefixCache, Source, cache_prefix, features_of, gradient_update
+from stages.training.optimizers import NotFinite, Optimizing, checked_step, learning_rate, make_optimizer
+from stages.training.prefix_file import PrefixFile, prefix_key
+from stages.training.updates import Net, PrefixCache, Source, cache_prefix, features_of, gradient_update
 
 N = TypeVar("N", bound=Net)
 

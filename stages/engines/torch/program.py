@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from stages.engines.torch.reference import apply
 from stages.errors import UsageError
-from stages.models.execute import RULES, apply
-from stages.models.graph import Graph, Op
-from stages.models.reach import within_reach
+from stages.graphs.graph import Graph, last_readers
+from stages.operators import TABLE, Op
+from stages.operators.reach import within_reach
 
 Kernel = Callable[[Sequence[Tensor]], Tensor]
 Watch = Callable[["Step", Sequence[Tensor], Tensor], None]
-
-ACTIVATIONS = ("relu", "relu6")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class Step:
 
     op: Op
     activation: str
-    """`relu`, `relu6` or empty."""
+    """Kind of the activation, or empty."""
     out: str
     """Name of the value it makes: the activation's where there is one."""
     overwrite: int | None
@@ -50,33 +48,38 @@ def fuse(graph: Graph, names: Collection[str], keep: Collection[str]) -> tuple[S
     Raises:
         UsageError: an operator that has no place in deploy form (a BatchNorm that is not folded, an unknown kind).
     """
-    ops = [op for op in graph.ops if op.name in names and op.kind != "input"]
+    ops = [op for op in graph.ops[1:] if op.name in names]
     for op in ops:
-        if op.kind not in RULES or op.kind == "batchnorm":
+        if op.operator.statistics:
             raise UsageError(f"operator {op.name}", f"kind {op.kind!r}", "deploy form", "fold BatchNorm first")
     behind = {op.name: reader for op in ops if (reader := _fused_activation(graph, op, names)) and op.name not in keep}
     fused_away = {reader.name for reader in behind.values()}
     left = [op for op in ops if op.name not in fused_away]
     outs = {op.name: behind.get(op.name, op).name for op in left}
-    last_reader = {source: op.name for op in left for source in op.inputs}
-    views = {name for op in left if op.kind == "flatten" for name in (op.name, *op.inputs)}
-    own = set(outs.values()) - views
+    shared = {name for op in left if op.operator.alias for name in (op.name, *op.inputs)}
+    own = set(outs.values()) - shared - graph.constants
     steps = []
-    for op in left:
-        drop = tuple(name for name in dict.fromkeys(op.inputs) if last_reader[name] == op.name and name not in keep)
-        overwrite = next((i for i, name in enumerate(op.inputs) if name in drop and name in own), None)
+    for op, drop in zip(left, last_readers(left, keep), strict=True):
+        overwrite = next((i for i, name in enumerate(op.inputs) if _may_overwrite(graph, op, i, drop, own)), None)
         activation = behind[op.name].kind if op.name in behind else ""
         steps.append(Step(op, activation, outs[op.name], overwrite, drop))
     return tuple(steps)
 
 
+def _may_overwrite(graph: Graph, op: Op, i: int, drop: Collection[str], own: Collection[str]) -> bool:
+    """Whether the result may lie where input i lies: it is of its size, made here, and nothing else needs it."""
+    name = op.inputs[i]
+    fits = op.operator.overwrite is not None and op.in_shapes[i] == op.shape
+    return fits and name in drop and name in own and op.inputs.count(name) == 1
+
+
 def _fused_activation(graph: Graph, op: Op, names: Collection[str]) -> Op | None:
-    """The activation that is the only reader of a layer's output."""
+    """The activation that is the only reader of a layer's output and can run behind it in one kernel."""
     readers = graph.consumers[op.name]
     if not op.is_layer or len(readers) != 1 or readers[0] not in names:
         return None
     reader = graph[readers[0]]
-    return reader if reader.kind in ACTIVATIONS else None
+    return reader if reader.operator.fused else None
 
 
 class Program:
@@ -127,11 +130,11 @@ class Program:
     def _kernel(self, step: Step, batch: int) -> Kernel:
         op = step.op
         if not op.is_layer:
-            return IN_PLACE[op.kind](step) if step.overwrite is not None and op.kind in IN_PLACE else _plain(op)
-        weight, bias = self._tensors[f"{op.name}.weight"], self._tensors[f"{op.name}.bias"] if op.bias else None
-        if self.channels_last and len(op.kernel) == 2 and pointwise_fits(weight):
+            return _plain(op, self._tensors) if step.overwrite is None else _in_place(op, step.overwrite)
+        weight, bias = self._tensors[f"{op.owner}.weight"], self._tensors[f"{op.owner}.bias"] if op.bias else None
+        if self.channels_last and len(op.kernel) == 2 and not op.operator.input_first and pointwise_fits(weight):
             op, weight = within_reach(op, weight)
-            ready = weight if op.name in self._changing else packed(op, weight, batch)
+            ready = weight if op.owner in self._changing else packed(op, weight, batch)
             return _pointwise(op, step.activation, ready, bias)
         return _layer(step, self._tensors)
 
@@ -174,7 +177,7 @@ def pointwise_works() -> bool:
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    op = Op("probe", "conv", (), (8, 5, 5), (8, 5, 5), (3, 3), (1, 1), (1, 1), (1, 1), bias=True)
+    op = Op("probe", "conv", (), (8, 5, 5), ((8, 5, 5),), (3, 3), (1, 1), (1, 1), (1, 1), bias=True)
     x = torch.linspace(-1, 1, 200).reshape(1, 8, 5, 5)
     weight, bias = torch.linspace(-1, 1, 576).reshape(8, 8, 3, 3), torch.ones(8)
     expected = apply(op, [x], {"probe.weight": weight, "probe.bias": bias}).clamp(0, 6)
@@ -194,22 +197,15 @@ def packed(op: Op, weight: Tensor, batch: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------- kernels
 
-_FUSED = {"": ("none", []), "relu": ("relu", []), "relu6": ("hardtanh", [0.0, 6.0])}
-_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda x: x,
-    "relu": torch.relu_,
-    "relu6": lambda x: x.clamp_(0, 6),
-}
-
 
 def _pointwise(op: Op, activation: str, weight: Tensor, bias: Tensor | None) -> Kernel:
     convolution = torch.ops.mkldnn._convolution_pointwise.default
-    attribute, scalars = _FUSED[activation]
+    attribute, scalars = ("none", []) if not activation else (TABLE[activation].fused, TABLE[activation].fused_scalars)
     padding, stride, dilation = list(op.padding), list(op.stride), list(op.dilation)
 
     def run(inputs: Sequence[Tensor]) -> Tensor:
         output: Tensor = convolution(
-            inputs[0], weight, bias, padding, stride, dilation, op.groups, attribute, scalars, ""
+            inputs[0], weight, bias, padding, stride, dilation, op.groups, attribute, list(scalars), ""
         )
         return output
 
@@ -217,26 +213,19 @@ def _pointwise(op: Op, activation: str, weight: Tensor, bias: Tensor | None) -> 
 
 
 def _layer(step: Step, tensors: Mapping[str, Tensor]) -> Kernel:
-    op, activate = step.op, _ACTIVATE[step.activation]
-    return lambda inputs: activate(apply(op, inputs, tensors))
+    op = step.op
+    if not step.activation:
+        return _plain(op, tensors)
+    activate = TABLE[step.activation].overwrite
+    assert activate is not None
+    return lambda inputs: activate(op, [apply(op, inputs, tensors)], 0)
 
 
-def _plain(op: Op) -> Kernel:
-    return partial(_apply, op)
+def _plain(op: Op, tensors: Mapping[str, Tensor]) -> Kernel:
+    return lambda inputs: apply(op, inputs, tensors)
 
 
-def _apply(op: Op, inputs: Sequence[Tensor]) -> Tensor:
-    return apply(op, inputs, {})
-
-
-def _add_into(step: Step) -> Kernel:
-    into = step.overwrite or 0
-    return lambda inputs: inputs[into].add_(inputs[1 - into])
-
-
-IN_PLACE: dict[str, Callable[[Step], Kernel]] = {
-    "relu": lambda step: lambda inputs: F.relu_(inputs[0]),
-    "relu6": lambda step: lambda inputs: inputs[0].clamp_(0, 6),
-    "add": _add_into,
-}
-"""Kinds that can overwrite an input which nothing else needs."""
+def _in_place(op: Op, into: int) -> Kernel:
+    rule = op.operator.overwrite
+    assert rule is not None
+    return lambda inputs: rule(op, inputs, into)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -16,56 +17,77 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight
 
-from stages.models.graph import Op
-from stages.sparse.live import Live, channels_of
+from stages.engines.torch.live import Live, channels_of
+from stages.operators import Op
 
 OUTER_PAIRS = 4096
 """Largest number of (input, output) position pairs of a depthwise layer for which outer products win."""
 
 
-def weight_gradient(live: Live, x: Tensor, gradient: Tensor) -> Tensor:
-    """Gradient of `live.weight`, in its shape.
+def weight_gradient(live: Live, op: Op, x: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient of `live.weight`, in its shape, from one use `op` of the layer.
 
-    `x` is the layer's input: whole (N, in, ...) where output channels are live, else the live channels (N, live, ...).
-    `gradient` is that of the layer's output (N, out, ...).
+    `x` is the layer's input: whole (N, ...) where output channels are live, else the live channels of it.
+    `gradient` is that of the layer's output (N, ...).
     """
-    op = live.op
+    if not op.kernel and op.is_depthwise:
+        return _scale_gradient(live, op, x, gradient)
     if op.is_depthwise:
-        return depthwise_gradient(op, x, channels_of(gradient, live.channels))
-    if is_matrix(op):
-        return _matrix_gradient(live, _rows(op, x), _rows(op, gradient))
-    return _input_grouped(live, x, gradient) if live.by_input else _output_grouped(live, x, gradient)
+        return _depthwise(live, op, x, channels_of(op, gradient, live.channels))
+    if op.operator.matrix(op):
+        return _matrix_gradient(live, op, _rows(op, x), _rows(op, gradient))
+    if op.operator.input_first:  # a transposed convolution is a convolution from its output to its input
+        mirror = replace(op, kind="conv", shape=op.in_shape, in_shapes=(op.shape,))
+        swapped = (channels_of(op, gradient, live.channels), x) if not live.by_input else (gradient, x)
+        rule = _output_grouped if live.by_input else _input_grouped
+        return rule(live, mirror, *swapped)
+    return _input_grouped(live, op, x, gradient) if live.by_input else _output_grouped(live, op, x, gradient)
 
 
-def bias_gradient(live: Live, gradient: Tensor) -> Tensor:
-    """Gradient of `live.bias` (live biases,) from the layer's output gradient (N, out, ...)."""
-    over = [axis for axis in range(gradient.ndim) if axis != 1]
+def bias_gradient(live: Live, op: Op, gradient: Tensor) -> Tensor:
+    """Gradient of `live.bias` (live biases,) from the layer's output gradient (N, ...)."""
+    axis = _axis(op, gradient)
+    over = [other for other in range(gradient.ndim) if other != axis]
     return gradient.sum(over).index_select(0, live.bias_channels)
 
 
-def is_matrix(op: Op) -> bool:
-    """Whether the layer is one matrix applied at every position: linear, or an unpadded 1x1 convolution."""
-    return op.groups == 1 and prod(op.kernel) == 1 and not any(op.padding)
+def _axis(op: Op, x: Tensor) -> int:
+    """The axis of x (N, ...) that counts channels."""
+    return op.channel_axis % (x.ndim - 1) + 1
+
+
+def _scale_gradient(live: Live, op: Op, x: Tensor, gradient: Tensor) -> Tensor:
+    axis = _axis(op, gradient)
+    x = x if x.shape[axis] == len(live.channels) else channels_of(op, x, live.channels)
+    product = x * channels_of(op, gradient, live.channels)
+    return product.sum([other for other in range(product.ndim) if other != axis])
+
+
+def _depthwise(live: Live, op: Op, x: Tensor, gradient: Tensor) -> Tensor:
+    if not op.operator.input_first:
+        return depthwise_gradient(op, x, gradient)
+    x = x if x.shape[1] == len(live.channels) else channels_of(op, x, live.channels)
+    mirror = replace(op, kind="conv", shape=op.in_shape, in_shapes=(op.shape,))
+    return depthwise_gradient(mirror, gradient, x)
 
 
 def _rows(op: Op, x: Tensor) -> Tensor:
-    """(N, C, ...) -> (N * positions, C); of a strided layer's input, the positions that it reads."""
-    if op.kind == "linear":
-        return x.flatten(1)
+    """(N, C, ...) or (N, ..., C) -> (N * positions, C); of a strided layer's input, the positions that it reads."""
+    if op.channel_axis:
+        return x.reshape(-1, x.shape[-1])
     if x.shape[2:] != op.shape[1:]:
         every = [slice(None, None, step) for step in op.stride]
         x = x[(slice(None), slice(None), *every)]
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def _matrix_gradient(live: Live, x: Tensor, gradient: Tensor) -> Tensor:
+def _matrix_gradient(live: Live, op: Op, x: Tensor, gradient: Tensor) -> Tensor:
     """Of a weight without kernel: the product over positions of live columns, in the parameter's shape."""
-    kernel = live.op.kernel
     if live.by_input:
-        return (x.t() @ gradient).view(-1, live.op.out_channels, *kernel)
+        return (x.t() @ gradient).view(-1, op.out_channels, *op.kernel)
     everything = live.update.ratio == 1
     rows = gradient if everything else gradient.index_select(1, live.channels)
-    return (rows.t() @ x).view(-1, live.op.in_channels, *kernel)
+    return (rows.t() @ x).view(-1, op.in_channels, *op.kernel)
 
 
 # ----------------------------------------------------------------------------------------------- grouped convolutions
@@ -99,23 +121,21 @@ def _of_groups(x: Tensor, groups: Tensor, of: int) -> Tensor:
     return x.reshape(len(x), of, -1, *x.shape[2:]).index_select(1, groups).flatten(1, 2)
 
 
-def _output_grouped(live: Live, x: Tensor, gradient: Tensor) -> Tensor:
-    op = live.op
+def _output_grouped(live: Live, op: Op, x: Tensor, gradient: Tensor) -> Tensor:
     packing = _on(_packing(live.update.channels, op.out_channels // op.groups), x.device)
     count, inside = len(packing.groups), op.in_channels // op.groups
     shape = (len(packing.padded), inside, *op.kernel)
-    rows = channels_of(gradient, packing.padded)
+    rows = channels_of(op, gradient, packing.padded)
     whole = _convolution_gradient(op, _of_groups(x, packing.groups, op.groups), shape, rows, count)
     return whole.index_select(0, packing.place)
 
 
-def _input_grouped(live: Live, x: Tensor, gradient: Tensor) -> Tensor:
+def _input_grouped(live: Live, op: Op, x: Tensor, gradient: Tensor) -> Tensor:
     """`x` holds the live channels only; the result is (live, out / groups, *kernel)."""
-    op = live.op
     packing = _on(_packing(live.update.channels, op.in_channels // op.groups), x.device)
     count, outside = len(packing.groups), op.out_channels // op.groups
     widest = len(packing.padded) // count
-    columns = channels_of(x, torch.searchsorted(live.channels, packing.padded))
+    columns = channels_of(op, x, torch.searchsorted(live.channels, packing.padded))
     shape = (count * outside, widest, *op.kernel)
     whole = _convolution_gradient(op, columns, shape, _of_groups(gradient, packing.groups, op.groups), count)
     by_channel = whole.view(count, outside, widest, *op.kernel).transpose(1, 2).flatten(0, 1)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.artifacts.records import Array
+from stages.engines.torch.net import Boundary
 from stages.errors import DataError
-from stages.sparse.engine import Boundary
 
 Loss = Callable[[Tensor], Tensor]
 
