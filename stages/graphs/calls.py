@@ -189,9 +189,15 @@ class Call:
         if _values_in((args, kwargs)):
             like = [_like(arg) for arg in args]
             result = target(*like, **{key: _like(value) for key, value in kwargs.items()})
+            result = result[0] if isinstance(result, tuple) else result
             full = tuple(result.shape) if isinstance(result, Tensor) else None
         node = _Node(target, self.node)
         return Call(self.b, node, name, self.path, full).run(args, kwargs)
+
+    def apply_list(self, name: str, *args: Any) -> list[Any]:
+        """The results of another ATen call that gives several."""
+        found: list[Any] = self.apply(name, *args)
+        return found
 
     # ---------------------------------------------------------------------------------------------------- emitting
 
@@ -341,6 +347,17 @@ class Call:
 
     def tensor_rank(self, x: Any) -> int:
         return self._constant(x).tensor.ndim
+
+    def numbers(self, x: Any) -> list[Any]:
+        """The entries of a constant of whole numbers. Refuses what depends on the input."""
+        if not isinstance(x, Constant) or x.tensor.is_floating_point():
+            self.refuse(f"{_as_written(self.node, self.name)} by computed numbers", "fixed numbers")
+        found: list[Any] = x.tensor.flatten().tolist()
+        return found
+
+    def numbers_shape(self, x: Any) -> Shape:
+        """Shape of a constant of whole numbers."""
+        return tuple(x.tensor.shape) if isinstance(x, Constant) else ()
 
     def filled(self, shape: Shape, value: float) -> Constant:
         return Constant(torch.full(shape, value))
@@ -525,8 +542,9 @@ def called(node: Any) -> str:
 
 
 def full_shape(node: Any) -> Shape | None:
-    """The captured shape of a call's result; None where it has several."""
+    """The captured shape of a call's result, of the first of a tuple; None where it is a list."""
     value = node.meta.get("val")
+    value = value[0] if isinstance(value, tuple) and value else value
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else None
 
 

@@ -126,6 +126,12 @@ class Writer:
         self.constants[name] = array
         return name
 
+    def constant_of_integers(self, op: Op, what: str, values: Iterable[int]) -> str:
+        """A longer list of whole numbers, of the operator's own."""
+        name = self.inner(op, what)
+        self.constants[name] = np.array(list(values), np.int64)
+        return name
+
     def masked(self, op: Op, products: str, *, causal: bool) -> str:
         """Attention's products with the future left out."""
         queries, keys = op.in_shapes[0][-2], op.in_shapes[1][-2]

@@ -22,6 +22,8 @@ from stages.operators.op import Value
 MOST_OPERATORS = 20_000
 MOST_ELEMENTS = 2**31 - 1
 """Of one value of one sample, and of one tensor."""
+MOST_NUMBERS = 65536
+"""Of one attribute."""
 WHERE = "/model/graph"
 
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(Op) if field.default is not MISSING}
@@ -116,7 +118,7 @@ def _field(key: str, value: Any, where: str) -> Any:
 
 def _value(value: Any, where: str) -> Value:
     """An attribute's value: a number, a word, or a short list of numbers."""
-    if isinstance(value, list) and len(value) <= 64 and all(isinstance(part, int | float) for part in value):
+    if isinstance(value, list) and len(value) <= MOST_NUMBERS and all(isinstance(part, int | float) for part in value):
         return tuple(value)
     if isinstance(value, int | float | str):
         return value

@@ -19,6 +19,7 @@ from stages.operators.op import (
     Tensors,
     keeps_bits,
     keeps_input,
+    keeps_nothing,
     keeps_output,
     register,
     same_shape,
@@ -207,17 +208,53 @@ def _aten_softmax(call: Any, x: Any, dim: int, *_: Any, **__: Any) -> Any:
 def _elu(op: Op, x: Tensor) -> Tensor:
     from torch.nn import functional as F
 
-    return F.elu(x, op["alpha"])
+    y: Tensor = F.elu(x, op["alpha"])
+    scale: float = op["scale"]
+    return y if scale == 1 else y * scale
 
 
 def _elu_gradient(op: Op, y: Tensor, g: Tensor) -> Tensor:
-    return g.where(y > 0, g * (y + op["alpha"]))
+    return (g * op["scale"]).where(y > 0, g * (y + op["alpha"] * op["scale"]))
+
+
+def _elu_onnx(op: Op, w: Any) -> None:
+    plain = w.output(op) if op["scale"] == 1 else w.inner(op, "plain")
+    w.node("Elu", w.inputs(op), plain, alpha=op["alpha"])
+    if op["scale"] != 1:
+        w.node("Mul", [plain, w.number(op["scale"])], w.output(op))
 
 
 def _aten_elu(call: Any, x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
-    if scale != 1 or input_scale != 1:
-        call.refuse("a scaled ELU", "ELU", "use nn.ELU")
-    return call.emit("elu", [call.value(x)], alpha=float(alpha))
+    if input_scale != 1:
+        call.refuse("an ELU of a scaled input", "ELU", "use nn.ELU")
+    return call.emit("elu", [call.value(x)], alpha=float(alpha), scale=float(scale))
+
+
+def _aten_selu(call: Any, x: Any) -> Any:
+    """Klambauer et al., arXiv:1706.02515, to float32's precision."""
+    return _aten_elu(call, x, 1.6732632423543772, 1.0507009873554805)
+
+
+def _log_softmax_gradient(op: Op, y: Tensor, g: Tensor) -> Tensor:
+    return g - y.exp() * g.sum(_axis(op), keepdim=True)
+
+
+def _log_softmax_onnx(op: Op, w: Any) -> None:
+    w.node("LogSoftmax", w.inputs(op), w.output(op), axis=_axis(op))
+
+
+def _aten_log_softmax(call: Any, x: Any, dim: int, *_: Any, **__: Any) -> Any:
+    return call.emit("log_softmax", [call.value(x)], axis=call.axis(x, dim))
+
+
+def _aten_glu(call: Any, x: Any, dim: int = -1) -> Any:
+    """Half of the channels gated by the other half."""
+    value, gate = call.apply_list("chunk.default", x, 2, dim)
+    return call.apply("mul.Tensor", value, call.apply("sigmoid.default", gate))
+
+
+def _pull_nothing(op: Op, tensors: Tensors) -> Pull:
+    return lambda kept, flow: [Flow(flow.gradient.new_zeros(flow.gradient.shape), fresh=True)]
 
 
 # ------------------------------------------------------------------------------------------------------ of the input
@@ -332,8 +369,8 @@ register(
         passes=lambda op, inputs, y: (inputs[0] > -3) & (inputs[0] < 3), pull=_pull_hardsigmoid,
     ),
     _unary(
-        "sigmoid", "1 / (1 + exp(-x))", lambda op, x: x.sigmoid(), _onnx("Sigmoid"),
-        _in_place("sigmoid", _aten("sigmoid")), keeps=keeps_output,
+        "sigmoid", "1 / (1 + exp(-x)); half of a GLU", lambda op, x: x.sigmoid(), _onnx("Sigmoid"),
+        {**_in_place("sigmoid", _aten("sigmoid")), "glu.default": _aten_glu}, keeps=keeps_output,
         pull=_from_output(lambda op, y, g: g * y * (1 - y)),
     ),
     _unary(
@@ -341,8 +378,9 @@ register(
         keeps=keeps_output, pull=_from_output(lambda op, y, g: g * (1 - y * y)),
     ),
     _unary(
-        "elu", "x, below 0 alpha * (exp(x) - 1)", _elu, _onnx("Elu", "alpha"), _in_place("elu", _aten_elu),
-        args=("alpha",), keeps=keeps_output, pull=_from_output(_elu_gradient),
+        "elu", "scale * x, below 0 scale * alpha * (exp(x) - 1); SELU too", _elu, _elu_onnx,
+        _in_place("elu", _aten_elu) | _in_place("selu", _aten_selu), args=("alpha", "scale"),
+        keeps=keeps_output, pull=_from_output(_elu_gradient),
     ),
     _unary(
         "exp", "e to the x", lambda op, x: x.exp(), _onnx("Exp"), _in_place("exp", _aten("exp")), keeps=keeps_output,
@@ -351,7 +389,17 @@ register(
     _unary(
         "softmax", "exp(x) over its sum along an axis", lambda op, x: x.softmax(_axis(op)), _softmax_onnx,
         {"softmax.int": _aten_softmax, "_softmax.default": _aten_softmax}, args=("axis",), shape=_softmax_shape,
-        keeps=keeps_output, pull=_from_output(_softmax_gradient),
+        keeps=keeps_output, pull=_from_output(_softmax_gradient), probabilities=True,
+    ),
+    _unary(
+        "log_softmax", "logarithm of the softmax along an axis", lambda op, x: x.log_softmax(_axis(op)),
+        _log_softmax_onnx, {"log_softmax.int": _aten_log_softmax, "_log_softmax.default": _aten_log_softmax},
+        args=("axis",), shape=_softmax_shape, keeps=keeps_output, pull=_from_output(_log_softmax_gradient),
+        probabilities=True,
+    ),
+    _unary(
+        "sign", "-1, 0 or 1; no gradient passes", lambda op, x: x.sign(), _onnx("Sign"),
+        _in_place("sign", _aten("sign")), keeps=keeps_nothing, pull=_pull_nothing, macs=COMPARED,
     ),
     _unary("hardswish", "x * min(max(x + 3, 0), 6) / 6", _of_torch("hardswish"), _onnx("HardSwish"),
            _in_place("hardswish", _aten("hardswish"))),

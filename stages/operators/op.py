@@ -270,6 +270,8 @@ class Operator:
     """Torch: the forward rule into the memory of the input of that number, which nobody else needs."""
     joins: str = ""
     """How branches of a block meet here, where they do: `sum` or `side` (by side)."""
+    probabilities: bool = False
+    """Turns scores into probabilities: at the end of a classifier it is left to the head."""
     fused: str = ""
     """oneDNN's name of it as an activation behind a convolution, where it has one."""
     fused_scalars: tuple[float, ...] = ()

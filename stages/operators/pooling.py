@@ -7,7 +7,19 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from stages.operators.convolution import check_map, per_axis, window, window_attributes
-from stages.operators.op import Flow, Keep, Kept, Op, Operator, Pull, Shape, Tensors, keeps_nothing, register
+from stages.operators.op import (
+    Flow,
+    Keep,
+    Kept,
+    Op,
+    Operator,
+    Pull,
+    Shape,
+    Tensors,
+    keeps_input,
+    keeps_nothing,
+    register,
+)
 from stages.operators.shapes import linear_pull
 
 if TYPE_CHECKING:
@@ -352,6 +364,42 @@ def _max_onnx(op: Op, w: Any) -> None:
     w.node("ReduceMax", w.inputs(op), w.output(op), axes=_axes(op), keepdims=int(op["keepdim"]))
 
 
+def _amax(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
+    return inputs[0].amax(_axes(op), keepdim=bool(op["keepdim"]))
+
+
+def _keeps_ends(op: Op, wanted: Set[int]) -> Keep:
+    """Input and output: equal maxima share the gradient."""
+    return Keep(inputs=(0,), output=True)
+
+
+def _pull_amax(op: Op, tensors: Tensors) -> Pull:
+    axes = _axes(op)
+
+    def wide(y: Tensor) -> Tensor:
+        for axis in axes if not op["keepdim"] else ():
+            y = y.unsqueeze(axis)
+        return y
+
+    def pull(kept: Kept, flow: Flow) -> list[Flow]:
+        assert kept.output is not None
+        same = (kept.inputs[0] == wide(kept.output)).to(flow.gradient.dtype)
+        return [Flow(same * wide(flow.gradient) / same.sum(axes, keepdim=True), fresh=True)]
+
+    return pull
+
+
+def _vector_norm(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
+    import torch
+
+    norm: Tensor = torch.linalg.vector_norm(inputs[0], op["order"], _axes(op), bool(op["keepdim"]))
+    return norm
+
+
+def _vector_norm_onnx(op: Op, w: Any) -> None:
+    w.node(f"ReduceL{op['order']}", w.inputs(op), w.output(op), axes=_axes(op), keepdims=int(op["keepdim"]))
+
+
 # ------------------------------------------------------------------------------------------------------------ capture
 
 
@@ -428,6 +476,26 @@ def _aten_max(call: Any, x: Any, dim: int, keepdim: bool = False) -> list[Any]:
     return [call.emit("max", [call.value(x)], axes=(call.axis(x, dim),), keepdim=bool(keepdim))]
 
 
+def _aten_amax(call: Any, x: Any, dim: Any = (), keepdim: bool = False) -> Any:
+    dims = [dim] if isinstance(dim, int) else list(dim or range(call.rank(x)))
+    axes = tuple(sorted(call.axis(x, each) for each in dims))
+    return call.emit("amax", [call.value(x)], axes=axes, keepdim=bool(keepdim))
+
+
+def _aten_vector_norm(
+    call: Any, x: Any, order: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    if order not in (1, 2):
+        call.refuse(f"a vector norm of order {order}", "order 1 or 2")
+    dims = [dim] if isinstance(dim, int) else list(dim or range(call.rank(x)))
+    axes = tuple(sorted(call.axis(x, each) for each in dims))
+    return call.emit("vector_norm", [call.value(x)], order=int(order), axes=axes, keepdim=bool(keepdim))
+
+
+def _aten_norm(call: Any, x: Any, order: float = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
+    return _aten_vector_norm(call, x, 2 if order is None else order, dim, keepdim)
+
+
 _WINDOW = ("kernel", "stride", "padding")
 
 register(
@@ -476,5 +544,16 @@ register(
         kind="max", doc="the largest value along one axis", args=("axes", "keepdim"), shape=_reduced_shape,
         macs=COMPARED, keeps=_keeps_place, forward=_max, index=_max_index, pull=_pull_max, onnx=_max_onnx,
         aten={"max.dim": _aten_max},
+    ),
+    Operator(
+        kind="amax", doc="the largest value over some axes; equal ones share the gradient", args=("axes", "keepdim"),
+        shape=_reduced_shape, macs=COMPARED, keeps=_keeps_ends, forward=_amax, pull=_pull_amax, onnx=_max_onnx,
+        aten={"amax.default": _aten_amax},
+    ),
+    Operator(
+        kind="vector_norm", doc="the 1- or 2-norm over some axes", args=("order", "axes", "keepdim"),
+        shape=_reduced_shape, macs="squares and their sum, not a multiply-accumulate by a weight", keeps=keeps_input,
+        forward=_vector_norm, onnx=_vector_norm_onnx,
+        aten={"linalg_vector_norm.default": _aten_vector_norm, "norm.ScalarOpt_dim": _aten_norm},
     ),
 )  # fmt: skip

@@ -163,6 +163,26 @@ def _pull_slice(op: Op, tensors: Tensors) -> Pull:
     return pull
 
 
+def _take_shape(op: Op) -> Shape:
+    axis, index = op["axis"], op["index"]
+    if not 0 <= axis < len(op.in_shape) or not index or not all(0 <= i < op.in_shape[axis] for i in index):
+        raise ValueError(f"entries {str(index)[:40]} of axis {axis} of {op.in_shape}")
+    return (*op.in_shape[:axis], len(index), *op.in_shape[axis + 1 :])
+
+
+def _take(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
+    import torch
+
+    index = torch.tensor(op["index"], device=inputs[0].device)
+    return inputs[0].index_select(op["axis"] + 1, index)
+
+
+def _take_onnx(op: Op, w: Any) -> None:
+    w.node(
+        "Gather", [*w.inputs(op), w.constant_of_integers(op, "index", op["index"])], w.output(op), axis=op["axis"] + 1
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- pad, roll, grow
 
 MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
@@ -362,6 +382,68 @@ def _aten_select(call: Any, x: Any, dim: int, index: int) -> Any:
     return call.reshape(call.cut(x, dim, index, index + 1, 1))
 
 
+def _aten_slice_scatter(
+    call: Any, x: Any, part: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
+    """`x` with a range of one axis replaced: what an in-place change of a slice is."""
+    size = call.full_size(x, dim)
+    low, high = _bound(start, size, 0), _bound(end, size, size)
+    if step != 1:
+        call.refuse(f"an in-place change of every {step}th entry", "a range")
+    before = [call.cut(x, dim, 0, low, 1)] if low > 0 else []
+    after = [call.cut(x, dim, high, size, 1)] if high < size else []
+    return call.apply("cat.default", [*before, part, *after], dim) if before or after else part
+
+
+def _aten_index_select(call: Any, x: Any, dim: int, index: Any) -> Any:
+    numbers = tuple(int(i) for i in call.numbers(index))
+    return call.emit("take", [call.value(x)], axis=call.axis(x, dim), index=numbers)
+
+
+def _aten_index(call: Any, x: Any, indices: Any) -> Any:
+    """`x[:, index]`, of one axis and fixed numbers."""
+    axes = [i for i, index in enumerate(indices) if index is not None]
+    if len(axes) != 1 or len(call.numbers_shape(indices[axes[0]])) != 1:
+        call.refuse("indexing along several axes", "one axis by a list of numbers")
+    return _aten_index_select(call, x, axes[0], indices[axes[0]])
+
+
+def _aten_unfold(call: Any, x: Any, dim: int, size: int, step: int) -> Any:
+    """Windows along one axis, which becomes their number; their entries lie in a new last axis. Side by side only."""
+    length = call.full_size(x, dim)
+    count = (length - size) // step + 1
+    if step != size:
+        call.refuse(f"windows of {size} every {step}", "windows side by side")
+    rank, dim = call.rank(x), dim % call.rank(x)
+    x = call.cut(x, dim, 0, count * size, 1)
+    parted = call.apply("unflatten.int", x, dim, [count, size])
+    order = [*range(dim + 1), *range(dim + 2, rank + 1), dim + 1]
+    return call.apply("permute.default", parted, order)
+
+
+def _aten_im2col(call: Any, x: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Any:
+    """Windows side by side as columns (C * kh * kw, positions)."""
+    channels, height, width = call.map(x, 2).shape
+    (kh, kw), apart = kernel, {*dilation, *padding}
+    if list(kernel) != list(stride) or apart != {0, 1} or height % kh or width % kw:
+        call.refuse(f"unfolding by {list(kernel)} every {list(stride)}", "windows side by side that fill the map")
+    x = call.emit("reshape", [x], shape=(channels, height // kh, kh, width // kw, kw))
+    x = call.emit("permute", [x], order=(0, 2, 4, 1, 3))
+    return call.emit("reshape", [x], shape=(channels * kh * kw, (height // kh) * (width // kw)))
+
+
+def _aten_col2im(call: Any, x: Any, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Any:
+    """The way back."""
+    (height, width), (kh, kw), apart = size, kernel, {*dilation, *padding}
+    if list(kernel) != list(stride) or apart != {0, 1} or height % kh or width % kw:
+        call.refuse(f"folding by {list(kernel)} every {list(stride)}", "windows side by side that fill the map")
+    x = call.value(x)
+    channels = x.shape[0] // (kh * kw)
+    x = call.emit("reshape", [x], shape=(channels, kh, kw, height // kh, width // kw))
+    x = call.emit("permute", [x], order=(0, 3, 1, 4, 2))
+    return call.emit("reshape", [x], shape=(channels, height, width))
+
+
 def _aten_chunk(call: Any, x: Any, chunks: int, dim: int = 0) -> list[Any]:
     size = call.full_size(x, dim)
     return _aten_split(call, x, -(-size // chunks), dim)
@@ -482,8 +564,14 @@ register(
         aten={
             "slice.Tensor": _aten_slice, "narrow.default": _aten_narrow, "select.int": _aten_select,
             "chunk.default": _aten_chunk, "split.Tensor": _aten_split, "split_with_sizes.default": _aten_split,
-            "split.sizes": _aten_split, "unbind.int": _aten_unbind,
+            "split.sizes": _aten_split, "unbind.int": _aten_unbind, "slice_scatter.default": _aten_slice_scatter,
+            "unfold.default": _aten_unfold, "im2col.default": _aten_im2col, "col2im.default": _aten_col2im,
         },
+    ),
+    Operator(
+        kind="take", doc="entries of one axis by number", args=("axis", "index"), shape=_take_shape, macs="a copy",
+        keeps=keeps_nothing, forward=_take, pull=linear_pull, onnx=_take_onnx,
+        aten={"index_select.default": _aten_index_select, "index.Tensor": _aten_index},
     ),
     Operator(
         kind="pad", doc="borders of zeros, a constant, or copies (reflect, replicate, circular)",
