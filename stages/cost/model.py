@@ -163,7 +163,8 @@ def block_entries(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
 def last_blocks(graph: Graph, blocks: int) -> tuple[str, ...]:
     """Names of the layers of the last `blocks` blocks and of those after them: the window that TinyTrain inspects.
 
-    A final 1x1 `mix` layer lies behind the blocks and belongs to it. A graph with no more blocks is inspected whole.
+    Per-channel scales are no candidates: next to nothing to compute and to store, they would win by every share. A
+    final 1x1 `mix` layer lies behind the blocks and belongs to it. A graph with no more blocks is inspected whole.
     TinyTrain finds the last six enough (appendix F.1).
 
     Raises:
@@ -171,7 +172,5 @@ def last_blocks(graph: Graph, blocks: int) -> tuple[str, ...]:
     """
     require(blocks > 0, "--blocks", str(blocks), "at least 1")
     first = len(graph.blocks) - blocks
-    if first <= 0:
-        return tuple(op.name for op in graph.layers)
-    start = next(i for i, op in enumerate(graph.ops) if op.block == first)
-    return tuple(op.name for op in graph.ops[start:] if op.is_layer)
+    start = next((i for i, op in enumerate(graph.ops) if op.block == first), 0) if first > 0 else 0
+    return tuple(op.name for op in graph.ops[start:] if op.is_layer and op.operator.candidate and not op.shares)
