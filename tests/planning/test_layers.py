@@ -16,13 +16,19 @@ from stages.planning.budget import Budget
 from stages.planning.layers import SELECTORS, exhaustive, greedy, knapsack, select_layers, strict_prefix
 from stages.planning.problem import Channels, Evidence, Problem, nothing_fits, pose
 from tests.cost.nets import backbone, conv, inverted_residual, op_input, unary
-from tests.planning.problems import costs, problems, random_scores
+from tests.planning.problems import chain_problem, costs, problems, random_scores
 
 
 @settings(max_examples=100, deadline=None)
 @given(problem=problems())
 def test_knapsack_is_the_optimum(problem):
     assert knapsack(problem).score == pytest.approx(exhaustive(problem).score, rel=1e-7, abs=0)
+
+
+def test_knapsack_is_the_optimum_of_longer_chains():
+    """Long enough that a label which is cheaper in one resource only, and wrongly dropped, belongs to the optimum."""
+    for problem in map(chain_problem, range(60)):
+        assert knapsack(problem).score == pytest.approx(exhaustive(problem).score, rel=1e-7, abs=0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -192,6 +198,17 @@ def test_a_partial_layer_is_worth_its_share_of_fisher():
     assert whole.score == pytest.approx(scores.score[1])
     assert quarter.score == pytest.approx(scores.score[1] * information[:2].sum() / information.sum())
     assert set(np.argsort(-scores.output_fisher[1])[:2]) == set(quarter.update.channels)
+
+
+def test_a_partial_layer_without_information_is_worth_its_part_of_the_channels():
+    """One channel of its four: a quarter of the score, not all of it and not nothing."""
+    graph = inverted_residual()
+    scores = random_scores(graph, 2)
+    blank = replace(scores, output_fisher=tuple(np.zeros_like(values) for values in scores.output_fisher))
+    problem = pose(graph, blank, Budget(), Channels(ratios=(1.0, 0.25)), Evidence())
+    for one, score, channels in zip(problem.candidates, scores.score, (4, 8, 8, 4), strict=True):
+        assert [option.score for option in one.options] == [score, score / 4]
+        assert [len(option.update.channels) for option in one.options] == [channels, channels // 4]
 
 
 def test_layers_that_score_nothing_are_left_out():

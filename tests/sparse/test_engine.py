@@ -16,6 +16,7 @@ from stages.models import execute, registry
 from stages.models.deploy import Backbone, deploy
 from stages.models.fused import FROZEN_CHUNK
 from stages.models.graph import Graph, Op
+from stages.planning.shortcuts import residual_entries, with_detached
 from stages.sparse.engine import SparseNet
 from stages.sparse.live import Live
 from tests.sparse.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
@@ -123,6 +124,30 @@ def test_bytes_kept_by_the_architectures(arch):
     x = torch.rand(3, *backbone.graph.input_shape)
     assert kept_bytes(net, x) == saved_activation_bytes(backbone.graph, updates, 3)
     assert_close(net.features(x), backbone.features(x), 1e-4)
+
+
+@pytest.mark.parametrize("arch", ["mcunet-5fps", "mobilenetv2-w0.35", "proxyless-w0.3"])
+def test_bytes_kept_by_shortcut_plans(arch):
+    """Nothing is kept inside the branches that no gradient comes by."""
+    backbone = small(arch)
+    graph = backbone.graph
+    live = [LayerUpdate(op.name, "output", (0, 1), op.out_channels) for op in graph.layers[-30:-10:9]]
+    updates = with_detached(graph, live, residual_entries(graph))
+    assert any(not update.trains for update in updates)
+    x = torch.rand(3, *graph.input_shape)
+    kept = kept_bytes(SparseNet(backbone, updates), x)
+    assert kept == saved_activation_bytes(graph, updates, 3) < saved_activation_bytes(graph, live, 3)
+
+
+def test_bytes_kept_beside_a_detached_branch_by_hand():
+    """The stem's input, 2 * 6 * 6 float32, and the bits of the ReLU behind it; none of the branch's own ReLU6."""
+    updates = (LayerUpdate("stem", "output", (0,), 4), LayerUpdate("middle", "output", (), 4, detached=True))
+    backbone, x = random_backbone(chain(), 3, torch.float32), random_input(chain(), 5, 3, torch.float32)
+    expected = 5 * 2 * 36 * 4 + 5 * 4 * 36 // 8
+    assert kept_bytes(SparseNet(backbone, updates), x) == expected
+    assert saved_activation_bytes(chain(), updates, 5) == 5 * 306 == expected
+    through = (updates[0],)
+    assert kept_bytes(SparseNet(backbone, through), x) == expected + 5 * 4 * 36 // 8
 
 
 def small(arch: str) -> Backbone:

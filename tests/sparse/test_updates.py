@@ -192,6 +192,15 @@ def test_rows_of_a_cache():
     assert torch.equal(features_of(net, cache[2:5]), features_of(net, x[2:5]))
 
 
+def test_a_piece_of_a_cache_is_memory_of_its_own():
+    """Matrix products round by the alignment of their input: a view into the cache would begin anywhere."""
+    net, x = net_and_input(torch.float32)
+    cache = cache_prefix(net, x)
+    for whole, piece in zip(cache.boundary, cache[3:5].boundary, strict=True):
+        assert torch.equal(piece, whole[3:5])
+        assert piece.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
+
+
 def test_a_cache_goes_through_a_file():
     net, x = net_and_input(torch.float32)
     cache = cache_prefix(net, x)
