@@ -27,7 +27,7 @@ COSINE_SCALE = 10.0
 def logits(head: Head, features: Tensor) -> Tensor:
     """Class scores (N, C) of features (N, D); their softmax are the probabilities.
 
-    A linear row that nobody has seen yet counts as probability 1 / C (design section 6): with u such rows its logit is
+    A linear row that nobody has seen yet counts as probability 1 / C: with u such rows its logit is
     logsumexp(known logits) - ln(C - u). Raises `DataError` for features of another width.
     """
     weight, bias = torch.tensor(head.weight), torch.tensor(head.bias)
