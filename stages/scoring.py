@@ -27,7 +27,7 @@ from stages.planning import problem as planning
 from stages.planning.baselines import named_plan
 from stages.planning.budget import Budget, format_bytes, parse_latency, parse_macs, parse_memory
 from stages.planning.channels import ChannelEvidence, axis_of, channel_rule, top_channels
-from stages.planning.knapsack import knapsack
+from stages.planning.knapsack import COMPARISON, knapsack
 from stages.planning.layers import SELECTORS, select_layers
 from stages.planning.plans import Ranking, make_plan, parse_plan
 
@@ -198,8 +198,8 @@ def _searched(job: _Job) -> Run:
         fixed=costs.fixed, measured=costs.measured, detached=costs.detached,
     )  # fmt: skip
     found = select_layers(problem, how.select)
-    optimum = found if how.select == "knapsack" else knapsack(problem)
-    facts |= {"score": found.score, "optimum_score": optimum.score}
+    optimum = found if how.select == "knapsack" else knapsack(problem, COMPARISON)
+    facts |= {"score": found.score} | ({"optimum_score": optimum.score} if optimum.optimal else {})
     return replace(job.run, scores=scores, plan=_plan(how.select, problem, found.updates, facts))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from stages.cost.ops import ELEMENT_BYTES, input_gradient_macs, kept_bytes, macs, weight_gradient_macs
 from stages.errors import require
@@ -140,6 +141,15 @@ def block_entries(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
         if op.block >= 0 and not op.is_depthwise:
             first.setdefault(op.block, op.name)
     return tuple(name for name in names if name in first.values() or not graph.blocks)
+
+
+def filters(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the named layers that sum over channels or positions: not the depthwise 1x1 ones.
+
+    Such a layer is a BatchNorm that could not be folded: it scales channels. Its weights and MACs are so few that a
+    score which divides by both (TinyTrain Eq. 3) puts it before all convolutions, which the equation is about.
+    """
+    return tuple(name for name in names if not (graph[name].is_depthwise and prod(graph[name].kernel) == 1))
 
 
 def last_blocks(graph: Graph, blocks: int) -> tuple[str, ...]:
