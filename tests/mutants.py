@@ -3,8 +3,8 @@
     make mutants                                            every core module: hours
     make mutants MODULES=stages/planning/problem.py         one of them: some minutes
 
-Cosmic Ray changes the modules of a copy, in build/mutants, never those of the checkout. A survivor is printed as a diff:
-either a test is missing, or the change makes no difference (an early exit that only saves time, a message's wording).
+Cosmic Ray changes the modules of a copy, in build/mutants, never those of the checkout. A survivor is printed as a
+diff: either a test is missing, or the change makes no difference (an early exit that only saves time, a message).
 """
 
 from __future__ import annotations

@@ -9,21 +9,22 @@ and batch sizes change the order of sums only, so no choice of kernel leaves the
 bfloat16 or TF32, and fast algorithms, as Winograd's. torch uses neither for float32 unless it is asked to.)
 
 `gradient_bounds` carries them through a whole net and back (running error analysis, Higham section 3.3): every value
-and every gradient in float64, each with a bound on how far a computation in another precision may lie from it.
+and every gradient in float64, each with a bound on how far a computation in another precision may lie from it. Through
+tens of layers worst cases multiply up to nothing; there `no_worse` compares errors instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 
 import torch
 from torch import Tensor
 
 from stages.models import execute
 from stages.models.deploy import Backbone
-from stages.models.graph import Op
+from stages.models.graph import Graph, Op
 
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0)}
 """Where the slope of an activation jumps."""
@@ -54,6 +55,30 @@ def product_bound(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32, *, e
     `extra` counts what else is done to each element: 1 where a bias is added, 2 for a product and a division.
     """
     return gamma(a.shape[-1] + extra, dtype) * (a.double().abs() @ b.double().abs())
+
+
+def no_worse(found: Tensor, plain: Tensor, exact: Tensor, longest: int) -> None:
+    """Assert that `found` errs no more than `plain`, stock operators in the same precision, could have.
+
+    Both against `exact`, float64, by Euclidean norm over all elements. Rounding errors that are independent add up to
+    about u in a sum that is blocked into vectors or halves, and to sqrt(n) u in one of n terms in a row (Higham and
+    Mary, SIAM J. Sci. Comput. 41, 2019): so the order of summands makes a factor of at most sqrt(n), here doubled.
+    """
+    unit = unit_roundoff(plain.dtype) * float(exact.norm())
+    limit = 2 * sqrt(longest) * max(float((plain.double() - exact).norm()), unit)
+    error = float((found.double() - exact).norm())
+    assert error <= limit, f"error {error:.3g} of {float(exact.norm()):.3g}, at most {limit:.3g}"
+
+
+def check_features(found: Tensor, backbone: Backbone, x: Tensor) -> None:
+    """Assert that features (N, D) are the backbone's for inputs x (N, *input), however they were computed."""
+    exact = execute.run(backbone.graph, {name: t.double() for name, t in backbone.tensors.items()}, x.double())
+    no_worse(found, execute.run(backbone.graph, backbone.tensors, x), exact, longest_sum(backbone.graph))
+
+
+def longest_sum(graph: Graph) -> int:
+    """Most products that one output of a forward pass adds up."""
+    return max((SUMMANDS[op.kind](op) for op in graph.ops if op.kind in SUMMANDS), default=1)
 
 
 @dataclass(frozen=True)

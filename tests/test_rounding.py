@@ -9,7 +9,17 @@ import torch
 from hypothesis import given, settings
 
 from stages.models import execute
-from tests.rounding import Bounded, gamma, gradient_bounds, in_double, loss_bound, product_bound, unit_roundoff
+from tests.rounding import (
+    Bounded,
+    check_features,
+    gamma,
+    gradient_bounds,
+    in_double,
+    loss_bound,
+    no_worse,
+    product_bound,
+    unit_roundoff,
+)
 from tests.sparse.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
 from tests.sparse.test_engine import chain, weighted
 
@@ -42,6 +52,26 @@ def test_every_order_of_a_sum_lies_within_its_bound():
     assert len(found) > 2
     assert all(abs(total - exact) <= bound for total in found)
     assert bound == pytest.approx(6 * 2**-24 * (2 * 2**24 + 8), rel=1e-6)
+
+
+def test_no_worse_allows_for_another_order_and_not_for_another_value():
+    exact = torch.ones(2, dtype=DOUBLE)
+    plain = (exact * (1 + 2**-23)).float()
+    no_worse((exact * (1 + 18 * 2**-23)).float(), plain, exact, longest=100)  # 2 * sqrt(100) times the plain error
+    with pytest.raises(AssertionError, match="at most"):
+        no_worse((exact * (1 + 22 * 2**-23)).float(), plain, exact, longest=100)
+    no_worse((exact * (1 + 2**-22)).float(), exact.float(), exact, longest=100)  # a plain one that is exact
+    with pytest.raises(AssertionError, match="at most"):
+        no_worse(exact.float() + 1e-4, plain, exact, longest=100)
+
+
+def test_features_of_a_deep_net_in_another_layout_pass_and_those_of_other_weights_do_not():
+    backbone, x = random_backbone(chain(), 3, FLOAT), random_input(chain(), 10, 3, FLOAT)
+    found = execute.run(backbone.graph, backbone.tensors, x.contiguous(memory_format=torch.channels_last))
+    check_features(found, backbone, x)
+    other = {**backbone.tensors, "stem.weight": backbone.tensors["stem.weight"] * (1 + 1e-4)}
+    with pytest.raises(AssertionError, match="at most"):
+        check_features(execute.run(backbone.graph, other, x), backbone, x)
 
 
 def test_a_value_outside_its_bound_is_told():
