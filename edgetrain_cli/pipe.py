@@ -30,6 +30,7 @@ NOT_IN_HISTORY = frozenset(
         "quiet",
         "cpus",
         "as_json",
+        "only_json",
         "plot",
         "metrics",
         "history",
@@ -159,8 +160,15 @@ class Stage:
         if not file.exists():
             raise InputMissing(path, "no such file")
         if file.is_file():
-            self._inputs[file.name] = file_hash(file)
+            self._input(file.name, file_hash(file))
         return file
+
+    def _input(self, name: str, digest: str) -> None:
+        """Remember an input; of two with one name both are kept."""
+        known, number = name, 2
+        while self._inputs.get(known, digest) != digest:
+            known, number = f"{name} ({number})", number + 1
+        self._inputs[known] = digest
 
     def _records(self, source: str) -> Iterator[Record]:
         from stages.artifacts.stream import is_regular, open_records, records

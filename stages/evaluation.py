@@ -120,8 +120,7 @@ def _support_head(backbone: Backbone, known: Head | None, support: Block, chunk:
         raise DataError("support", "no samples", "at least one per class")
     parts = [adapt(np.asarray(part.x), part.layout, backbone.input) for part in support.slices(chunk)]
     features = torch.cat([backbone.features(part) for part in parts])
-    scale = known.scale if known is not None and known.kind == "prototypes" else 10.0
-    return heads.prototype_head(features, support.y, heads.class_names(support), scale=scale)
+    return heads.prototype_head(features, support.y, heads.class_names(support), scale=heads.cosine_scale(known))
 
 
 def _class_rows(head: Head, counts: Mapping[int, Array], names: Mapping[int, str]) -> Iterator[ClassAccuracy]:
@@ -193,7 +192,7 @@ def evaluate_tasks(
         BudgetError: a method's budget that nothing fits.
     """
     backbone = deploy(run.model, allow=allow)
-    scale = run.model.head.scale if run.model.head is not None else config.adapting.scale
+    scale = heads.cosine_scale(run.model.head, config.adapting.scale)
     config = replace(config, adapting=replace(config.adapting, scale=scale))
     methods = {name: find_method(name) for name in config.methods}
     drawn = draw_tasks(block, config, seed) if episodes is None else (episodes[i] for i in config.numbers)

@@ -64,7 +64,10 @@ def predict(
 
 
 def head_for(model: Model, backbone: Backbone, support: Block | None, chunk: int) -> Head:
-    """The record's head, or prototypes of the classes of `support`. Raises `UsageError` when there is neither."""
+    """The record's head, or prototypes of the classes of `support` with the cosine scale that the record has learned.
+
+    Raises `UsageError` when there is neither.
+    """
     if support is None:
         if model.head is None or not len(model.head.labels):
             raise UsageError(
@@ -76,7 +79,8 @@ def head_for(model: Model, backbone: Backbone, support: Block | None, chunk: int
         return model.head
     inputs = (adapt(np.asarray(part.x), part.layout, backbone.input) for part in support.slices(chunk))
     features = torch.cat([backbone.features(x) for x in inputs])
-    return heads.prototype_head(features, support.y, heads.class_names(support))
+    scale = heads.cosine_scale(model.head)
+    return heads.prototype_head(features, support.y, heads.class_names(support), scale=scale)
 
 
 def known(run: Run | None) -> Run:

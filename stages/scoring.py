@@ -27,7 +27,7 @@ from stages.planning import problem as planning
 from stages.planning.baselines import named_plan
 from stages.planning.budget import Budget, format_bytes, parse_latency, parse_macs, parse_memory
 from stages.planning.channels import ChannelEvidence, axis_of, channel_rule, top_channels
-from stages.planning.knapsack import knapsack
+from stages.planning.knapsack import COMPARISON, knapsack
 from stages.planning.layers import SELECTORS
 from stages.planning.plans import Ranking, make_plan, parse_plan
 
@@ -194,9 +194,9 @@ def _searched(job: _Job) -> Run:
         kind=job.head_kind, head=job.run.model.head, profile=job.run.profile, on_step=job.on_step,
     )  # fmt: skip
     how = job.wish.how
-    optimum = found.choice if how.select == "knapsack" else knapsack(found.problem)
+    optimum = found.choice if how.select == "knapsack" else knapsack(found.problem, COMPARISON)
     facts = job.facts(found.fisher, found.scores.layer)
-    facts |= {"score": found.choice.score, "optimum_score": optimum.score}
+    facts |= {"score": found.choice.score} | ({"optimum_score": optimum.score} if optimum.optimal else {})
     plan = _plan(how.select, found.problem, found.choice.updates, facts)
     return replace(job.run, scores=found.scores, plan=plan)
 

@@ -139,6 +139,8 @@ def train_support(
 ) -> Run:
     """The run adapted to a support set, with the class means of the adapted features as its head.
 
+    A cosine scale that the run has learned takes the place of `config.adapting.scale`.
+
     Args:
         on_step: gets the number of iterations done, those of the choice of the learning rate included.
         stop: asked before every iteration; not 0 ends training with the current weights.
@@ -154,8 +156,9 @@ def train_support(
     updates = planned_updates(run, backbone.graph, config.plan)
     x = model_input(np.asarray(support.x[:]), support.layout, backbone.input)
     labels, ways = np.unique(support.y, return_inverse=True)
-    result = adapt(backbone, updates, x, torch.from_numpy(ways), config.adapting, rng, on_step, stop, cache_file)
-    head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=config.adapting.scale)
+    how = replace(config.adapting, scale=heads.cosine_scale(run.model.head, config.adapting.scale))
+    result = adapt(backbone, updates, x, torch.from_numpy(ways), how, rng, on_step, stop, cache_file)
+    head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=how.scale)
     model = store(run.model, replace(backbone, tensors=result.net.tensors()))
     version = run.model.version + len(result.losses)
     rows = {

@@ -79,8 +79,9 @@ def score_layers(
         str | None,
         typer.Option(
             "--layers",
-            metavar="all|entries",
-            help="Candidates: all layers (tinytrain), or the first of each block that mixes channels (shortcut).",
+            metavar="filters|all|entries",
+            help="Candidates: convolutions and linear layers (tinytrain), with them BatchNorm kept as layers, or the "
+            "first of each block that mixes channels (shortcut).",
         ),
     ] = None,
     gradient: Annotated[

@@ -70,10 +70,12 @@ def channel_bar(update: LayerUpdate, width: int = WIDTH) -> str:
 
 def _costs(plan: Plan, column: int) -> list[Text]:
     facts = plan.facts
+    known = "optimum_score" in facts
+    score_unit = "that the optimum reaches" if known else "(the search for the optimum was given up)"
     rows: list[tuple[str, float | None, float | None, float, str]] = [
         ("memory", plan.memory_bytes, facts.get("budget_memory_bytes"), 2**20, f"MB, {plan.memory_model} model"),
         ("backward", plan.backward_macs, facts.get("budget_macs"), 1e6, "million MACs"),
-        ("score", facts.get("score"), facts.get("optimum_score"), 1, "that the optimum reaches"),
+        ("score", facts.get("score"), facts.get("optimum_score"), 1, score_unit),
         ("scoring", facts.get("fisher_pass_bytes"), None, 2**20, "MB kept by the Fisher pass"),
         ("time", facts.get("latency_s"), facts.get("budget_latency_s"), 1e-3, "ms per sample"),
     ]
