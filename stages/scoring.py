@@ -7,7 +7,7 @@ a selector. Or a plan that was named or written by hand, which needs no Fisher p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,120 +16,20 @@ from stages.artifacts.records import Array, Block, Head, LayerUpdate, Plan, Run
 from stages.cost.latency import Durations, durations
 from stages.cost.model import full_backward_macs
 from stages.cost.training import HEAD, live_values, whole_update, with_head
-from stages.errors import BudgetError, UsageError, require
-from stages.importance.criteria import CRITERIA
+from stages.errors import BudgetError, UsageError
 from stages.importance.fisher import Fisher, fisher_bytes, fisher_pass
-from stages.importance.tasks import TASKS, build_task
-from stages.methods.layer_scores import GRADIENTS, LAYERS, SEARCHES, Search, candidates, detached, scores_of
+from stages.importance.tasks import build_task
+from stages.methods.layer_scores import candidates, detached, scores_of
 from stages.models.deploy import Backbone, deploy
 from stages.models.graph import Graph, Op
 from stages.planning import problem as planning
 from stages.planning.baselines import named_plan
-from stages.planning.budget import Budget, format_bytes, parse_latency, parse_macs, parse_memory
+from stages.planning.budget import format_bytes
 from stages.planning.channels import ChannelEvidence, axis_of, channel_rule, top_channels
 from stages.planning.knapsack import knapsack
-from stages.planning.layers import SELECTORS, select_layers
+from stages.planning.layers import select_layers
 from stages.planning.plans import Ranking, make_plan, parse_plan
-
-SEARCH = ("search", "criterion", "select", "channels", "ratios", "train_bias", "blocks", "layers")
-"""Settings of the search, which have no meaning beside a plan that is given."""
-
-MEMORY, MACS = "1MB", "15%"
-"""TinyTrain's budgets, which a search keeps unless told otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scoring:
-    """How layers and channels are scored and selected, or which plan is taken instead.
-
-    Raises `UsageError` for a value that cannot be read, and for settings of the search beside a given plan.
-    """
-
-    plan: str | None = None
-    """A named plan instead of a search."""
-    plan_text: str | None = None
-    """The text of a hand-made plan instead of a search."""
-    plan_file: str = "plan.toml"
-    """Its file's name: says whether it is TOML or JSON."""
-    memory: str | None = None
-    """Budget such as `1MB` or `512KiB`. None: `MEMORY` for a search, no limit for a given plan."""
-    macs: str | None = None
-    """Budget of the backward pass per sample: `6.5M`, or a share of full training's such as `15%`. None: as above."""
-    latency: str | None = None
-    """Budget such as `200ms`, predicted from the profile's measurements on this device. None: no limit."""
-    memory_model: str = "paper"
-    batch: int = 1
-    """Samples whose activations training keeps at once."""
-    optimizer: str = "adam"
-    search: str = "tinytrain"
-    """One of `SEARCHES`: what the five settings after it are where they are None."""
-    criterion: str | None = None
-    select: str | None = None
-    layers: str | None = None
-    """Which of the inspected layers may train: one of `LAYERS`."""
-    gradient: str | None = None
-    """How gradients flow back: one of `GRADIENTS`. With a given plan None is exact."""
-    ratios: tuple[float, ...] | None = None
-    """Channel ratios that the selector may choose from."""
-    channels: str = "output"
-    """The axis that channels are counted along."""
-    channel_rule: str | None = None
-    """What ranks channels. None: `fisher` for a search, `l2` for a given plan."""
-    train_bias: bool = False
-    blocks: int = 6
-    """Only the last so many blocks, and what follows them, are inspected."""
-    head: str | None = None
-    """`prototypes` or `linear`: whose loss counts. None: linear where the run has a linear head."""
-    micro_batch: int = 1
-    """Samples looked at together; more take more memory and less time, and give the same result."""
-
-    def __post_init__(self) -> None:
-        require(self.search in SEARCHES, "--search", repr(self.search), "one of " + ", ".join(SEARCHES))
-        require(
-            self.criterion in (None, *CRITERIA), "--criterion", repr(self.criterion), "one of " + ", ".join(CRITERIA)
-        )
-        require(self.select in (None, *SELECTORS), "--select", repr(self.select), "one of " + ", ".join(SELECTORS))
-        require(self.layers in (None, *LAYERS), "--layers", repr(self.layers), "one of " + ", ".join(LAYERS))
-        require(
-            self.gradient in (None, *GRADIENTS), "--gradient", repr(self.gradient), "one of " + ", ".join(GRADIENTS)
-        )
-        require(self.head in (None, *TASKS), "--head", repr(self.head), "one of " + ", ".join(TASKS))
-        require(self.blocks > 0, "--blocks", str(self.blocks), "at least 1")
-        require(self.micro_batch > 0, "--micro-batch", str(self.micro_batch), "at least 1")
-        require(self.plan is None or self.plan_text is None, "--plan", "a name and a file", "one of them")
-        self.budget(full_macs=10**6)
-        self.channel_choice()
-        default = {field.name: field.default for field in fields(type(self))}
-        ignored = [name for name in SEARCH if self.given and getattr(self, name) != default[name]]
-        require(not ignored, "a plan that is given", f"settings of the search: {', '.join(ignored)}", "none beside it")
-
-    @property
-    def given(self) -> bool:
-        """Whether the plan is given, not searched for."""
-        return self.plan is not None or self.plan_text is not None
-
-    def how(self) -> Search:
-        """How to search, with what the user chose in place; for a given plan only the gradient counts."""
-        named = SEARCHES[self.search]
-        chosen = {field.name: getattr(self, field.name) for field in fields(Search)}
-        return replace(named, **{name: value for name, value in chosen.items() if value is not None})
-
-    def budget(self, full_macs: int) -> Budget:
-        """The limits in numbers; shares are shares of `full_macs`."""
-        memory, macs = (self.memory, self.macs) if self.given else (self.memory or MEMORY, self.macs or MACS)
-        return Budget(
-            memory_bytes=None if memory is None else parse_memory(memory),
-            backward_macs=None if macs is None else parse_macs(macs, full_macs),
-            latency_s=None if self.latency is None else parse_latency(self.latency),
-            memory_model=self.memory_model,
-            batch=self.batch,
-            optimizer=self.optimizer,
-        )
-
-    def channel_choice(self) -> planning.Channels:
-        """How a search chooses channels; for a given plan only the rule counts."""
-        rule = self.channel_rule or ("l2" if self.given else "fisher")
-        return planning.Channels(ratios=self.how().ratios, axis=self.channels, rule=rule, bias=self.train_bias)
+from stages.settings.scoring import Scoring as Scoring
 
 
 @dataclass(frozen=True)
@@ -156,7 +56,7 @@ class _Job:
         """The Fisher pass over the support, the head whose loss it used, and what is worth keeping about the pass."""
         if self.support is None:
             raise UsageError("--support", "missing", "samples of the task", "or --plan with channels chosen by l2")
-        size = self.config.micro_batch
+        size = self.config.micro_batch or 1
         task = build_task(self.head_kind, self.backbone, self.support, self.run.model.head, self.rng)
         found = fisher_pass(self.backbone, task.batches(size), task.loss, window, on_step=self.on_step)
         kept = fisher_bytes(self.backbone.graph, window, min(size, found.samples))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from edgetrain_cli.console import render
 from edgetrain_cli.plots import plan as pictures
-from edgetrain_cli.plots.plan import SUFFIXES, draw_plan, plot_plan
+from edgetrain_cli.plots.picture import SUFFIXES
+from edgetrain_cli.plots.plan import draw_plan, plot_plan
 from edgetrain_cli.plots.plan_tree import HEIGHTS, WIDTH, channel_bar, plan_tree
 from stages.artifacts.records import InputSpec, LayerUpdate, Model, Plan, Profile, Run, Scores
 from stages.errors import PartMissing, UsageError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edgetrain_cli.plots.profile import plot_profile
-from edgetrain_cli.profile_table import profile_table, total_rows
+from edgetrain_cli.tables.profile import profile_table, total_rows
 from stages.artifacts.hdf5 import decode, encode
 from stages.artifacts.records import Model, Profile, Run
 from stages.cost.latency import COLUMNS, durations

@@ -11,7 +11,7 @@ import torch
 from stages.artifacts.records import Scores
 from stages.cost.model import block_entries, last_blocks
 from stages.cost.ops import layer_macs
-from stages.importance.criteria import CRITERIA, Evidence
+from stages.importance.criteria import Evidence, criterion_named
 from stages.importance.fisher import Fisher
 from stages.models.deploy import Backbone
 from stages.models.graph import Graph
@@ -73,7 +73,7 @@ def scores_of(
     return Scores(
         criterion,
         tuple(layers),
-        CRITERIA[criterion](evidence),
+        criterion_named(criterion)(evidence),
         evidence.fisher,
         tuple(fisher.output[op.name].astype(np.float32) for op in ops),
         tuple(fisher.input[op.name].astype(np.float32) for op in ops),

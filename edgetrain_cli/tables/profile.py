@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgetrain_cli.describe_tables import unit
+from edgetrain_cli.tables.describe import unit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
