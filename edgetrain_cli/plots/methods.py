@@ -49,7 +49,7 @@ def _points(axes: Axes, shown: Sequence[MethodSummary], costs: Sequence[float], 
         axes.errorbar(cost, 100 * each.accuracy, yerr=reach, capsize=2, linestyle="", linewidth=0.8, **look(number))
     # methods that train nothing cost 0, which a logarithm cannot show
     positive = [cost for cost in costs if cost > 0]
-    axes.set_xscale("symlog", linthresh=min(positive, default=1.0), linscale=0.4)
+    axes.set_xscale("symlog", linthresh=min(positive, default=1.0), linscale=0.8)
     axes.margins(x=0.05, y=0.08)
     axes.set_xlabel(label, color=INK)
     axes.tick_params(colors=FAINT, labelsize=8)
@@ -62,14 +62,16 @@ def _name(axes: Axes, shown: Sequence[MethodSummary], costs: Sequence[float]) ->
     """The methods' names in a column beside the picture, as high as their points where there is room, and lines."""
     points = [100 * each.accuracy for each in shown]
     low, high = axes.get_ylim()
-    height = axes.get_figure(root=True).get_figheight() * 72 * 0.75  # the axes', in points
+    figure = axes.get_figure(root=True)
+    height = (4.0 if figure is None else figure.get_figheight()) * 72 * 0.75  # the axes', in points
     gap = (high - low) * NAME_POINTS / height
     for number, y in enumerate(spread(points, gap, low, high)):
         colour = look(number)["color"]
         axes.annotate(
             shown[number].method, xy=(costs[number], points[number]), xytext=(1.03, y), va="center", fontsize=7.5,
             textcoords=axes.get_yaxis_transform(), color=INK,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7, "shrinkB": 3,
+                        "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
