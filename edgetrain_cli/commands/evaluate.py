@@ -112,10 +112,13 @@ def evaluate(
         from pathlib import Path
 
         from edgetrain_cli.plots.methods import check_plot
+        from edgetrain_cli.samples import block_of
         from stages.errors import require
 
         if plot is not None:
             check_plot(Path(plot))
+        for file in filter(None, (rows, write_tasks)):
+            pipe.check_output(file, binary=False)
         require(plot is None or merge or tasks is not None, "--plot", "without tasks", "--tasks or --merge")
         require(not (merge and tasks), "--merge", "together with --tasks", "one of them")
         require(not resume or rows is not None, "--resume", "without --rows", "the file of --rows that was begun")
@@ -151,7 +154,10 @@ def evaluate(
         )
         require(bool(samples), "SAMPLES", "none", "one file of samples per data set")
         run = io.read_run(source, run_file)
-        sets = {Path(path).stem: io.read_samples(path) for path in samples or []}
+        stems = [Path(path).stem for path in samples or []]
+        distinct = stems if len(set(stems)) == len(stems) else list(samples or [])
+        require(len(set(distinct)) == len(distinct), "SAMPLES", "one twice", "each data set once")
+        sets = {name: block_of(io, path, run) for name, path in zip(distinct, samples or [], strict=True)}
         found = _on_tasks(io, run, sets, config, seed, rows, resume, write_tasks, read_tasks, arch)
         _report(io, found, against, as_json, plot, out)
 
@@ -170,17 +176,21 @@ def _on_samples(
     arch: str | None,
     out: str,
 ) -> None:
+    from edgetrain_cli.samples import block_of, blocks_of
     from stages.errors import UsageError
     from stages.evaluation import evaluate as evaluate_run
 
     if samples:
         run: Run | None = io.read_run(source, run_file)
-        blocks: Iterator[Block] = chain.from_iterable(io.read_stream(path)[1] for path in samples)
+        blocks: Iterator[Block] = iter(())
     else:
         run, blocks = io.read_stream(source, run_file)
     if run is None:
         raise UsageError("stream", "no run record", "one before the blocks", "name one with --run")
-    shown = None if support is None else io.read_samples(support)
+    shown = None if support is None else block_of(io, support, run)
+    if samples:
+        like = None if shown is None else shown.prepared
+        blocks = chain.from_iterable(blocks_of(io, path, run, like=like) for path in samples)
     progress = io.progress("samples")
     result = evaluate_run(run, blocks, support=shown, chunk=chunk, on_step=progress, allow=arch)
     if as_json:
@@ -207,6 +217,7 @@ def _accuracy_json(result: Accuracy) -> dict[str, Any]:
 
 def _accuracy_table(result: Accuracy) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"accuracy, 95 % interval (Wilson); mean loss {result.loss:.4g}", title_justify="left")
     for name, side in (("class", "left"), ("samples", "right"), ("accuracy %", "right"), ("interval", "right")):
@@ -214,7 +225,7 @@ def _accuracy_table(result: Accuracy) -> Table:
     lines = [(each.name, each.samples, each.interval) for each in result.classes]
     for name, samples, interval in [*lines, ("all", result.samples, result.interval)]:
         bounds = f"{100 * interval.low:.1f} .. {100 * interval.high:.1f}"
-        table.add_row(name, str(samples), f"{100 * interval.value:.1f}", bounds, end_section=name == lines[-1][0])
+        table.add_row(Text(name), str(samples), f"{100 * interval.value:.1f}", bounds, end_section=name == lines[-1][0])
     return table
 
 

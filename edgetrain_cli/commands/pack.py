@@ -33,6 +33,14 @@ def pack(
         typer.Option("--box", metavar="L,T,R,B", help="Table: four columns, the part of an image to take."),
     ] = None,
     box_scale: Annotated[float, typer.Option("--box-scale", help="Enlarge boxes about their centre.")] = 1.0,
+    boxes: Annotated[
+        str, typer.Option("--boxes", help="Boxes lie in pictures as stored, or upright by EXIF: auto, stored, upright.")
+    ] = "auto",
+    delimiter: Annotated[str | None, typer.Option("--delimiter", help="Table: what parts columns.")] = None,
+    header: Annotated[
+        str, typer.Option("--header", help="Table: the first line names columns: auto, yes or no.")
+    ] = "auto",
+    decimal: Annotated[str, typer.Option("--decimal", help="Table: decimal point, or comma.")] = ".",
     x_name: Annotated[str | None, typer.Option("--x-name", help=".npz, HDF5: the array of samples.")] = None,
     y_name: Annotated[str | None, typer.Option("--y-name", help=".npz, HDF5: the array of labels.")] = None,
     layout: Annotated[
@@ -63,6 +71,9 @@ def pack(
     skip_per_class: Annotated[
         int, typer.Option("--skip-per-class", metavar="S", help="First leave out S of every class: disjoint shares.")
     ] = 0,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Keep samples without a class, as y = -1, instead of refusing them.")
+    ] = False,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="At most N samples.")] = None,
     shuffle: Annotated[bool, typer.Option("--shuffle/--in-order", help="Order of the stream.")] = True,
     drift: Annotated[
@@ -95,8 +106,10 @@ def pack(
 
         from stages.data.images import ImageForm, dimensions, height_width
         from stages.data.listings import Columns
+        from stages.data.reading import Form
         from stages.data.sounds import SoundForm
         from stages.data.sources import Opening, open_source
+        from stages.data.tables import Writing
         from stages.packing import BadSamples, Condition, Packing, choose, class_list
         from stages.packing import pack as pack_source
         from stages.randomness import generator
@@ -107,12 +120,11 @@ def pack(
             classes=class_list(classes),
             skip_per_class=skip_per_class,
             per_class=per_class,
+            unlabelled=unlabelled,
             limit=limit,
             shuffle=shuffle,
             drift=drift,
-            dtype=dtype,
-            scale=scale,
-            invert=invert,
+            form=Form(dtype=dtype, scale=scale, invert=invert),
             label_noise=label_noise,
             feature_noise=feature_noise,
             noise_std=noise_std,
@@ -129,8 +141,13 @@ def pack(
             layout=layout,
             shape=dimensions(shape, "--shape") if shape else None,
             raw=raw,
-            image=ImageForm(size=height_width(size) if size else None, fit=fit, colour=colour, box_scale=box_scale),
+            image=ImageForm(
+                size=height_width(size) if size else None, fit=fit, colour=colour, box_scale=box_scale, boxes=boxes
+            ),
             sound=SoundForm(rate_hz=rate, seconds=seconds),
+            writing=Writing(delimiter=delimiter, header=header, decimal=decimal),
+            skip_empty=on_bad == "skip",
+            labelled=not unlabelled,
         )
         bad = BadSamples(on_bad)
         rng = generator(seed, "pack")
@@ -140,5 +157,7 @@ def pack(
         with io.writer(out) as writer:
             for block in pack_source(source, packing, rng, rows=rows, on_bad=bad, on_step=step):
                 writer.write(block)
+        for line in source.notes.lines():
+            io.note(line)
         if bad.count:
             io.note(f"skipped {bad.count} of {len(rows)} samples; the first: {bad.first}")

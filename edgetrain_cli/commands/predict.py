@@ -20,7 +20,7 @@ def predict(
     source: In = "-",
     samples: Annotated[
         str | None,
-        typer.Argument(metavar="SAMPLES", help="Sample blocks or a folder of images; default: the stream after IN."),
+        typer.Argument(metavar="SAMPLES", help="Blocks, a folder, a picture, ...; default: the stream after IN."),
     ] = None,
     out: Out = "-",
     format: Annotated[
@@ -38,7 +38,7 @@ def predict(
     cpus: Cpus = None,
     quiet: Quiet = False,
 ) -> None:
-    """Label samples or a folder of images.
+    """Label samples: blocks, a folder, a single picture or recording, prepared as those the model learnt from.
 
     With the probability of every class, as a table, CSV, JSON lines or HDF5.
 
@@ -51,8 +51,7 @@ def predict(
 
     form = format_of(out, format)
     with pipe.stage("predict", locals(), writes="records" if form == "hdf5" else "text") as io:
-        from pathlib import Path
-
+        from edgetrain_cli.samples import block_of, blocks_of
         from stages import predicting
         from stages.models.deploy import deploy
 
@@ -62,17 +61,15 @@ def predict(
         else:
             run, blocks = io.read_run(source, run_file), iter(())
         backbone = deploy(run.model, allow=arch)
-        shown = None if support is None else io.read_samples(support)
+        shown = None if support is None else block_of(io, support, run)
+        learnt = run.model.input.prepared if shown is None else shown.prepared
         head = predicting.head_for(run.model, backbone, shown, micro_batch)
-        if samples is None:
-            chunks = predicting.chunks_of_blocks(blocks, micro_batch)
-        elif Path(samples).is_dir():
-            chunks = predicting.chunks_of_images(Path(samples), backbone.input, micro_batch)
-        else:
-            chunks = predicting.chunks_of_blocks(io.read_stream(samples)[1], micro_batch)
-        answers = predicting.predict(backbone, head, chunks, on_step=io.progress("samples"))
+        if samples is not None:
+            blocks = blocks_of(io, samples, run, labelled=False, like=learnt)
+        chunks = predicting.chunks_of_blocks(blocks, micro_batch)
+        answers = predicting.predict(backbone, head, chunks, learnt=learnt, on_step=io.progress("samples"))
         if form == "table":
-            _show(io, answers, head, rows)
+            _show(io, answers, head, rows, out)
         else:
             _write(io, answers, head, form, out)
 
@@ -91,10 +88,12 @@ def _write(io: pipe.Stage, answers: Iterable[Predictions], head: Head, form: str
                 writer.write_text(csv_lines(answer, head) if form == "csv" else json_lines(answer, head))
 
 
-def _show(io: pipe.Stage, answers: Iterable[Predictions], head: Head, most: int) -> None:
-    """A table of the first `most` answers; the rest are only counted."""
+def _show(io: pipe.Stage, answers: Iterable[Predictions], head: Head, most: int, out: str) -> None:
+    """A table of the first `most` answers, the rest only counted; in a file all of them."""
     from rich.table import Table
+    from rich.text import Text
 
+    from edgetrain_cli import console
     from stages import predicting
 
     table = Table("sample", "predicted", "label", "probability")
@@ -102,8 +101,11 @@ def _show(io: pipe.Stage, answers: Iterable[Predictions], head: Head, most: int)
     for answer in answers:
         for sample, name, true, probability in predicting.rows(answer, head):
             total += 1
-            if total <= most:
-                table.add_row(sample, name, true, f"{probability:.3f}")
+            if total <= most or out != pipe.STDIO:
+                table.add_row(*(Text(text) for text in (sample, name, true)), f"{probability:.3f}")
+    if out != pipe.STDIO:
+        io.write_text(console.render(table, to_terminal=False), out)
+        return
     io.show(table)
     if total > most:
         io.note(f"{total} samples, the first {most} shown; --rows shows more, --format csv all")

@@ -147,6 +147,7 @@ def score_layers(
 
         from edgetrain_cli.plots.plan import check_plot, plot_plan
         from edgetrain_cli.plots.plan_tree import plan_tree
+        from edgetrain_cli.samples import block_of
         from stages.inspecting import describe
         from stages.randomness import generator
         from stages.scoring import Scoring
@@ -178,7 +179,7 @@ def score_layers(
         run = io.read_run(source, run_file)
         if plot is not None:
             check_plot(run, Path(plot))
-        samples = None if support is None else io.read_samples(support)
+        samples = None if support is None else block_of(io, support, run)
         progress = io.progress("samples", None if samples is None else len(samples))
         run = score(run, samples, config, rng=generator(seed, "score-layers"), on_step=progress, allow=arch)
         if not only_json:

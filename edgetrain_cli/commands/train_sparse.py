@@ -126,6 +126,7 @@ def train_sparse(
     Example: edgetrain filter < stream.h5 | edgetrain select | edgetrain train-sparse -o adapted.h5
     """
     with pipe.stage("train-sparse", locals()) as io:
+        from edgetrain_cli.samples import block_of
         from stages.errors import UsageError, require
         from stages.sparse.adaptation import LEARNING_RATES, Adapting
         from stages.sparse.optimizers import Optimizing
@@ -153,7 +154,8 @@ def train_sparse(
         if support is not None:
             for option, value in (("--checkpoint", checkpoint), ("--resume", resume), ("--holdout", holdout)):
                 require(value is None, option, "together with a support set", "a stream", "leave one of the two out")
-            run, samples = io.read_run(source, run_file), io.read_samples(support)
+            run = io.read_run(source, run_file)
+            samples = block_of(io, support, run)
             adapting = Adapting(
                 iterations=iterations,
                 learning_rates=LEARNING_RATES if lr is None else (lr,),
@@ -175,7 +177,7 @@ def train_sparse(
         status = Status(io, None, last=True)
         state = None if resume is None else pipe.read_checkpoint(resume)
         publish, clear, blocks = _way_back(live, start, state, live_keep, blocks)
-        watched = None if holdout is None else Holdout(block=io.read_samples(holdout), every=holdout_every)
+        watched = None if holdout is None else Holdout(block=block_of(io, holdout, start), every=holdout_every)
         io.finish_on_signals()
         try:
             result = train_stream(

@@ -235,18 +235,18 @@ def preparation_from_json(values: Mapping[str, Any], where: str) -> Preparation:
             raise SchemaError(
                 f"{where}: {name}", f"{value!r:.40}", "a preparation that this version knows", "update it"
             )
-    size = values.get("size")
-    if size is not None and not (len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
-        raise SchemaError(f"{where}: size", f"{size!r:.40}", "height and width in pixels")
-    known = {**values, "sample_rate_hz": round(values.get("sample_rate_hz", 0))}
-    return Preparation(**known | ({} if size is None else {"size": (size[0], size[1])}))
+    sizes = {name: tuple(values[name]) for name in ("size", "shape") if values.get(name) is not None}
+    for name, size in sizes.items():
+        if not all(type(n) is int and n > 0 for n in size) or (name == "size" and len(size) != 2):
+            raise SchemaError(f"{where}: {name}", f"{size!r:.40}", "positive sizes, of a picture height and width")
+    return Preparation(**{**values, **sizes, "sample_rate_hz": round(values.get("sample_rate_hz", 0))})
 
 
 _NUMBERS = (int, float, np.integer, np.floating)
 _PREPARATION_TYPES: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("of", "fit", "colour", "dtype"), (str,)),
+    **dict.fromkeys(("of", "fit", "colour", "dtype", "layout"), (str,)),
     **dict.fromkeys(("scale", "sample_rate_hz", "seconds"), _NUMBERS),
-    "size": (list, tuple),
+    **dict.fromkeys(("size", "shape"), (list, tuple)),
     "invert": (bool,),
 }
 """Field of `Preparation` -> what its JSON value may be."""

@@ -72,6 +72,10 @@ class Preparation:
     """Recordings and signals: samples per second; 0 where it is not known."""
     seconds: float = 0.0
     """Recordings: the length to which they were cut or filled up; 0 left them as long as they are."""
+    shape: tuple[int, ...] | None = None
+    """Arrays: the shape that flat samples were given."""
+    layout: str = ""
+    """Arrays: the layout that was stated for them."""
 
     def __post_init__(self) -> None:
         if self.of not in PREPARED_FROM:

@@ -145,7 +145,7 @@ BLOCK: Mapping[str, Table] = {
             "prepared": Attr(
                 "json",
                 "how samples were made of their files: of (pictures, recordings, arrays), size (height, width), fit, "
-                "colour, invert, dtype, scale, seconds; what is left out was not done",
+                "colour, invert, dtype, scale, seconds, shape, layout; what is left out was not done",
                 required=False,
             ),
             "sample_rate_hz": Attr("float", "sound and signals: samples per second", required=False),

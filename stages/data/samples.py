@@ -92,6 +92,8 @@ class Source:
     """int64 (C,), ascending: the labels that `names` names; None: 0, 1, ..."""
     prepared: Preparation | None = None
     """How the samples came from their files."""
+    files: Array | None = None
+    """Text (N,): the file that each sample came from."""
     notes: Notes = field(default_factory=Notes)
     at: Callable[[int], str] | None = None
     """Where a sample lies, for messages."""
@@ -149,7 +151,8 @@ class FileReader:
 
     span = 1
 
-    def __init__(self, decode: Callable[[int], Array], where: Callable[[int], str], fix: str) -> None:
+    def __init__(self, decode: Callable[[int], Array], where: Callable[[int], str], fix: str | None) -> None:
+        """`fix` says what to do about a sample of another shape than the first; None takes those too, one at a time."""
         self._decode, self._where, self._fix = decode, where, fix
         self._shape: tuple[int, ...] | None = None
 
@@ -167,7 +170,7 @@ class FileReader:
     def _one(self, row: int) -> Array:
         sample = self._decode(row)
         self._shape = self._shape or sample.shape
-        if sample.shape != self._shape:
+        if sample.shape != self._shape and self._fix is not None:
             raise DataError(self._where(row), f"shape {sample.shape}", f"{self._shape} as the first", self._fix)
         return sample
 

@@ -290,15 +290,20 @@ def _is_header(
     if not below:
         return False
     pairs = [(name, text.strip()) for name, text in zip(names, below[0], strict=False) if name]
-    numeric = [(name, text) for name, text in pairs if writing.is_number(text)]
-    texts = sum(not writing.is_number(name) for name, _ in numeric)
-    files = any("." in text and "." not in name for name, text in pairs if not writing.is_number(text))
+    numeric = [(name, text) for name, text in pairs if _numeric(text)]
+    texts = sum(not _numeric(name) for name, _ in numeric)
+    files = any("." in text and "." not in name for name, text in pairs if not _numeric(text))
     counting = len(names) > 1 and list(names) == [str(i) for i in range(len(names))]  # as pandas names columns
     if counting or 0 < texts < len(numeric):
         shown = ",".join(names)[:40]
         fix = "state `--header yes` or `--header no`"
         raise UsageError(where, f"a first line {shown!r}", "one that is clearly a header or a sample", fix)
     return texts > 0 or files
+
+
+def _numeric(text: str) -> bool:
+    """Whether a field is a number however fractions are written."""
+    return Writing().is_number(text) or Writing(decimal=",").is_number(text)
 
 
 # ------------------------------------------------------------------------------------------------ tables of numbers
