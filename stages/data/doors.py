@@ -68,8 +68,9 @@ def blocks_for_model(
         source = replace(source, y=np.full(len(source), -1, np.int64), names=None, labels=None)
     length = block_length if opening.one_shape else 1
     yield from read_blocks(source, np.arange(len(source)), _form(source, prepared), block_length=length)
-    for line in source.notes.lines() if notes is not None else ():
-        notes.say(line)
+    if notes is not None:
+        for line in source.notes.lines():
+            notes.say(line)
 
 
 def _kind(path: Path) -> str:

@@ -180,15 +180,8 @@ MEANT_FOR: dict[str, tuple[Callable[[Opening], object], frozenset[str]]] = {
 """Option -> whether it is stated, and the kinds of data for which it means something."""
 
 TABLES = frozenset({".csv", ".tsv", ".txt"})
-FILES = {
-    ".npz": "npz",
-    ".h5": "hdf5",
-    ".hdf5": "hdf5",
-    ".hdf": "hdf5",
-    ".he5": "hdf5",
-    ".json": "coco",
-    ".mat": "matlab",
-}
+HDF5 = frozenset({".h5", ".hdf5", ".hdf", ".he5"})
+FILES = {**dict.fromkeys(sorted(HDF5), "hdf5"), ".npz": "npz", ".json": "coco", ".mat": "matlab"}
 FOLDERS: dict[str, Callable[[Path], bool]] = {
     "uci-har": activity.is_uci_har,
     "harbox": activity.is_harbox,
