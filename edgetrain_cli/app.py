@@ -39,7 +39,7 @@ COMMANDS: dict[str, Listed] = {
     "train-sparse": Listed("train_sparse:train_sparse", "Train exactly the live channels of a plan."),
     "adapt": Listed("adapt:adapt", "From photos to a model: profile, plan, train and check."),
     "evaluate": Listed("evaluate:evaluate", "Accuracy with its 95 % interval."),
-    "predict": Listed("predict:predict", "Label samples or a folder of images."),
+    "predict": Listed("predict:predict", "Label samples, a folder of pictures or a single one."),
     "pack": Listed("pack:pack", "Turn your data into sample blocks."),
     "import": Listed("import_weights:import_weights", "Make a run record from weights."),
     "export": Listed("export:export", "Write the trained model for other tools."),

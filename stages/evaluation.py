@@ -17,6 +17,7 @@ import torch
 
 from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Head, Run
+from stages.data.blocks import check_prepared
 from stages.errors import DataError, UsageError
 from stages.fsl.episode_list import data_hash
 from stages.fsl.episodes import Episode, check_pool, draw_episodes, pool_of
@@ -27,7 +28,7 @@ from stages.methods.task import Answer, make_task, plan_cost
 from stages.models import heads
 from stages.models.deploy import Backbone, deploy
 from stages.models.graph import Graph
-from stages.models.inputs import adapt
+from stages.models.inputs import adapt_block
 from stages.randomness import generator
 from stages.settings.evaluation import Tasks as Tasks
 
@@ -95,10 +96,12 @@ def evaluate(
     if head is None or not len(head.labels):
         fix = "adapt it with `edgetrain train-sparse`, or name labelled samples with --support"
         raise UsageError("/model/head", "the model knows no class", "classes to tell apart", fix)
+    learnt = backbone.input.prepared if support is None else support.prepared
     counts = {int(label): np.zeros(2, np.int64) for label in head.labels}
     names: dict[int, str] = {}
     loss, done = 0.0, 0
     for block in (part for whole in blocks for part in whole.slices(chunk)):
+        check_prepared(block.prepared, learnt, "samples", "those that the model learnt from")
         rows, scores = _scores(backbone, head, block)
         loss += float(torch.nn.functional.cross_entropy(scores, rows, reduction="sum"))
         for row, right in zip(rows.tolist(), (scores.argmax(dim=1) == rows).tolist(), strict=True):
@@ -113,7 +116,7 @@ def evaluate(
 
 def _scores(backbone: Backbone, head: Head, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     """Head rows (N,) of the samples' classes, and class scores (N, C)."""
-    features = backbone.features(adapt(np.asarray(block.x), block.layout, backbone.input))
+    features = backbone.features(adapt_block(block, backbone.input))
     return torch.from_numpy(heads.rows(head, block.y, heads.class_names(block))), heads.logits(head, features)
 
 
@@ -121,7 +124,7 @@ def _support_head(backbone: Backbone, known: Head | None, support: Block, chunk:
     """Class means of a support set, with the cosine scale that the record has learned."""
     if not len(support):
         raise DataError("support", "no samples", "at least one per class")
-    parts = [adapt(np.asarray(part.x), part.layout, backbone.input) for part in support.slices(chunk)]
+    parts = [adapt_block(part, backbone.input) for part in support.slices(chunk)]
     features = torch.cat([backbone.features(part) for part in parts])
     scale = known.scale if known is not None and known.kind == "prototypes" else COSINE_SCALE
     return heads.prototype_head(features, support.y, heads.class_names(support), scale=scale)

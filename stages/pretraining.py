@@ -32,7 +32,7 @@ from stages.fsl.team import ALONE, Team
 from stages.fsl.trainer import Phase, Progress, Rhythm, Trainer, Weights
 from stages.models import execute
 from stages.models.deploy import Backbone, deploy, restore
-from stages.models.inputs import adapt
+from stages.models.inputs import adapt_block
 from stages.randomness import generator, torch_generator
 from stages.settings.pretraining import Pretraining as Pretraining
 
@@ -81,6 +81,7 @@ def pretrain(
     fits = config.per_step % team.size == 0
     require(fits, "--per-step", f"{config.per_step} for {team.size} processes", "a multiple of their number")
     identity = _identity(run, [*data, *([] if validation is None else [validation])], config, seed)
+    run = _learning_from(run, data)
     backbone, module = deploy(run.model, allow=allow), trainable(run.model, allow=allow)
     trainer = _trainer(run, data, validation, config, seed, backbone, module, _device(device), team)
     if resume is not None:
@@ -90,6 +91,13 @@ def pretrain(
         if team.leads:
             save(_checkpoint(_with_weights(run, module, trainer, backbone), trainer.state(), identity))
     return _with_weights(run, module, trainer, backbone)
+
+
+def _learning_from(run: Run, data: Sequence[Block]) -> Run:
+    """The run with how the samples were prepared that it learns from, where all data sets were prepared alike."""
+    ways = {block.prepared for block in data}
+    spec = replace(run.model.input, prepared=ways.pop() if len(ways) == 1 else None)
+    return replace(run, model=replace(run.model, input=spec))
 
 
 def _trainer(
@@ -149,12 +157,12 @@ def _data_sets(
 
 
 def _reader(backbone: Backbone, block: Block) -> Callable[[Array], Tensor]:
-    samples = np.asarray(block.x[:])
+    whole = replace(block, x=np.asarray(block.x[:]), columns={})
 
     def inputs(rows: Array) -> Tensor:
-        return adapt(samples[rows], block.layout, backbone.input)
+        return adapt_block(whole.take(rows), backbone.input)
 
-    inputs(np.arange(min(1, len(samples))))  # what the model cannot read is found before training starts
+    inputs(np.arange(min(1, len(block))))  # what the model cannot read is found before training starts
     return inputs
 
 

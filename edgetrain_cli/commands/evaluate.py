@@ -99,9 +99,22 @@ def evaluate(
         require(support is None, "--support", "together with --tasks", "one of them: tasks have their own support")
         require(bool(samples), "SAMPLES", "none", "one file of samples per data set")
         run = io.read_run(source, run_file)
-        sets = {Path(path).stem: io.read_samples(path) for path in samples or []}
+        sets = _data_sets(io, samples or [], run)
         found = _on_tasks(io, run, sets, settings, seed, rows, resume, write_tasks, read_tasks, arch)
         _report(io, found, against, as_json, plot, out)
+
+
+def _data_sets(io: Stage, paths: Sequence[str], run: Run) -> dict[str, Block]:
+    """Data sets by their files' names; by their paths where two names are the same."""
+    from pathlib import Path
+
+    from edgetrain_cli.samples import block_of
+    from stages.errors import require
+
+    require(len(set(paths)) == len(paths), "SAMPLES", "one twice", "each data set once")
+    stems = [Path(path).stem for path in paths]
+    names = stems if len(set(stems)) == len(stems) else paths
+    return {name: block_of(io, path, run) for name, path in zip(names, paths, strict=True)}
 
 
 # --------------------------------------------------------------------------------------------------------- on samples
@@ -118,6 +131,7 @@ def _on_samples(
     arch: str | None,
     out: str,
 ) -> None:
+    from edgetrain_cli.samples import block_of, blocks_of
     from edgetrain_cli.tables.accuracy import accuracy_json, accuracy_table
     from stages.errors import UsageError
     from stages.evaluation import MICRO_BATCH
@@ -125,12 +139,15 @@ def _on_samples(
 
     if samples:
         run: Run | None = io.read_run(source, run_file)
-        blocks: Iterator[Block] = chain.from_iterable(io.read_stream(path)[1] for path in samples)
+        blocks: Iterator[Block] = iter(())
     else:
         run, blocks = io.read_stream(source, run_file)
     if run is None:
         raise UsageError("stream", "no run record", "one before the blocks", "name one with --run")
-    shown = None if support is None else io.read_samples(support)
+    shown = None if support is None else block_of(io, support, run)
+    if samples:
+        like = None if shown is None else shown.prepared
+        blocks = chain.from_iterable(blocks_of(io, path, run, like=like) for path in samples)
     chunk = settings.micro_batch or MICRO_BATCH
     result = evaluate_run(run, blocks, support=shown, chunk=chunk, on_step=io.progress("evaluating"), allow=arch)
     if as_json:

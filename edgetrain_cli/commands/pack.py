@@ -42,12 +42,16 @@ def pack(
     from stages.randomness import generator
 
     packing, bad, rng = choosing.packing(), BadSamples(on_bad), generator(seed, "pack")
-    source = open_source([Path(path) for path in sources], reading.opening())
+    source = open_source(
+        [Path(path) for path in sources], reading.opening(skip_empty=on_bad == "skip", labelled=not choosing.unlabelled)
+    )
     rows = choose(source, packing, rng)
     step = io.progress("packing", len(rows))
     with io.writer(out) as writer:
         for block in pack_source(source, packing, rng, rows=rows, on_bad=bad, on_step=step):
             writer.write(block)
+    for line in source.notes.lines():
+        io.note(line)
     io.did(f"{len(rows) - bad.count:,} samples")
     if bad.count:
         io.note(f"skipped {bad.count} of {len(rows)} samples; the first: {bad.first}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetrain_cli.options import Arch, In, Out, RunFile
+from edgetrain_cli.options import STDIO, Arch, In, Out, RunFile
 from edgetrain_cli.settings import command
 from edgetrain_cli.streams import Stage
 
@@ -50,7 +50,9 @@ def predict(
     arch: Arch = None,
     run_file: RunFile = None,
 ) -> None:
-    """Label samples or a folder of images.
+    """Label samples, a folder of pictures or a single one.
+
+    Files are prepared as those were that the model learnt from.
 
     With the probability of every class, as a table, CSV, JSON lines or HDF5.
 
@@ -59,8 +61,7 @@ def predict(
 
     Example: edgetrain predict adapted.h5 photos/ -o answers.csv
     """
-    from pathlib import Path
-
+    from edgetrain_cli.samples import block_of, blocks_of
     from stages import predicting
     from stages.models.deploy import deploy
 
@@ -71,15 +72,13 @@ def predict(
     else:
         run, blocks = io.read_run(source, run_file), iter(())
     backbone = deploy(run.model, allow=arch)
-    shown = None if support is None else io.read_samples(support)
+    shown = None if support is None else block_of(io, support, run)
+    learnt = run.model.input.prepared if shown is None else shown.prepared
     head = predicting.head_for(run.model, backbone, shown, micro_batch)
-    if samples is None:
-        chunks = predicting.chunks_of_blocks(blocks, micro_batch)
-    elif Path(samples).is_dir():
-        chunks = predicting.chunks_of_images(Path(samples), backbone.input, micro_batch)
-    else:
-        chunks = predicting.chunks_of_blocks(io.read_stream(samples)[1], micro_batch)
-    answers = predicting.predict(backbone, head, chunks, on_step=io.progress("predicting"))
+    if samples is not None:
+        blocks = blocks_of(io, samples, run, labelled=False, like=learnt)
+    chunks = predicting.chunks_of_blocks(blocks, micro_batch)
+    answers = predicting.predict(backbone, head, chunks, learnt=learnt, on_step=io.progress("predicting"))
     if form == "table":
         _show(io, answers, head, rows, out)
     else:
@@ -101,7 +100,7 @@ def _write(io: Stage, answers: Iterable[Predictions], head: Head, form: str, out
 
 
 def _show(io: Stage, answers: Iterable[Predictions], head: Head, most: int, out: str) -> None:
-    """A table of the first `most` answers; the rest are only counted."""
+    """A table of the first `most` answers, the rest only counted; in a file all of them."""
     from rich.table import Table
     from rich.text import Text
 
@@ -112,8 +111,8 @@ def _show(io: Stage, answers: Iterable[Predictions], head: Head, most: int, out:
     for answer in answers:
         for sample, name, true, probability in predicting.rows(answer, head):
             total += 1
-            if total <= most:
+            if total <= most or out != STDIO:
                 table.add_row(Text(sample, overflow="fold"), Text(name), Text(true), f"{probability:.3f}")
     io.show(table, out)
-    if total > most:
+    if total > most and out == STDIO:
         io.note(f"{total} samples, the first {most} shown; --rows shows more, --format csv all")

@@ -59,6 +59,7 @@ def score_layers(
 
     from edgetrain_cli.plots.plan import check_plot, plot_plan
     from edgetrain_cli.plots.plan_tree import plan_tree
+    from edgetrain_cli.samples import block_of
     from stages.inspecting import describe
     from stages.randomness import generator
     from stages.scoring import score_layers as score
@@ -69,7 +70,7 @@ def score_layers(
     run = io.read_run(source, run_file)
     if plot is not None:
         check_plot(run, Path(plot))
-    samples = None if support is None else io.read_samples(support)
+    samples = None if support is None else block_of(io, support, run)
     progress = io.progress("scoring layers", None if samples is None else len(samples))
     run = score(run, samples, settings, rng=generator(seed, "score-layers"), on_step=progress, allow=arch)
     if run.plan is None:

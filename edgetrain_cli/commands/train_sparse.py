@@ -90,6 +90,7 @@ def train_sparse(
 
     Example: edgetrain filter < stream.h5 | edgetrain select | edgetrain train-sparse -o adapted.h5
     """
+    from edgetrain_cli.samples import block_of
     from stages.errors import require
     from stages.sparse_training import Holdout
 
@@ -98,13 +99,13 @@ def train_sparse(
             require(value is None, option, "together with a support set", "a stream", "leave one of the two out")
         require(settings.cache_prefix or cache_file is None, "--cache-file", "without --cache-prefix", "both")
         run = io.read_run(source, run_file)
-        _on_support(io, run, io.read_samples(support), settings, seed, arch, cache_file, out, metrics)
+        _on_support(io, run, block_of(io, support, run), settings, seed, arch, cache_file, out, metrics)
         return
     start, blocks = io.read_stream(source, run_file)
     require(start is not None, "stream", "no run record", "one before the blocks", "put it first, or give --run FILE")
     assert start is not None
     state = None if resume is None else read_checkpoint(resume)
-    watched = None if holdout is None else Holdout(block=io.read_samples(holdout), every=holdout_every)
+    watched = None if holdout is None else Holdout(block=block_of(io, holdout, start), every=holdout_every)
     saving = None if checkpoint is None else _checkpointing(checkpoint, checkpoint_every)
     publish, clear, blocks = _way_back(live, start, state, live_keep, blocks)
     how = {"resume": state, "replayed": replayed, "publish": publish, "checkpoint": saving, "holdout": watched}

@@ -25,6 +25,14 @@ class Reading:
     column: tuple[str, ...] = setting((), "Table: keep this column beside the samples; repeatable.")
     box: str | None = setting(None, "Table: four columns, the part of an image to take.", metavar="L,T,R,B")
     box_scale: float = setting(1.0, "Enlarge boxes about their centre.")
+    boxes: str = setting(
+        "auto",
+        "Boxes lie in pictures as stored, or upright by EXIF: auto, stored, upright.",
+        metavar="NAME",
+    )
+    delimiter: str | None = setting(None, "Table: what parts columns.")
+    header: str = setting("auto", "Table: the first line names columns: auto, yes or no.", metavar="auto|yes|no")
+    decimal: str = setting(".", "Table: decimal point, or comma.")
     x_name: str | None = setting(None, ".npz, HDF5: the array of samples.")
     y_name: str | None = setting(None, ".npz, HDF5: the array of labels.")
     layout: str | None = setting(None, "Axes: NHW, NHWC, NCHW, NT (sound), NTC, NCT (signals), ND.")
@@ -39,12 +47,13 @@ class Reading:
     def __post_init__(self) -> None:
         check(self)
 
-    def opening(self) -> Opening:
+    def opening(self, *, skip_empty: bool = False, labelled: bool = True) -> Opening:
         """What `stages.data.sources.open_source` takes. Raises `UsageError` for text that cannot be read."""
         from stages.data.images import ImageForm, dimensions, height_width
         from stages.data.listings import Columns
         from stages.data.sounds import SoundForm
         from stages.data.sources import Opening
+        from stages.data.tables import Writing
 
         box = tuple(self.box.split(",")) if self.box else ()
         size = height_width(self.size) if self.size else None
@@ -58,8 +67,11 @@ class Reading:
             layout=self.layout,
             shape=dimensions(self.shape, "--shape") if self.shape else None,
             raw=self.raw,
-            image=ImageForm(size=size, fit=self.fit, colour=self.colour, box_scale=self.box_scale),
+            image=ImageForm(size=size, fit=self.fit, colour=self.colour, box_scale=self.box_scale, boxes=self.boxes),
             sound=SoundForm(rate_hz=self.rate, seconds=self.seconds),
+            writing=Writing(delimiter=self.delimiter, header=self.header, decimal=self.decimal),
+            skip_empty=skip_empty,
+            labelled=labelled,
         )
 
 
@@ -74,6 +86,7 @@ class Choosing:
     classes: str | None = setting(None, "Only these; @FILE has one name per line.", metavar="A,B|@FILE")
     per_class: int | None = setting(None, "K samples of every class.", metavar="K", least=1)
     skip_per_class: int = setting(0, "First leave out S of every class: disjoint shares.", metavar="S", least=0)
+    unlabelled: bool = setting(False, "Keep samples without a class, as y = -1, instead of refusing them.")
     limit: int | None = setting(None, "At most N samples.", metavar="N", least=1)
     shuffle: bool = setting(True, "Order of the stream.", flag="--shuffle/--in-order")
     drift: str | None = setting(None, "One class, or value of a column, after another.", metavar="class|COL")
@@ -87,6 +100,7 @@ class Choosing:
 
     def packing(self) -> Packing:
         """What `stages.packing.pack` takes. Raises `UsageError` for text that cannot be read."""
+        from stages.data.reading import Form
         from stages.packing import Condition, Packing, class_list
 
         return Packing(
@@ -95,12 +109,11 @@ class Choosing:
             classes=class_list(self.classes),
             skip_per_class=self.skip_per_class,
             per_class=self.per_class,
+            unlabelled=self.unlabelled,
             limit=self.limit,
             shuffle=self.shuffle,
             drift=self.drift,
-            dtype=self.dtype,
-            scale=self.scale,
-            invert=self.invert,
+            form=Form(dtype=self.dtype, scale=self.scale, invert=self.invert),
             label_noise=self.label_noise,
             feature_noise=self.feature_noise,
             noise_std=self.noise_std,

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from stages.artifacts import hdf5
 from stages.artifacts.records import Block, End, Group
+from stages.artifacts.schema import VERSION
 from stages.errors import DataError, SchemaError
 
 
@@ -233,11 +234,18 @@ def test_a_flipped_bit_is_never_silently_wrong(block):
         ({"x": np.zeros((3, 4, 4))}, {}, "f4"),
         ({"y": np.zeros(3)}, {}, "integers"),
         ({"y": np.zeros(4, np.int64)}, {}, "N=3"),
-        ({"y": np.array([0, -1, 0])}, {}, "label -1"),
+        ({"y": np.array([0, -2, 0])}, {}, "label -2"),
         ({"y": np.array([0, 1, 5]), "classes": np.array([b"a", b"b"])}, {}, "label 5"),
         ({"x": np.zeros((3, 4, 4, 4), np.uint8)}, {}, "layout"),
         ({}, {"edgetrain": "cake"}, "'run' or 'block'"),
         ({}, {"edgetrain": "block", "schema": 99}, "update EdgeTrain"),
+        ({}, {"edgetrain": "block", "schema": VERSION + 1}, "update EdgeTrain"),
+        ({}, {"edgetrain": "block", "schema": 0}, "1 to 2"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": "{"}, "JSON"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"of": "cake"}'}, "pictures"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"turn": 90}'}, "turn"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"size": [0, 4]}'}, "size"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"invert": 1}'}, "invert"),
     ],
 )
 def test_malformed_blocks_say_what_is_wrong(datasets, attributes, words):
