@@ -13,7 +13,7 @@ from stages.cost.model import block_entries, filters, last_blocks
 from stages.cost.ops import macs
 from stages.errors import require
 from stages.graphs.graph import Graph
-from stages.importance.criteria import CRITERIA, Evidence
+from stages.importance.criteria import Evidence, criterion_named
 from stages.importance.fisher import Fisher
 from stages.models.deploy import Backbone
 from stages.planning.problem import RATIOS
@@ -89,7 +89,7 @@ def scores_of(
     return Scores(
         criterion,
         tuple(layers),
-        CRITERIA[criterion](evidence),
+        criterion_named(criterion)(evidence),
         evidence.fisher,
         tuple(fisher.output[op.name].astype(np.float32) for op in ops),
         tuple(fisher.input[op.name].astype(np.float32) for op in ops),

@@ -209,7 +209,7 @@ def _elu(op: Op, x: Tensor) -> Tensor:
     from torch.nn import functional as F
 
     y: Tensor = F.elu(x, op["alpha"])
-    return y if op["scale"] == 1 else y.mul(op["scale"])
+    return y if op["scale"] == 1 else y * float(op["scale"])
 
 
 def _elu_gradient(op: Op, y: Tensor, g: Tensor) -> Tensor:
