@@ -213,7 +213,8 @@ def _elu(op: Op, x: Tensor) -> Tensor:
 
 
 def _elu_gradient(op: Op, y: Tensor, g: Tensor) -> Tensor:
-    return (g * op["scale"]).where(y > 0, g * (y + op["alpha"] * op["scale"]))
+    found: Tensor = (g * op["scale"]).where(y > 0, g * (y + op["alpha"] * op["scale"]))
+    return found
 
 
 def _elu_onnx(op: Op, w: Any) -> None:
