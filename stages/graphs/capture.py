@@ -259,7 +259,7 @@ def _own_scaling(ops: Sequence[Op]) -> tuple[str, ...]:
     if not steps:
         return ()
     return (
-        f"the model scales its input itself ({', '.join(steps)}): samples are scaled before that, too; say with --scale "
+        f"the model scales its input itself ({', '.join(steps)}): samples are scaled before that, too; say by --scale "
         "and --offset what it expects, --scale 1 --offset 0 for raw values",
     )
 
