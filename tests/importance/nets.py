@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from stages.artifacts.records import InputSpec
-from stages.models.deploy import Backbone, fold
-from stages.models.tracing import trace
+from stages.models.deploy import Backbone
+from tests.models.nets import folded
 
 
 class Bottleneck(nn.Module):
@@ -82,5 +82,4 @@ def mixed(seed: int = 0) -> Mixed:
 
 def deployed(net: nn.Module, spec: InputSpec = INPUT) -> Backbone:
     """The deploy form of a module."""
-    graph, tensors = fold(*trace(net, spec.shape))
-    return Backbone(graph, tensors, spec)
+    return Backbone(*folded(net, spec.shape), spec)

@@ -9,6 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.graphs.capture import capture
+from stages.graphs.folding import fold
+from stages.graphs.graph import Graph
+
+
+def folded(module: nn.Module, shape: tuple[int, ...]) -> tuple[Graph, dict[str, Tensor]]:
+    """A module's graph and tensors in deploy form."""
+    captured = capture(module, shape)
+    graph, arrays = fold(captured.graph, {name: value.detach().numpy() for name, value in captured.tensors.items()})
+    return graph, {name: torch.from_numpy(array) for name, array in arrays.items()}
+
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights and BatchNorm statistics, so that no part of a BatchNorm is the identity."""
