@@ -216,10 +216,12 @@ def _described(value: Any) -> str:
 def _finished(b: Construction, output: Value) -> Captured:
     ops = list(needed(b.ops, [output.op]))
     ops, notes = _without_softmax(ops)
+    notes += _own_scaling(ops)
     if not any(op.is_layer for op in ops):
         raise UsageError(FORWARD, "no convolution or linear layer", "at least one")
     ops = _pooled_by_one(ops)
     if len(ops[-1].shape) != 1:
+        notes += (f"the output has shape {ops[-1].shape} per sample: its mean over positions is the feature vector",)
         ops.append(_as_vector(ops))
     graph = with_blocks(tuple(ops))
     held = {op.owner for op in ops}
@@ -243,6 +245,23 @@ def _without_softmax(ops: list[Op]) -> tuple[list[Op], tuple[str, ...]]:
     end = ops[-1].name if last is not ops[-1] else last.inputs[0]
     note = f"the final {last.kind} ({last.name}) is left out: heads bring their own"
     return list(needed([op for op in moved if op.name != last.name], [end])), (note,)
+
+
+def _own_scaling(ops: Sequence[Op]) -> tuple[str, ...]:
+    """What to say where a model begins by scaling its input itself: samples are scaled before it, too."""
+    constants = {op.name for op in ops[1:] if not op.inputs}
+    value, steps = ops[0].name, []
+    for op in ops[1:]:
+        mine = value in op.inputs and len(op.inputs) == 2 and not constants.isdisjoint(op.inputs)
+        if mine or (op.inputs == (value,) and op.is_layer and not op.operator.candidate):
+            value = op.name
+            steps.append(op.kind)
+    if not steps:
+        return ()
+    return (
+        f"the model scales its input itself ({', '.join(steps)}): samples are scaled before that, too; say with --scale "
+        "and --offset what it expects, --scale 1 --offset 0 for raw values",
+    )
 
 
 def _pooled_by_one(ops: list[Op]) -> list[Op]:

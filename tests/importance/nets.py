@@ -80,6 +80,6 @@ def mixed(seed: int = 0) -> Mixed:
         return net.eval().requires_grad_(False)
 
 
-def deployed(net: nn.Module, spec: InputSpec = INPUT) -> Backbone:
-    """The deploy form of a module."""
-    return Backbone(*folded(net, spec.shape), spec)
+def deployed(net: nn.Module, dtype: torch.dtype = torch.float32) -> Backbone:
+    """The deploy form of a module, folded in this precision."""
+    return Backbone(*folded(net, INPUT.shape, dtype), INPUT)
