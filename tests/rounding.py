@@ -127,10 +127,7 @@ def gradient_bounds(
         detached: names of layers.
     """
     tensors = {name: tensor.detach().double() for name, tensor in backbone.tensors.items()}
-    ops = backbone.graph.ops
-    values = {ops[0].name: _exact(x.detach().double())}
-    for op in ops[1:]:
-        values[op.name] = _forward(op, [values[name] for name in op.inputs], tensors, dtype)
+    ops, values = backbone.graph.ops, value_bounds(backbone.graph, tensors, x, dtype)
     features = values[ops[-1].name]
     pulled = {name: _exact(torch.zeros_like(value.value)) for name, value in values.items()}
     pulled[ops[-1].name] = _at_features(loss, features, dtype)
@@ -144,6 +141,15 @@ def gradient_bounds(
             for name, value in zip(op.inputs, to_inputs, strict=True):
                 pulled[name] = pulled[name] + value
     return features, found
+
+
+def value_bounds(graph: Graph, tensors: Mapping[str, Tensor], x: Tensor, dtype: torch.dtype) -> dict[str, Bounded]:
+    """Every operator's output, by its name, of any computation in `dtype` by sums of products; x (N, *input)."""
+    doubles = {name: tensor.detach().double() for name, tensor in tensors.items()}
+    values = {graph.ops[0].name: _exact(x.detach().double())}
+    for op in graph.ops[1:]:
+        values[op.name] = _forward(op, [values[name] for name in op.inputs], doubles, dtype)
+    return values
 
 
 def in_double(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -20,8 +20,8 @@ from tests.rounding import (
     product_bound,
     unit_roundoff,
 )
-from tests.sparse.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
-from tests.sparse.test_engine import chain, weighted
+from tests.engines.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
+from tests.engines.torch.test_net import chain, weighted
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 

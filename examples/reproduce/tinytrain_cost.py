@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from stages.models.tracing import trace
 
 from stages.artifacts.records import LayerUpdate
 from stages.cost.model import forward_macs, full_backward_macs, last_blocks, paper_peak_bytes, weight_count
@@ -26,8 +25,9 @@ from stages.cost.training import (
     saved_activation_bytes,
     whole_update,
 )
+from stages.graphs.capture import capture
+from stages.graphs.folding import fold
 from stages.graphs.graph import Graph
-from stages.models.deploy import fold
 from stages.models.registry import build, input_spec
 from stages.planning.baselines import SCHEMES, named_plan
 
@@ -108,7 +108,8 @@ class Cell:
 def deploy_graph(net: Net) -> Graph:
     """The network's layers at 128 x 128, BatchNorm folded."""
     arguments = {"mix": net.mix}
-    graph, _ = fold(*trace(build(net.arch, arguments), input_spec(net.arch, arguments).shape))
+    captured = capture(build(net.arch, arguments), input_spec(net.arch, arguments).shape)
+    graph, _ = fold(captured.graph, {name: value.detach().numpy() for name, value in captured.tensors.items()})
     return graph
 
 

@@ -44,7 +44,7 @@ def _check_update(update: LayerUpdate, graph: Graph) -> None:
     if update.axis_channels != channels:
         raise DataError(where, f"{update.axis_channels} {update.axis} channels", f"{channels}", FIX)
     if not update.trains and not update.detached:
-        raise DataError(where, "nothing that trains", "live channels or biases", FIX)
+        raise DataError(where, "nothing trains", "live channels or biases", FIX)
     _check_indices(where, update.channels, channels)
     _check_indices(f"{where} bias", update.bias, op.out_channels if op.bias else 0)
 

@@ -2,19 +2,16 @@
 
 from functools import cache
 
-from stages.models.tracing import trace
-
 from stages.graphs.graph import Graph
-from stages.models.deploy import fold
 from stages.models.registry import build, input_spec
 from stages.operators import Op
+from tests.models.nets import folded
 
 
 @cache
 def backbone(arch: str, **arguments: object) -> Graph:
     """A registry model in deploy form at its default input."""
-    graph, _ = fold(*trace(build(arch, arguments), input_spec(arch, arguments).shape))
-    return graph
+    return folded(build(arch, arguments), input_spec(arch, arguments).shape)[0]
 
 
 def op_input(channels: int, size: int) -> Op:
@@ -67,7 +64,8 @@ def fire() -> Graph:
     act = unary("relu", squeeze)
     left, right = conv("left", act, 5), conv("right", act, 6, k=3)
     left_act, right_act = unary("relu", left), unary("relu", right)
-    both = Op("cat", "concat", (left_act.name, right_act.name), (11, 6, 6), ((5, 6, 6),) * 2)
+    shapes = (left_act.shape, right_act.shape)
+    both = Op("cat", "concat", (left_act.name, right_act.name), (11, 6, 6), shapes, args=(("axis", 0),))
     pooled = Op("pool", "max_pool", ("cat",), (11, 3, 3), ((11, 6, 6),), (2, 2), (2, 2), (0, 0), (1, 1))
     last = conv("last", pooled, 3)
     return Graph((x, squeeze, act, left, left_act, right, right_act, both, pooled, last, unary("global_pool", last)))
