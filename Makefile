@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test check bench bench-engine bench-selection bench-pipeline bench-faults \
+.PHONY: setup demo test test-all check bench bench-engine bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
 help:            ## list the targets
@@ -23,6 +23,9 @@ demo: $(READY)   ## the whole toolkit on real data, in about three minutes
 
 test: check      ## format, types and all tests
 	$(BIN)/python -m pytest -q
+
+test-all: check  ## the same with the whole zoo of architectures
+	$(BIN)/python -m pytest -q -m ""
 
 check: $(READY)  ## format and types
 	$(BIN)/ruff check .

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import pytest
 
 from tests.zoo import (
     audio,
@@ -24,7 +27,10 @@ from tests.zoo import (
 )
 from tests.zoo.specimen import Specimen, result
 
-__all__ = ["FAST", "ZOO", "Specimen", "result"]
+if TYPE_CHECKING:
+    from _pytest.mark.structures import ParameterSet
+
+__all__ = ["FAST", "ZOO", "Specimen", "result", "selection"]
 
 FAMILIES = (mobile, efficient, residual, plain, backbones, metaformers, transformers, audio, signals, recurrent)
 
@@ -36,13 +42,25 @@ ZOO: Mapping[str, Specimen] = MappingProxyType(
 FAST = (
     "mobilenet-v3-small",
     "efficientnet-b0",
-    "shufflenet-v2",
+    "ghostnet",
     "googlenet",
     "bit-resnet",
-    "unet",
     "mobilevit",
     "swin",
-    "bc-resnet",
+    "vit-fused",
+    "conv-autoencoder",
     "har-cnn",
 )
-"""Ten that together hold most operators: what `make test` runs."""
+"""Ten that together hold most operators: what `make test` runs. `make test-all` runs the whole zoo."""
+
+
+def selection(*, refused: bool = True) -> list[ParameterSet]:
+    """Parameters for a test over the zoo: those in `FAST` always, the others where the marker `zoo` is selected.
+
+    refused: with the specimens whose import is expected to be refused.
+    """
+    return [
+        pytest.param(specimen, id=name, marks=() if name in FAST else pytest.mark.zoo)
+        for name, specimen in ZOO.items()
+        if refused or not specimen.refused
+    ]
