@@ -271,7 +271,7 @@ class SKConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for i, conv in enumerate(self.convs):
-            fea = conv(x).unsqueeze_(dim=1)
+            fea = conv(x).unsqueeze(dim=1)
             if i == 0:
                 feas = fea
             else:

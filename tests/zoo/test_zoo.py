@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from functools import cache
 
@@ -16,14 +17,20 @@ from tests.zoo.specimen import NORMS
 MOST_PARAMETERS = 250_000
 CLASSLESS = {"autoencoder"}
 """Specimens that answer with something else than five logits."""
+SHIFTS = {"gc-resnet": "conv_mask.bias"}
+"""Biases that a softmax takes away again: their gradient is zero up to rounding."""
 
 every = pytest.mark.parametrize("specimen", selection())
 
 
 @cache
 def captured(name: str) -> ExportedProgram:
+    """torch warns that hooks of weight_norm and recurrent layers set tensors in forward; the program is right all the
+    same."""
     specimen = ZOO[name]
-    return torch.export.export(specimen.build(), (specimen.example(2),), strict=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
+        return torch.export.export(specimen.build(), (specimen.example(2),), strict=False)
 
 
 def forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -73,7 +80,7 @@ def test_a_seed_makes_a_specimen(specimen: Specimen) -> None:
     one, same, other = specimen.build(1), specimen.build(1), specimen.build(2)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 @every
@@ -121,7 +128,7 @@ def test_gradients_reach_all_that_is_used(specimen: Specimen) -> None:
         gradient = module.get_parameter(name).grad
         assert gradient is not None, f"{name} has no gradient"
         assert gradient.isfinite().all()
-        assert gradient.any(), f"{name} has no part in the answer"
+        assert gradient.any() or name.endswith(SHIFTS.get(specimen.name, "/")), f"{name} has no part in the answer"
 
 
 @every
