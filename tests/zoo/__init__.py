@@ -17,6 +17,7 @@ from tests.zoo import (
     audio,
     backbones,
     efficient,
+    habits,
     metaformers,
     mobile,
     plain,
@@ -32,7 +33,19 @@ if TYPE_CHECKING:
 
 __all__ = ["FAST", "ZOO", "Specimen", "result", "selection"]
 
-FAMILIES = (mobile, efficient, residual, plain, backbones, metaformers, transformers, audio, signals, recurrent)
+FAMILIES = (
+    mobile,
+    efficient,
+    residual,
+    plain,
+    backbones,
+    metaformers,
+    transformers,
+    audio,
+    signals,
+    habits,
+    recurrent,
+)
 
 ZOO: Mapping[str, Specimen] = MappingProxyType(
     {specimen.name: specimen for family in FAMILIES for specimen in family.SPECIMENS}

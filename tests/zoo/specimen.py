@@ -26,7 +26,8 @@ class Specimen:
 
     `factory` takes no arguments and returns the module; `input_shape` is the shape of one sample, without the batch;
     `traits` are the operators and habits that the specimen is kept for; `refused` names the operator for which an
-    import is expected to be refused ("" if it is expected to pass); `vocabulary` > 0: the input is integers below it.
+    import is expected to be refused ("" if it is expected to pass); `spread` is the standard deviation of a sample's
+    values; `vocabulary` > 0: the input is integers below it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Specimen:
     input_shape: tuple[int, ...]
     traits: tuple[str, ...]
     refused: str = ""
+    spread: float = 1.0
     vocabulary: int = 0
 
     def build(self, seed: int = 0) -> nn.Module:
@@ -45,19 +47,26 @@ class Specimen:
         return module.eval()
 
     def example(self, batch: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Random samples [batch, *input_shape]: standard normal, or int64 tokens where there is a vocabulary."""
+        """Random samples [batch, *input_shape]: normal values, or int64 tokens where there is a vocabulary."""
         rng = torch.Generator().manual_seed(seed)
         shape = (batch, *self.input_shape)
         if self.vocabulary:
             return torch.randint(self.vocabulary, shape, generator=rng)
-        return torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
+        return (self.spread * torch.randn(shape, generator=rng, dtype=torch.float64)).to(dtype)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """All tensors that a module returned, in order: alone, in tuples and lists, or as fields of a dataclass."""
+    if isinstance(output, Tensor):
+        return [output]
+    if is_dataclass(output):
+        output = [getattr(output, field.name) for field in fields(output)]
+    return [tensor for part in output or () for tensor in tensors(part)]
 
 
 def result(output: Any) -> Tensor:
-    """The first tensor that a module returned: itself, the first of a tuple, or the first field of a dataclass."""
-    if is_dataclass(output):
-        return result(getattr(output, fields(output)[0].name))
-    return result(output[0]) if isinstance(output, tuple | list) else output
+    """The answer among what a module returned: the first tensor."""
+    return tensors(output)[0]
 
 
 @torch.no_grad()
