@@ -21,10 +21,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)   ## the whole toolkit on real data, in about three minutes
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
-test: check      ## format, types and all tests
+test: check      ## format, types and tests, with ten architectures of the zoo
 	$(BIN)/python -m pytest -q
 
-test-all: check  ## the same with the whole zoo of architectures
+test-all: check  ## the same with all architectures of the zoo
 	$(BIN)/python -m pytest -q -m ""
 
 check: $(READY)  ## format and types

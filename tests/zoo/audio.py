@@ -92,7 +92,7 @@ class BCBlock(nn.Module):
 
 
 class BCResNet(nn.Module):
-    """The classifier ends with a mean over time by an adaptive pool of (None, 1)-like shape and a 1x1 convolution."""
+    """The classifier is convolutions around a pool to one place, then `view(-1, classes)`."""
 
     def __init__(self) -> None:
         super().__init__()

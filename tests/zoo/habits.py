@@ -92,6 +92,26 @@ class Spectral(nn.Module):
         return self.fc(x.sum((2, 3)))
 
 
+class Padded(nn.Module):
+    """Every way to pad: convolutions by padding mode, modules, and `F.pad` with a value and with negative widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.round = nn.Conv2d(3, 12, 3, padding=1, padding_mode="circular")
+        self.mirror = nn.Conv2d(12, 16, 3, stride=2, padding=1, padding_mode="reflect")
+        self.edge = nn.Conv2d(16, 16, 3, padding=(1, 2), padding_mode="replicate")
+        self.pad = nn.ReflectionPad2d((1, 0, 2, 0))
+        self.zero = nn.ZeroPad2d(1)
+        self.last = nn.Conv2d(16, 16, 3, stride=2)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.mirror(F.relu(self.round(x))))
+        x = F.pad(F.relu(self.edge(x)), (1, 1, 0, -1), value=0.5)
+        x = F.relu(self.last(self.zero(self.pad(x))))
+        return self.fc(x.mean((2, 3)))
+
+
 class SharedBlocks(nn.Module):
     """ALBERT's way: one block called three times, and one classifier on two levels whose answers are averaged."""
 
@@ -159,6 +179,7 @@ SPECIMENS = (
     Specimen("no-operations", NoOperations, IMAGE, ("+ 0", ".float()", "clone", "control flow on shapes", "unused")),
     Specimen("pruned", Pruned, IMAGE, ("masks by hooks", "amax")),
     Specimen("spectral", Spectral, IMAGE, ("spectral_norm", "in-place leaky relu", "sum over places")),
+    Specimen("padded", Padded, IMAGE, ("circular", "reflect", "replicate", "pad with a value", "negative pad")),
     Specimen("shared-blocks", SharedBlocks, IMAGE, ("layer called three times", ".mT", "stack")),
     Specimen("tied-autoencoder", TiedAutoencoder, (32,), ("weight used twice, transposed", "hstack", "** 2")),
     Specimen("early-exits", EarlyExits, IMAGE, ("several outputs", "list of outputs")),

@@ -635,7 +635,7 @@ class MobileViTResidual(nn.Module):
 
 
 class MobileViT(nn.Module):
-    """The second block meets 5 x 5 maps: odd, so it interpolates to 6 x 6 and back."""
+    """The blocks meet maps of 5 x 5 and 3 x 3: odd, so they interpolate to 6 x 6 and 4 x 4 and back."""
 
     def __init__(self) -> None:
         super().__init__()

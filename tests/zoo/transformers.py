@@ -790,7 +790,7 @@ class HFViTModel(nn.Module):
 
 
 class HFViTForImageClassification(nn.Module):
-    """`outputs[0]` or an attribute of a dataclass inside; a tuple or a dataclass at the end."""
+    """Attributes of dataclasses inside; logits or the tuple (logits, hidden states) at the end."""
 
     def __init__(self, return_dict: bool) -> None:
         super().__init__()
