@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-all check bench bench-engine bench-selection bench-pipeline bench-faults \
+.PHONY: setup demo test test-all test-isa mutants check bench bench-engine bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
 help:            ## list the targets
@@ -26,6 +26,22 @@ test: check      ## format, types and tests, with ten architectures of the zoo
 
 test-all: check  ## the same with all architectures of the zoo
 	$(BIN)/python -m pytest -q -m ""
+
+# What torch and oneDNN take their kernels from; a processor that lacks one falls back to what it has.
+ISAS := SSE41:default AVX2:avx2 AVX512_CORE:avx512
+
+test-isa: $(READY)  ## the numerical tests under three instruction sets; TESTS=... for some of them
+	@for isa in $(ISAS); do \
+	    echo "== oneDNN $${isa%%:*}, ATen $${isa##*:}"; \
+	    ONEDNN_MAX_CPU_ISA=$${isa%%:*} ATEN_CPU_CAPABILITY=$${isa##*:} $(BIN)/python -m pytest -q $(TESTS) || exit 1; \
+	done
+
+TESTS ?= $(filter-out tests/pipes/ tests/contracts/ tests/data/ tests/test_docs.py tests/test_examples.py,\
+    $(wildcard tests/*/ tests/test_*.py))
+
+mutants: $(READY)  ## which changes to the core no test notices: hours; MODULES=stages/... for some of it
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mutants]"
+	$(BIN)/python tests/mutants.py $(MODULES)
 
 check: $(READY)  ## format and types
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ The run's model leaves in deploy form (BatchNorm folded), which is what everythi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +25,15 @@ from stages.cost.model import (
 )
 from stages.cost.training import full_training_bytes
 from stages.engines.torch import reference
-from stages.errors import require
 from stages.graphs.graph import Graph
 from stages.measurement.energy import Meter, find_meter
 from stages.measurement.latency import LayerTimes, median_and_spread, repeat, time_layers
 from stages.measurement.process import process_memory
 from stages.models.deploy import Backbone, deploy, store
+from stages.settings.profiling import Profiling as Profiling
 
 ENERGY_PASSES = 50
 """Passes that an energy figure is the mean of: sensors are slower than one pass."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Profiling:
-    """What to measure."""
-
-    measure: bool = True
-    """False leaves out every measured value, so that the same model gives the same bytes."""
-    repeats: int = 20
-    """Runs that a median and a spread are taken over."""
-    power_watts: float | None = None
-    """Power read from an external meter while this ran, where the machine has no sensor of its own."""
-
-    def __post_init__(self) -> None:
-        require(self.repeats > 0, "--repeats", str(self.repeats), "at least 1")
-        require(self.power_watts is None or self.power_watts > 0, "--power-watts", str(self.power_watts), "more than 0")
-        require(self.measure or self.power_watts is None, "--power-watts", "no measuring", "--measure")
 
 
 def profile_run(

@@ -146,9 +146,11 @@ def test_a_streams_update_equals_dense_torch() -> None:
     assert result.metrics["train-sparse"]["loss"] == pytest.approx([loss.item()])
 
 
-@pytest.mark.parametrize("detached", [False, True])
-def test_an_adaptation_step_equals_dense_torch(detached: bool) -> None:
-    start, support = new_run(), block(7, weighted=False)
+@pytest.mark.parametrize(("detached", "scale"), [(False, 10.0), (True, 10.0), (False, 25.0)])
+def test_an_adaptation_step_equals_dense_torch(detached: bool, scale: float) -> None:
+    """The cosine scale is the one that the run's head of prototypes has learned."""
+    learned = heads.prototype_head(torch.ones(3, 8), np.arange(3), None, scale=scale) if scale != 10 else None
+    start, support = new_run(head=learned), block(7, weighted=False)
     backbone = deploy(start.model)
     x = model_input(support.x, "NHW", start.model.input)
     tensors = {name: torch.tensor(value, requires_grad=True) for name, value in start.model.tensors.items()}
@@ -156,7 +158,7 @@ def test_an_adaptation_step_equals_dense_torch(detached: bool) -> None:
     means = torch.stack([features[y == label].mean(0) for label in range(CLASSES)])
     means = means.detach() if detached else means
     cosine = functional.cosine_similarity(features[:, None], means[None], dim=2)
-    expected = dense_step(start, functional.cross_entropy(10 * cosine, y), tensors, 0.05)
+    expected = dense_step(start, functional.cross_entropy(scale * cosine, y), tensors, 0.05)
 
     result = train_support(start, support, fixed(detach_prototypes=detached), rng=rng())
 
@@ -164,7 +166,7 @@ def test_an_adaptation_step_equals_dense_torch(detached: bool) -> None:
     after = deploy(result.model).features(x)
     trained = result.model.head
     assert trained is not None
-    assert (trained.kind, trained.scale, trained.labels.tolist()) == ("prototypes", 10.0, [0, 1, 2])
+    assert (trained.kind, trained.scale, trained.labels.tolist()) == ("prototypes", scale, [0, 1, 2])
     by_hand = torch.stack([after[y == label].mean(0) for label in range(CLASSES)])
     np.testing.assert_allclose(trained.weight, by_hand.numpy(), rtol=1e-5)
 

@@ -17,7 +17,11 @@ from stages.artifacts.records import Group
 from stages.errors import SchemaError
 
 VERSION = 2
-"""Written as attribute `schema`; a reader refuses a higher one."""
+"""Written as attribute `schema`; a reader takes lower ones and refuses a higher one.
+
+2: runs carry their graph (`/model/graph`, `/model/state`, `/model/rest`); blocks say how their samples were prepared
+and of which file each came (`prepared`, `source`), labels may be -1.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ RUN: Mapping[str, Table] = {
             "sample_rate_hz": Attr("int", "sound: samples per second", required=False),
             "window_samples": Attr("int", "sound: length of an analysis window", required=False),
             "hop_samples": Attr("int", "sound: distance between windows", required=False),
+            "prepared": Attr("json", "how the samples it learnt from were made of their files", required=False),
         },
         required=True,
     ),
@@ -150,10 +155,18 @@ BLOCK: Mapping[str, Table] = {
             ),
             "round": Attr("int", "round of the streaming pipeline, from 0", required=False),
             "end": Attr("int", "present in the closing block only: number of rounds in the stream", required=False),
+            "prepared": Attr(
+                "json",
+                "how samples were made of their files: of (pictures, recordings, arrays), size (height, width), fit, "
+                "colour, invert, dtype, scale, seconds, shape, layout; what is left out was not done",
+                required=False,
+            ),
+            "sample_rate_hz": Attr("float", "sound and signals: samples per second", required=False),
         },
         {
             "x": Column("u1|i2|f4", ("N", "*"), "samples"),
-            "y": Column("i8", ("N",), "class labels, >= 0"),
+            "y": Column("i8", ("N",), "class labels; -1: no label yet"),
+            "source": Column("S", ("N",), "file that the sample came from", required=False),
             "index": Column("i8", ("N",), "position in the stream", required=False),
             "score": Column("f4", ("N",), "value given by a strategy", required=False),
             "weight": Column(

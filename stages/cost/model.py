@@ -160,6 +160,16 @@ def block_entries(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in first.values() or not graph.blocks)
 
 
+def filters(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the named layers that sum over channels or positions: not those that only scale channels.
+
+    Such a layer is a BatchNorm that could not be folded, another norm's scale, or a layer scale. Its weights and MACs
+    are so few that a score which divides by both (TinyTrain Eq. 3) puts it before all convolutions, which the equation
+    is about.
+    """
+    return tuple(name for name in names if graph[name].operator.candidate)
+
+
 def last_blocks(graph: Graph, blocks: int) -> tuple[str, ...]:
     """Names of the layers of the last `blocks` blocks and of those after them: the window that TinyTrain inspects.
 
@@ -171,7 +181,5 @@ def last_blocks(graph: Graph, blocks: int) -> tuple[str, ...]:
     """
     require(blocks > 0, "--blocks", str(blocks), "at least 1")
     first = len(graph.blocks) - blocks
-    if first <= 0:
-        return tuple(op.name for op in graph.layers)
-    start = next(i for i, op in enumerate(graph.ops) if op.block == first)
-    return tuple(op.name for op in graph.ops[start:] if op.is_layer)
+    start = next((i for i, op in enumerate(graph.ops) if op.block == first), 0) if first > 0 else 0
+    return tuple(op.name for op in graph.ops[start:] if op.is_layer and not op.shares)

@@ -209,8 +209,7 @@ def _elu(op: Op, x: Tensor) -> Tensor:
     from torch.nn import functional as F
 
     y: Tensor = F.elu(x, op["alpha"])
-    scale: float = op["scale"]
-    return y if scale == 1 else y * scale
+    return y if op["scale"] == 1 else y * float(op["scale"])
 
 
 def _elu_gradient(op: Op, y: Tensor, g: Tensor) -> Tensor:

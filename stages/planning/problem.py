@@ -93,6 +93,8 @@ class Choice:
 
     updates: tuple[LayerUpdate, ...] = ()
     score: float = 0.0
+    optimal: bool = False
+    """Proven: no plan within the budgets is worth more."""
 
 
 def choice(options: Sequence[Option]) -> Choice:

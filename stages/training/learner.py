@@ -131,7 +131,7 @@ class StreamLearner:
 
 
 def weighted_cross_entropy(scores: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """sum_i w_i * l_i, the loss of a block (design: importance weights of Titan, KDD 2025, appendix A.2).
+    """sum_i w_i * l_i, the loss of a block (the weights are Titan's, arXiv:2505.16563, appendix A.2).
 
     With w_i = 1 / (|S| |B_y| P_y(i)) its gradient is an unbiased estimate of the window's mean gradient.
     """

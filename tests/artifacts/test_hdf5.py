@@ -2,6 +2,7 @@
 
 import io
 import threading
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stages.artifacts import hdf5
-from stages.artifacts.records import Block, End, Group
+from stages.artifacts.codec import to_tree
+from stages.artifacts.records import Block, End, Group, LayerUpdate
+from stages.artifacts.schema import VERSION
 from stages.errors import DataError, SchemaError
 
 
@@ -233,11 +236,18 @@ def test_a_flipped_bit_is_never_silently_wrong(block):
         ({"x": np.zeros((3, 4, 4))}, {}, "f4"),
         ({"y": np.zeros(3)}, {}, "integers"),
         ({"y": np.zeros(4, np.int64)}, {}, "N=3"),
-        ({"y": np.array([0, -1, 0])}, {}, "label -1"),
+        ({"y": np.array([0, -2, 0])}, {}, "label -2"),
         ({"y": np.array([0, 1, 5]), "classes": np.array([b"a", b"b"])}, {}, "label 5"),
         ({"x": np.zeros((3, 4, 4, 4), np.uint8)}, {}, "layout"),
         ({}, {"edgetrain": "cake"}, "'run' or 'block'"),
         ({}, {"edgetrain": "block", "schema": 99}, "update EdgeTrain"),
+        ({}, {"edgetrain": "block", "schema": VERSION + 1}, "update EdgeTrain"),
+        ({}, {"edgetrain": "block", "schema": 0}, "1 to 2"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": "{"}, "JSON"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"of": "cake"}'}, "pictures"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"turn": 90}'}, "turn"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"size": [0, 4]}'}, "size"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"invert": 1}'}, "invert"),
     ],
 )
 def test_malformed_blocks_say_what_is_wrong(datasets, attributes, words):
@@ -248,6 +258,33 @@ def test_malformed_blocks_say_what_is_wrong(datasets, attributes, words):
 
     with pytest.raises(DataError, match=words):
         hdf5.decode(image(fill))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "values"),
+    [
+        ("channels", [2]),  # of 2 channels there are 0 and 1
+        ("channels", [-1]),
+        ("axis", [b"sideways"]),
+        ("bias", [-1, 1]),
+        ("axis_channels", [1]),
+        ("channel_count", [2]),
+    ],
+)
+def test_a_malformed_plan_is_refused_when_it_is_read(run, dataset, values):
+    tree = to_tree(run)
+    arrays = tree.groups["plan"].arrays
+    arrays[dataset] = np.array(values, np.asarray(arrays[dataset]).dtype if dataset != "axis" else "S8")
+    with pytest.raises(SchemaError, match="/plan"):
+        hdf5.decode(hdf5.encode_tree(tree))
+
+
+def test_channels_of_a_plan_ascend(run):
+    """Once each: training one twice would count its gradient twice."""
+    for channels in ((1, 0), (1, 1)):
+        plan = replace(run.plan, updates=(LayerUpdate("stem", "output", channels, 2),))
+        with pytest.raises(SchemaError, match="ascending channels from 0 to 1"):
+            hdf5.decode(hdf5.encode(replace(run, plan=plan)))
 
 
 def test_a_tree_of_any_kind_can_be_read(tmp_path):

@@ -1,11 +1,11 @@
 """Small networks whose Fisher potentials the tests know, or compute another way."""
 
 import torch
+from stages.models.tracing import trace
 from torch import nn
 
 from stages.artifacts.records import InputSpec
 from stages.models.deploy import Backbone, fold
-from stages.models.tracing import trace
 
 
 class Bottleneck(nn.Module):
@@ -80,7 +80,8 @@ def mixed(seed: int = 0) -> Mixed:
         return net.eval().requires_grad_(False)
 
 
-def deployed(net: nn.Module, spec: InputSpec = INPUT) -> Backbone:
-    """The deploy form of a module."""
-    graph, tensors = fold(*trace(net, spec.shape))
-    return Backbone(graph, tensors, spec)
+def deployed(net: nn.Module, dtype: torch.dtype = torch.float32) -> Backbone:
+    """The deploy form of a module, folded in this precision."""
+    graph, tensors = trace(net, INPUT.shape)
+    graph, tensors = fold(graph, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    return Backbone(graph, tensors, INPUT)

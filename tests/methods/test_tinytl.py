@@ -270,8 +270,11 @@ def test_the_row_has_the_methods_own_cost():
     config = Tasks(
         tasks=1,
         methods=("tinytl", "tinytl:bias=true", "adapter-drop-50"),
-        shape=FixedShape(ways=3, shots=2, queries=2),
-        adapting=Adapting(iterations=1, learning_rates=(1e-3,)),
+        ways=3,
+        shots=2,
+        queries=2,
+        iterations=1,
+        lr=1e-3,
         measure=False,
     )
     rows = evaluate_tasks(run, squares(classes=4), config, seed=0)

@@ -109,6 +109,35 @@ class Pools(nn.Module):
         return F.relu(self.fc(x.flatten(1)))
 
 
+class DenseLayer(nn.Module):
+    """BatchNorm, ReLU, convolution, twice; its output is joined to its input, so the first one cannot be folded."""
+
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, 4 * growth, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = self.conv1(F.relu(self.norm1(x)))
+        return torch.cat((x, self.conv2(F.relu(self.norm2(new)))), 1)
+
+
+def dense_net(growth: int = 6, depth: int = 5) -> nn.Module:
+    """A DenseNet (arXiv:1608.06993) of three dense blocks with so many layers each."""
+    channels = 2 * growth
+    parts: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
+    for block in range(3):
+        parts += [DenseLayer(channels + i * growth, growth) for i in range(depth)]
+        channels += depth * growth
+        parts += [nn.BatchNorm2d(channels), nn.ReLU()]
+        if block < 2:
+            parts += [nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2)]
+            channels //= 2
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def write_module(folder: Path, name: str = "user_models") -> None:
     """A file that defines factories of user models, importable once `folder` is on the path."""
     source = """

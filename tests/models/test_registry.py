@@ -40,7 +40,7 @@ def weights_and_macs(graph: Graph) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("arch", "mix", "weights", "macs", "layers", "blocks"),
-    [  # TinyTrain Table 4 and the committed nets it was computed from (papers' page, section 3a)
+    [  # TinyTrain Table 4 and the committed nets it was computed from (arXiv:2307.09988, appendix A.2)
         ("mcunet-5fps", False, 463_216, 22_453_504, 42, 14),
         ("mobilenetv2-w0.35", False, 238_688, 16_646_912, 51, 17),
         ("mobilenetv2-w0.35", True, 288_864, 17_449_728, 52, 17),

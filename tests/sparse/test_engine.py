@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from stages.artifacts.records import LayerUpdate, Model, detached_layers
 from stages.cost.training import saved_activation_bytes
-from stages.engines.torch import reference
 from stages.engines.torch.live import Live
 from stages.engines.torch.net import SparseNet
 from stages.engines.torch.program import FROZEN_CHUNK
@@ -20,7 +19,9 @@ from stages.graphs.graph import Graph
 from stages.models import registry
 from stages.models.deploy import Backbone, deploy
 from stages.operators import Op
-from tests.sparse.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
+from stages.planning.shortcuts import residual_entries, with_detached
+from tests.rounding import Bounded, check_features, gradient_bounds, in_double
+from tests.sparse.random_graphs import cases, distance_to_kinks, random_backbone, random_input
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -44,46 +45,43 @@ def expected_gradients(
     return found
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor, relative: float, floor: float = 0.0) -> None:
-    error, size = float((found - expected).norm()), float(expected.norm())
-    assert error <= relative * size + floor, f"error {error:.3g} of {size:.3g}"
-
-
-def check_gradients(case, dtype: torch.dtype, relative: float, floor: float, **options) -> None:
+def check_gradients(case, dtype: torch.dtype, **options) -> None:
+    """Features and live gradients within the rounding bounds of dense autograd's, element by element."""
     graph, updates, batch, seed = case
+    if graph.feature_dim * batch > 300:
+        assume(False)  # the bounds take the loss's whole curvature
     backbone, x = random_backbone(graph, seed, dtype), random_input(graph, batch, seed, dtype)
-    if dtype == torch.float32:
-        assume(distance_to_kinks(backbone, x) > 1e-4)
-    features, dense = dense_gradients(backbone, x, weighted, detached_layers(updates))
+    features, dense = gradient_bounds(backbone, x, in_double(weighted), dtype, detached_layers(updates))
+    pools = any(op.kind == "max_pool" for op in graph.ops)
+    if pools and distance_to_kinks(backbone, x) <= float(features.error.max()):
+        assume(False)
     net = SparseNet(backbone, updates, **options)
     mine = net.suffix(net.prefix(x))
-    assert_close(mine.detach(), features, relative, floor)
-    weighted(mine).backward()
-    expected = expected_gradients(net, backbone, dense, updates)
-    assert len(expected) == len(net.parameters()) > 0
-    scale = max(1.0, *(float(gradient.norm()) for gradient in dense.values()))  # sums that cancel round by this scale
-    for parameter, gradient in zip(net.parameters(), expected, strict=True):
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert_close(found, gradient, relative, floor * scale)
+    features.check(mine.detach(), "features")
+    in_double(weighted)(mine).backward()
+    values, errors = ({name: getattr(each, what) for name, each in dense.items()} for what in ("value", "error"))
+    bounds = [expected_gradients(net, backbone, part, updates) for part in (values, errors)]
+    assert len(bounds[0]) == len(net.parameters()) > 0
+    for parameter, value, error in zip(net.parameters(), *bounds, strict=True):
+        Bounded(value, error).check(torch.zeros_like(value) if parameter.grad is None else parameter.grad)
 
 
 @FEW
 @given(cases())
 def test_gradients_equal_dense_autograd_in_double_precision(case):
-    check_gradients(case, torch.float64, 1e-10, 1e-12)
+    check_gradients(case, torch.float64)
 
 
 @FEW
 @given(cases())
 def test_gradients_equal_dense_autograd_in_single_precision(case):
-    check_gradients(case, torch.float32, 1e-5, 5e-6)
+    check_gradients(case, torch.float32)
 
 
 @settings(FEW, max_examples=25)
 @given(cases(), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
 def test_the_memory_layout_does_not_change_gradients(case, channels_last, dtype):
-    relative = 1e-5 if dtype == torch.float32 else 1e-10
-    check_gradients(case, dtype, relative, relative / 2, channels_last=channels_last)
+    check_gradients(case, dtype, channels_last=channels_last)
 
 
 def kept_bytes(net: SparseNet, x: torch.Tensor) -> int:
@@ -124,7 +122,31 @@ def test_bytes_kept_by_the_architectures(arch):
     net = SparseNet(backbone, updates)
     x = torch.rand(3, *backbone.graph.input_shape)
     assert kept_bytes(net, x) == saved_activation_bytes(backbone.graph, updates, 3)
-    assert_close(net.features(x), backbone.features(x), 1e-4)
+    check_features(net.features(x), backbone, x)
+
+
+@pytest.mark.parametrize("arch", ["mcunet-5fps", "mobilenetv2-w0.35", "proxyless-w0.3"])
+def test_bytes_kept_by_shortcut_plans(arch):
+    """Nothing is kept inside the branches that no gradient comes by."""
+    backbone = small(arch)
+    graph = backbone.graph
+    live = [LayerUpdate(op.name, "output", (0, 1), op.out_channels) for op in graph.layers[-30:-10:9]]
+    updates = with_detached(graph, live, residual_entries(graph))
+    assert any(not update.trains for update in updates)
+    x = torch.rand(3, *graph.input_shape)
+    kept = kept_bytes(SparseNet(backbone, updates), x)
+    assert kept == saved_activation_bytes(graph, updates, 3) < saved_activation_bytes(graph, live, 3)
+
+
+def test_bytes_kept_beside_a_detached_branch_by_hand():
+    """The stem's input, 2 * 6 * 6 float32, and the bits of the ReLU behind it; none of the branch's own ReLU6."""
+    updates = (LayerUpdate("stem", "output", (0,), 4), LayerUpdate("middle", "output", (), 4, detached=True))
+    backbone, x = random_backbone(chain(), 3, torch.float32), random_input(chain(), 5, 3, torch.float32)
+    expected = 5 * 2 * 36 * 4 + 5 * 4 * 36 // 8
+    assert kept_bytes(SparseNet(backbone, updates), x) == expected
+    assert saved_activation_bytes(chain(), updates, 5) == 5 * 306 == expected
+    through = (updates[0],)
+    assert kept_bytes(SparseNet(backbone, through), x) == expected + 5 * 4 * 36 // 8
 
 
 def small(arch: str) -> Backbone:
@@ -221,9 +243,8 @@ def x() -> torch.Tensor:
 
 def test_features_are_the_models(backbone, x):
     net = SparseNet(backbone, [MIDDLE])
-    expected = reference.run(backbone.graph, backbone.tensors, x)
     for found in (net.features(x), net.suffix(net.prefix(x)).detach(), SparseNet(backbone, []).features(x)):
-        assert_close(found, expected, 1e-5)
+        check_features(found, backbone, x)
 
 
 def test_without_a_plan_nothing_trains(backbone, x):
@@ -250,7 +271,7 @@ def test_changed_parameters_change_the_next_features(backbone, x):
             parameter.add_(0.5)
     after = net.features(x)
     assert not torch.allclose(after, before, atol=1e-3)
-    assert_close(after, reference.run(backbone.graph, net.tensors(), x), 1e-5)
+    check_features(after, replace(backbone, tensors=net.tensors()), x)
 
 
 def test_gradients_accumulate(backbone, x):
@@ -337,13 +358,13 @@ def test_gradients_that_branches_share_are_not_overwritten():
         Op("mean", "global_pool", ("both",), (8,), in_shapes=((8, 6, 6),)),
     )
     whole = [LayerUpdate(name, "output", (0, 1, 2, 3), 4) for name in ("stem", "trunk", "side")]
-    check_gradients((Graph(ops), whole, 2, 5), torch.float64, 1e-10, 1e-12)
+    check_gradients((Graph(ops), whole, 2, 5), torch.float64)
 
 
 def test_a_gradient_goes_through_a_mask_on_one_branch_only():
     """Both inputs of `sum` get the same gradient; the mask of `middle.act` must not touch what `act` gets."""
     whole = [LayerUpdate(name, "output", (0, 1, 2, 3), 4) for name in ("stem", "middle")]
-    check_gradients((chain(), whole, 2, 5), torch.float64, 1e-10, 1e-12)
+    check_gradients((chain(), whole, 2, 5), torch.float64)
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -357,7 +378,7 @@ def test_averages_at_the_edge_count_padding_or_not(padded, axes):
            count_include_pad=padded, ceil_mode=True),
         Op("flat", "flatten", ("pool",), (3 * 4**axes,), ((3, *(4,) * axes),)),
     )  # fmt: skip
-    check_gradients((Graph(ops), [LayerUpdate("stem", "output", (0, 2), 3)], 2, 1), torch.float64, 1e-10, 1e-12)
+    check_gradients((Graph(ops), [LayerUpdate("stem", "output", (0, 2), 3)], 2, 1), torch.float64)
 
 
 def test_a_tensor_that_two_live_layers_read_is_kept_once(x):

@@ -10,6 +10,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from edgetrain_cli.tables.numbers import by, listed, number, unit
+from edgetrain_cli.tables.profile import layers_and_totals
+
 MAX_ROWS = 20
 """Rows of a table before the rest is only counted."""
 
@@ -32,14 +35,17 @@ def run_parts(run: Mapping[str, Any]) -> list[RenderableType]:
     """Model, profile, scores, plan, metrics, history: what is there."""
     parts: list[RenderableType] = [facts_table("run", _model_facts(run["model"]))]
     if run["profile"] is not None:
-        parts += [facts_table("profile", run["profile"]["totals"]), _profile_table(run["profile"])]
+        found = run["profile"]
+        parts.append(layers_and_totals(found["layer"], found["columns"], found["totals"], MAX_ROWS))
     if run["scores"] is not None:
         parts.append(_scores_table(run["scores"]))
     if run["plan"] is not None:
         parts.append(_plan_tree(run["plan"]))
-    parts += [_columns_table(f"metrics of {stage}", columns) for stage, columns in run["metrics"].items()]
+    parts += [
+        _columns_table(f"training by {stage}, step by step", columns) for stage, columns in run["metrics"].items()
+    ]
     if run["history"]:
-        parts.append(_history_table(run["history"]))
+        parts.append(_history_tree(run["history"]))
     if run["extra"]:
         parts.append(Text("carried along: " + ", ".join(run["extra"])))
     return parts
@@ -53,33 +59,13 @@ def _model_facts(model: Mapping[str, Any]) -> dict[str, Any]:
         "form": model["form"],
         "version": f"{model['version']} updates",
         "tensors": f"{model['tensors']}, {model['values']:,} values, {unit('bytes', model['bytes'])}",
-        "input": f"{spec['kind']} {_by(spec['shape'])}, scale {_list(spec['scale'])}, offset {_list(spec['offset'])}",
+        "input": f"{spec['kind']} {by(spec['shape'])}, scale {listed(spec['scale'])}, offset {listed(spec['offset'])}",
         "head": "none yet",
     }
     if head is not None:
-        names = ": " + _list(head["names"]) if head["names"] else ""
+        names = ": " + listed(head["names"]) if head["names"] else ""
         facts["head"] = f"{head['kind']}, {head['known']} of {head['classes']} classes known{names}"
     return facts
-
-
-PROFILE_COLUMNS = (
-    "kind",
-    "parameters",
-    "macs",
-    "backward_macs",
-    "saved_bytes",
-    "buffer_bytes",
-    "forward_s",
-    "backward_s",
-)
-"""What fits a page; `--json` has the rest."""
-
-
-def _profile_table(profile: Mapping[str, Any]) -> Table:
-    names = [name for name in PROFILE_COLUMNS if name in profile["columns"]]
-    table = _table("cost per layer", "layer", *names)
-    rows = zip(profile["layer"], *(profile["columns"][name] for name in names), strict=True)
-    return _filled(table, ([layer, *map(unit, names, values)] for layer, *values in rows))
 
 
 def _scores_table(scores: Mapping[str, Any]) -> Table:
@@ -91,32 +77,54 @@ def _scores_table(scores: Mapping[str, Any]) -> Table:
 
 def _plan_tree(plan: Mapping[str, Any]) -> Tree:
     memory = f"{unit('bytes', plan['memory_bytes'])} by the {plan['memory_model']} model"
-    tree = Tree(f"plan {plan['name']}: {memory}, {unit('macs', plan['backward_macs'])} backward")
+    tree = Tree(Text(f"plan {plan['name']}: {memory}, {unit('macs', plan['backward_macs'])} backward"))
     for update in plan["updates"]:
         live, channels = update["live_channels"], update["channels"]
         bias = f", {update['live_biases']} biases" if update["live_biases"] else ""
         what = f"{live} of {channels} {update['axis']} channels ({live / channels:.0%}){bias}"
         ends = "; passes no gradient on" if update["detached"] else ""
-        tree.add(f"{update['layer']}: {what if live or bias else 'frozen'}{ends}")
-    if plan["facts"]:
-        tree.add(", ".join(f"{name} {unit(name, value)}" for name, value in plan["facts"].items()))
+        tree.add(Text(f"{update['layer']}: {what if live or bias else 'frozen'}{ends}"))
+    facts = {name: value for name, value in plan["facts"].items() if name in PLAN_FACTS}
+    for name, words in PLAN_FACTS.items():
+        if name in facts:
+            tree.add(Text(f"{words}: {unit(name, facts[name])}"))
     return tree
 
 
-def _history_table(history: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("history", "stage", "version", "seed", "added", "arguments", "inputs")
-    rows = (
-        [
-            step["command"],
-            step["version"],
-            "" if step["seed"] is None else str(step["seed"]),
-            step["adds"],
-            ", ".join(f"{name}={value}" for name, value in step["arguments"].items() if value not in (None, False)),
-            ", ".join(f"{name} {digest[:8]}" for name, digest in step["inputs"].items()),
-        ]
-        for step in history
-    )
-    return _filled(table, rows)
+PLAN_FACTS = {
+    "budget_memory_bytes": "memory allowed",
+    "budget_macs": "backward pass allowed",
+    "budget_latency_s": "time allowed",
+    "latency_s": "time expected",
+    "full_backward_macs": "backward pass if all trained",
+    "live_values": "values that train",
+    "samples": "samples scored",
+    "loss": "their loss",
+    "fisher_pass_bytes": "held while scoring",
+}
+"""Fact of a plan -> words; `--json` has all of them."""
+
+
+def _history_tree(history: Sequence[Mapping[str, Any]]) -> Tree:
+    """The stages that made a run, in order, each with what it added, its settings and its inputs."""
+    tree = Tree("history")
+    for step in history:
+        seed = "" if step["seed"] is None else f", seed {step['seed']}"
+        branch = tree.add(Text(f"{step['command']} ({step['version']}{seed}): {step['adds'] or 'nothing'}"))
+        settings = ", ".join(
+            f"{name.replace('_', '-')} {_said(value)}"
+            for name, value in step["arguments"].items()
+            if value not in (None, False, [])
+        )
+        inputs = ", ".join(f"{name} ({digest[:8]})" for name, digest in step["inputs"].items())
+        for words in (settings, f"from {inputs}" if inputs else ""):
+            if words:
+                branch.add(Text(words))
+    return tree
+
+
+def _said(value: Any) -> str:
+    return "yes" if value is True else listed(value) if isinstance(value, list) else str(value)
 
 
 # -------------------------------------------------------------------------------------------------------------- blocks
@@ -126,7 +134,7 @@ def block_parts(block: Mapping[str, Any]) -> list[RenderableType]:
     """One block in full."""
     x = block["x"]
     facts = {
-        "samples": f"{block['samples']:,}, {_by(block['shape'][1:])} {block['dtype']}, layout {block['layout']}",
+        "samples": f"{block['samples']:,}, {by(block['shape'][1:])} {block['dtype']}, layout {block['layout']}",
         "size": unit("bytes", block["bytes"]),
         "values": f"{number(x['min'])} to {number(x['max'])}, mean {number(x['mean'])}",
         "classes": f"{len(block['classes'])} here, {block['named_classes'] or 'none'} named",
@@ -153,7 +161,7 @@ def stream_parts(blocks: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
         [
             str(position if block["round"] is None else f"round {block['round']}"),
             str(block["samples"]),
-            f"{_by(block['shape'][1:])} {block['layout']}",
+            f"{by(block['shape'][1:])} {block['layout']}",
             block["dtype"],
             f"{number(block['x']['min'])} to {number(block['x']['max'])}",
             str(len(block["classes"])),
@@ -188,7 +196,8 @@ def _columns_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Tabl
 
 def rounds_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What selection gained in each round, and how it spread the batch over the classes."""
-    table = _table("rounds", "round", "samples", "strategy", "variance", "to IS", "to random", "allocation")
+    title = "rounds: the gradient's variance, and its ratio to what others would have"
+    table = _table(title, "round", "samples", "strategy", "variance", "to IS", "to random", "allocation")
     lines = (
         [
             str(row["round"]),
@@ -204,49 +213,6 @@ def rounds_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return _filled(table, lines)
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
-
-
-def unit(name: str, value: Any) -> str:
-    """A value written by what its name says: bytes in KiB or MiB, MACs in millions, seconds in milliseconds.
-
-    >>> unit("input_bytes", 1536), unit("backward_macs", 22_500_000), unit("latency_s", 0.0125), unit("share", 0.5)
-    ('1.5 KiB', '22.5 M MACs', '12.5 ms', '0.5')
-    """
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return str(value) if not isinstance(value, list) else _list(value)
-    if name.endswith("bytes"):
-        return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB"))
-    if name.endswith("macs"):
-        return _scaled(value, 1000, ("MACs", "k MACs", "M MACs", "G MACs"))
-    if name.endswith("_s"):
-        return f"{1000 * value:.4g} ms"
-    return number(value)
-
-
-def _scaled(value: float, step: int, names: Sequence[str]) -> str:
-    power = 0
-    while abs(value) >= step and power < len(names) - 1:
-        value, power = value / step, power + 1
-    return f"{value:.4g} {names[power]}"
-
-
-def number(value: Any) -> str:
-    """At most four digits that count; whole numbers in full."""
-    if value is None:
-        return ""
-    return f"{int(value):,}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
-
-
-def _list(values: Sequence[Any], most: int = 6) -> str:
-    shown = ", ".join(number(value) if isinstance(value, float) else str(value) for value in values[:most])
-    return shown + (f", ... ({len(values)})" if len(values) > most else "")
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
     """Name and value, one under another."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -256,7 +222,7 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in columns:
         table.add_column(name, overflow="fold")
     return table
