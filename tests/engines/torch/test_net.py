@@ -20,8 +20,8 @@ from stages.models import registry
 from stages.models.deploy import Backbone, deploy
 from stages.operators import Op
 from stages.planning.shortcuts import residual_entries, with_detached
-from tests.rounding import Bounded, check_features, gradient_bounds, in_double
 from tests.engines.random_graphs import cases, distance_to_kinks, random_backbone, random_input
+from tests.rounding import Bounded, check_features, gradient_bounds, in_double
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
 
