@@ -246,7 +246,7 @@ def _finished(b: Construction, output: Value) -> Captured:
     notes += _own_scaling(ops)
     if not any(op.is_layer for op in ops):
         raise UsageError(FORWARD, "no convolution or linear layer", "at least one")
-    ops = _pooled_by_one(ops)
+    ops = _vectors_at_once(ops)
     if len(ops[-1].shape) != 1:
         notes += (f"the output has shape {ops[-1].shape} per sample: its mean over positions is the feature vector",)
         ops.append(_as_vector(ops))
@@ -291,8 +291,8 @@ def _own_scaling(ops: Sequence[Op]) -> tuple[str, ...]:
     )
 
 
-def _pooled_by_one(ops: list[Op]) -> list[Op]:
-    """Means over all positions that are only read as vectors, as one operator."""
+def _vectors_at_once(ops: list[Op]) -> list[Op]:
+    """Operators whose readers only reshape them into vectors give them at once: a mean over all positions."""
     readers: dict[str, list[Op]] = {}
     for op in ops:
         for source in op.inputs:
@@ -301,15 +301,14 @@ def _pooled_by_one(ops: list[Op]) -> list[Op]:
     renamed: dict[str, str] = {}
     for op in ops:
         op = replace(op, inputs=tuple(renamed.get(name, name) for name in op.inputs))
-        vectors = readers.get(op.name, [])
-        everything = op.kind == "mean" and op["axes"] == tuple(range(1, len(op.in_shape))) and op["keepdim"]
-        if everything and vectors and all(r.operator.view and r.shape == op.shape[:1] for r in vectors):
-            renamed |= {reader.name: op.name for reader in vectors}
-            found.append(replace(op, kind="global_pool", shape=op.shape[:1], args=()))
+        vector = op.operator.as_vector(op) if op.operator.as_vector is not None else None
+        mine = readers.get(op.name, [])
+        if vector is not None and mine and all(r.operator.view and r.shape == vector.shape for r in mine):
+            renamed |= {reader.name: op.name for reader in mine}
+            found.append(vector)
         elif op.name not in renamed:
             found.append(op)
-    last = renamed.get(ops[-1].name, ops[-1].name)
-    return list(needed(found, [last]))
+    return list(needed(found, [renamed.get(ops[-1].name, ops[-1].name)]))
 
 
 def _as_vector(ops: Sequence[Op]) -> Op:

@@ -268,6 +268,10 @@ class Operator:
     """The output may share the input's memory."""
     overwrite: Callable[[Op, Sequence[Tensor], int], Tensor] | None = None
     """Torch: the forward rule into the memory of the input of that number, which nobody else needs."""
+    given: bool = False
+    """The sample itself: what a graph begins with, and holds once."""
+    as_vector: Callable[[Op], Op | None] | None = None
+    """The operator that gives a vector at once, for one whose readers only reshape it into one; None where none does."""
     joins: str = ""
     """How branches of a block meet here, where they do: `sum` or `side` (by side)."""
     probabilities: bool = False

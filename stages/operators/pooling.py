@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -320,6 +321,13 @@ def _mean(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
     return inputs[0].mean(_axes(op), keepdim=bool(op["keepdim"]))
 
 
+def _mean_as_vector(op: Op) -> Op | None:
+    """The mean over all positions, read as (C,)."""
+    if op["axes"] != tuple(range(1, len(op.in_shape))) or not op["keepdim"]:
+        return None
+    return replace(op, kind="global_pool", shape=op.shape[:1], args=())
+
+
 def _sum(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
     return inputs[0].sum(_axes(op), keepdim=bool(op["keepdim"]))
 
@@ -532,7 +540,7 @@ register(
     ),
     Operator(
         kind="mean", doc="the mean over some axes", args=("axes", "keepdim"), shape=_reduced_shape, macs=AVERAGE,
-        keeps=keeps_nothing, forward=_mean, pull=linear_pull, onnx=_mean_onnx,
+        keeps=keeps_nothing, forward=_mean, pull=linear_pull, as_vector=_mean_as_vector, onnx=_mean_onnx,
         aten={"mean.dim": _aten_mean, "mean.default": _aten_mean},
     ),
     Operator(
