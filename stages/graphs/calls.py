@@ -359,8 +359,9 @@ class Call:
         """Shape of a constant of whole numbers."""
         return tuple(x.tensor.shape) if isinstance(x, Constant) else ()
 
-    def filled(self, shape: Shape, value: float) -> Constant:
-        return Constant(torch.full(shape, value))
+    def filled_like(self, x: Any, value: float) -> Constant:
+        """A constant of another's shape and dtype."""
+        return Constant(torch.full_like(self._constant(x).tensor, value))
 
     def rank(self, x: Any) -> int:
         """Number of axes as captured."""
