@@ -422,7 +422,7 @@ class Call:
         x, shape = self.value(x), self.out_shape()
         if shape == x.shape:
             return x
-        return self.emit("flatten", [x]) if shape == (prod(x.shape),) else self.emit("reshape", [x], shape=shape)
+        return self.emit("flatten", [x]) if shape == (prod(x.shape),) else self.emit("reshape", [x], to=shape)
 
     def permute(self, x: Any, order: Sequence[int]) -> Any:
         if isinstance(x, Constant):
@@ -433,7 +433,7 @@ class Call:
 
     def expand(self, x: Any) -> Any:
         x, shape = self.value(x), self.out_shape()
-        return x if shape == x.shape else self.emit("expand", [x], shape=shape)
+        return x if shape == x.shape else self.emit("expand", [x], to=shape)
 
     def cut(self, x: Any, dim: int, start: int, stop: int, step: int) -> Any:
         """A range of one axis."""

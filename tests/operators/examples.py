@@ -32,6 +32,7 @@ class Example:
         marks = [f"{k}={v}" for k, v in self.op.args]
         marks += [f"{k}={getattr(self.op, k)}" for k in self.op.operator.fields]
         sizes = " ".join("x".join(map(str, shape)) or "()" for shape in self.op.in_shapes)
+        sizes = sizes or f"-> {self.op.shape}"
         return f"{self.op.kind} {sizes} {' '.join(marks)}".replace(", ", ",")
 
     def inputs(self, batch: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
@@ -123,7 +124,7 @@ EXAMPLES: tuple[Example, ...] = (
     conv(4, LINE, (5,), padding=(4,), dilation=(2,), groups=4),
     transposed(6, (4, 3, 2), (2, 2), stride=(2, 2)),
     transposed(6, (4, 3, 2), (3, 3), stride=(2, 3), padding=(1, 1), output_padding=(1, 2), groups=2),
-    transposed(6, (4, 3, 4), (3, 2), dilation=(2, 3), output_padding=(1, 2), groups=2, bias=False),
+    transposed(6, (4, 3, 4), (3, 2), stride=(2, 1), dilation=(2, 3), output_padding=(1, 0), groups=2, bias=False),
     transposed(4, (4, 3, 2), (4, 4), stride=(2, 2), padding=(1, 1), groups=4),
     transposed(5, LINE, (4,), stride=(2,), padding=(1,), output_padding=(1,)),
     # products
@@ -207,14 +208,14 @@ EXAMPLES: tuple[Example, ...] = (
     # shapes
     make("flatten", MAP),
     make("flatten", VECTOR),
-    make("reshape", MAP, shape=(2, 2, 30)),
-    make("reshape", MAP, shape=(120, 1)),
-    make("reshape", (1,), shape=()),
+    make("reshape", MAP, to=(2, 2, 30)),
+    make("reshape", MAP, to=(120, 1)),
+    make("reshape", (1,), to=()),
     make("permute", MAP, order=(1, 2, 0)),
     make("permute", TOKENS, order=(1, 0)),
-    make("expand", (4, 1, 1), shape=MAP),
-    make("expand", VECTOR, shape=(3, 1, 6)),
-    make("expand", (), shape=(2, 3)),
+    make("expand", (4, 1, 1), to=MAP),
+    make("expand", VECTOR, to=(3, 1, 6)),
+    make("expand", (), to=(2, 3)),
     make("concat", MAP, (2, 6, 5), axis=0),
     make("concat", TOKENS, (1, 6), (2, 6), axis=0),
     make("concat", VECTOR, axis=0),
@@ -232,6 +233,10 @@ EXAMPLES: tuple[Example, ...] = (
     *(make("pad", MAP, before=(0, 0, 2), after=(0, 0, 1), mode=mode, value=0.0)
       for mode in ("reflect", "replicate", "circular")),
     *(make("pad", LINE, before=(0, 3), after=(0, 1), mode=mode, value=0.0)
+      for mode in ("reflect", "replicate", "circular")),
+    *(make("pad", TOKENS, before=(2, 0), after=(1, 0), mode=mode, value=0.0)
+      for mode in ("reflect", "replicate", "circular")),
+    *(make("pad", VECTOR, before=(2,), after=(1,), mode=mode, value=0.0)
       for mode in ("reflect", "replicate", "circular")),
     make("roll", MAP, shifts=(2, -1), axes=(1, 2)),
     make("roll", TOKENS, shifts=(0,), axes=(0,)),
@@ -260,7 +265,7 @@ def selected(*, sources: bool = False, **facts: Any) -> list[Example]:
     ]
 
 
-# --------------------------------------------------------------------------------------------- a graph around an example
+# ------------------------------------------------------------------------------------------ a graph around an example
 
 
 @dataclass(frozen=True)
@@ -291,8 +296,14 @@ def alone(example: Example, batch: int, dtype: torch.dtype = torch.float64, *, s
             tensors[f"live{i}.weight"] = torch.linspace(0.7, 1.3, x[0].numel(), dtype=dtype)
     ops.append(example.op)
     if len(example.op.shape) != 1:
-        ops.append(Op("features", "flatten", ("op",), (prod(example.op.shape),), (example.op.shape,)))
-    return Alone(Graph(tuple(ops)), tensors, torch.cat([x.flatten(1) for x in inputs], 1))
+        ops.append(as_vector("op", example.op.shape))
+    return Alone(Graph(tuple(ops)), tensors, torch.cat([x.reshape(batch, -1) for x in inputs], 1))
+
+
+def as_vector(name: str, shape: Shape) -> Op:
+    """A value as features."""
+    size = (prod(shape),)
+    return Op("features", "reshape", (name,), size, (shape,), args=(("to", size),))
 
 
 def _entrance(i: int, start: int, size: int, shape: Shape, whole: Shape, scales: bool) -> list[Op]:
@@ -300,5 +311,5 @@ def _entrance(i: int, start: int, size: int, shape: Shape, whole: Shape, scales:
     ops = [Op(f"part{i}", "slice", ("input",), (size,), (whole,), args=bounds)]
     if scales:
         ops.append(Op(f"live{i}", "scale", (f"part{i}",), (size,), ((size,),), args=(("axis", 0),)))
-    ops.append(Op(f"x{i}", "reshape", (ops[-1].name,), shape, ((size,),), args=(("shape", shape),)))
+    ops.append(Op(f"x{i}", "reshape", (ops[-1].name,), shape, ((size,),), args=(("to", shape),)))
     return ops
