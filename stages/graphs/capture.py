@@ -11,12 +11,16 @@ kind where the module holds others too (`blocks.02.add`).
 
 from __future__ import annotations
 
+import io
+import logging
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,8 +104,7 @@ def _exported(module: nn.Module, input_shape: Shape) -> Any:
         if isinstance(value, Tensor) and (value.is_complex() or value.is_quantized or value.is_sparse):
             raise UsageError(name, f"a tensor of {value.dtype}, {value.layout}", "plain real numbers")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own internals
+        with _quiet():
             with FakeTensorMode(allow_non_fake_inputs=True):
                 sample = torch.empty(BATCH, *input_shape, dtype=first.dtype)
             exported = torch.export.export(module, (sample,), strict=False)
@@ -110,6 +113,20 @@ def _exported(module: nn.Module, input_shape: Shape) -> Any:
         raise
     except Exception as error:
         raise _not_captured(module, input_shape, error) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch prints and logs about its own internals: what a user must know is in the error, and a
+    command's output may be data."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _is_plain(program: Any) -> bool:
@@ -141,12 +158,13 @@ def _unseen(node: Any) -> bool:
 
 
 def _not_captured(module: nn.Module, input_shape: Shape, error: Exception) -> UsageError:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(f"{type(error).__name__}: {error}".split()).replace(str(BATCH), "N")
     dependent = "data-dependent" in text or "GuardOnDataDependent" in text or "DataDependent" in text
-    at = next((line.strip() for line in str(error).splitlines() if line.strip().startswith('File "')), "")
+    place = re.search(r'File "(.+?)", line (\d+)', str(error))
     fix = "the forward must take one tensor of that shape and return tensors"
     if dependent:
-        text, fix = f"a branch or a size that depends on the input's values {at}".strip(), "use torch.where, or masks"
+        at = f" ({Path(place[1]).name}, line {place[2]})" if place else ""
+        text, fix = f"a branch or a size that depends on the input's values{at}", "use torch.where, or masks"
     shortened = text if len(text) <= 300 else text[:300].rsplit(" ", 1)[0] + " ..."
     return UsageError(type(module).__name__, f"cannot be captured for input {input_shape}: {shortened}", "", fix)
 
