@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from math import prod
+from math import isfinite, prod
 from typing import Any
+
+import numpy as np
 
 from stages.artifacts.codec import text_array, text_tuple
 from stages.artifacts.records import Array, Group
@@ -24,10 +26,11 @@ MOST_ELEMENTS = 2**31 - 1
 """Of one value of one sample, and of one tensor."""
 MOST_NUMBERS = 65536
 """Of one attribute."""
+MOST_BYTES = 2**25
+"""Of all operators together: read in about a second."""
 WHERE = "/model/graph"
 
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(Op) if field.default is not MISSING}
-_TUPLES = frozenset({"kernel", "stride", "padding", "dilation"})
 
 
 def graph_tree(graph: Graph) -> Group:
@@ -46,8 +49,8 @@ def _row(op: Op) -> str:
 def read_graph(tree: Group, where: str = "") -> Graph:
     """The graph of a tree. Raises `SchemaError` for anything that is no graph of the table's operators."""
     where = f"{where}{WHERE}"
-    rows = text_tuple(tree.arrays["operator"])
-    blocks = text_tuple(tree.arrays["block"]) if "block" in tree.arrays else ()
+    rows = _texts(tree, "operator", where)
+    blocks = _texts(tree, "block", where) if "block" in tree.arrays else ()
     if not 2 <= len(rows) <= MOST_OPERATORS:
         raise SchemaError(where, f"{len(rows)} operators", f"2 to {MOST_OPERATORS}")
     known: dict[str, Op] = {}
@@ -59,12 +62,28 @@ def read_graph(tree: Group, where: str = "") -> Graph:
     return Graph(ops, blocks)
 
 
+def _texts(tree: Group, name: str, where: str) -> tuple[str, ...]:
+    array = np.asarray(tree.arrays.get(name, ()))
+    if array.dtype.kind != "S" or array.ndim != 1:
+        raise SchemaError(f"{where}/{name}", f"{array.dtype} {array.shape}", "a list of texts")
+    if len(array) > MOST_OPERATORS or array.nbytes > MOST_BYTES:
+        found = f"{len(array)} texts, {array.nbytes} bytes"
+        raise SchemaError(f"{where}/{name}", found, f"at most {MOST_OPERATORS} and {MOST_BYTES}")
+    return text_tuple(array)
+
+
 def _check_ends(ops: tuple[Op, ...], where: str) -> None:
     first, last = ops[0], ops[-1]
-    if first.kind != "input" or any(op.kind == "input" for op in ops[1:]):
+    if [op.name for op in ops if op.operator.given] != [first.name]:
         raise SchemaError(where, "no input first, or another one later", "one input, the first operator")
     if len(last.shape) != 1:
         raise SchemaError(where, f"an output of shape {last.shape}", "a feature vector (D,)")
+    moving = {first.name}
+    for op in ops[1:]:
+        if not moving.isdisjoint(op.inputs):
+            moving.add(op.name)
+        elif op.inputs or op is last:
+            raise SchemaError(where, f"{op.name} does not depend on the input", "constants and what the input changes")
 
 
 def _operator(text: str, where: str, known: Mapping[str, Op], blocks: int) -> Op:
@@ -83,7 +102,7 @@ def _operator(text: str, where: str, known: Mapping[str, Op], blocks: int) -> Op
         raise SchemaError(where, f"{name}: {len(inputs)} inputs", f"{operator.arity[0]} to {operator.arity[1]}")
     _check_shape(name, shape, where)
     own = {key: _field(key, row.pop(key), where) for key in (*operator.fields, "shares", "block") if key in row}
-    args = tuple((key, _value(row.pop(key, None), f"{where} {key}")) for key in operator.args)
+    args = tuple((key, _argument(row.pop(key, None), of, f"{where} {key}")) for key, of in operator.args.items())
     if row:
         raise SchemaError(where, f"{name}: {sorted(row)[0]!r}", f"an attribute of {kind}")
     in_shapes = tuple(known[source].shape for source in inputs)
@@ -102,45 +121,60 @@ def _check_shape(name: str, shape: Any, where: str) -> None:
     if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape):
         raise SchemaError(where, f"{name}: shape {shape!r:.60}", "sizes above 0")
     if prod(shape) > MOST_ELEMENTS:
-        raise SchemaError(where, f"{name}: {prod(shape):.3g} elements", f"at most {MOST_ELEMENTS:,}")
+        raise SchemaError(where, f"{name}: shape {shape!s:.60}", f"at most {MOST_ELEMENTS:,} elements")
 
 
 def _field(key: str, value: Any, where: str) -> Any:
     default = _DEFAULTS[key]
-    if key in _TUPLES:
-        found = _value(value, f"{where} {key}")
-        if isinstance(found, tuple) and all(isinstance(part, int) for part in found):
-            return found
-    elif type(value) is type(default):
-        return value
-    raise SchemaError(where, f"{key} {value!r:.60}", f"a value such as {default!r}")
+    return _argument(value, type(default), f"{where} {key}")
 
 
-def _value(value: Any, where: str) -> Value:
-    """An attribute's value: a number, a word, or a short list of numbers."""
-    if isinstance(value, list) and len(value) <= MOST_NUMBERS and all(isinstance(part, int | float) for part in value):
+def _argument(value: Any, of: type, where: str) -> Value:
+    """An attribute's value of one of the types that `Operator.args` names."""
+    if of is tuple and isinstance(value, list) and len(value) <= MOST_NUMBERS and all(map(_is_whole, value)):
         return tuple(value)
-    if isinstance(value, int | float | str):
+    if of is int and _is_whole(value):
+        return int(value)
+    if of is float and (_is_whole(value) or (type(value) is float and isfinite(value))):
+        return float(value)
+    if of in (bool, str) and type(value) is of:
         return value
-    raise SchemaError(where, f"{value!r:.60}", "a number, a word or a list of numbers")
+    raise SchemaError(where, f"{value!r:.60}", WORDS[of])
+
+
+WORDS = {
+    tuple: "a list of whole numbers",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+}
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a whole number that other programs can hold too."""
+    return type(value) is int and abs(value) <= MOST_ELEMENTS
 
 
 def _check_rule(op: Op, where: str, known: Mapping[str, Op], blocks: int) -> None:
     """The kind's own shape rule and tensors, which raise whatever nonsense makes them."""
-    if not -1 <= op.block < blocks or (op.shares and known.get(op.shares, op).kind != op.kind):
-        raise SchemaError(
-            where, f"{op.name}: block {op.block}, shares {op.shares!r}", "a block and a layer of its kind"
-        )
+    if not -1 <= op.block < blocks:
+        raise SchemaError(where, f"{op.name}: block {op.block}", f"-1 to {blocks - 1}")
     try:
         shape: Shape = op.operator.shape(op)
-        sizes = [prod(size) for size in op.operator.tensors(op).values()]
+        tensors = op.operator.tensors(op)
+        sizes = [prod(size) for size in tensors.values()]
         costs = op.operator.macs_of(op)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError) as error:
         raise SchemaError(where, f"{op.name}: {_line(error)}", f"attributes that fit a {op.kind}") from error
     if shape != op.shape:
-        raise SchemaError(where, f"{op.name}: shape {op.shape}", f"{shape}, which follows from its inputs")
+        raise SchemaError(where, f"{op.name}: shape {op.shape}", f"{shape!s:.60}, which follows from its inputs")
     if costs < 0 or any(not 0 < size <= MOST_ELEMENTS for size in sizes):
-        raise SchemaError(where, f"{op.name}: tensors of {sizes} values", f"1 to {MOST_ELEMENTS:,}")
+        raise SchemaError(where, f"{op.name}: tensors of {sizes!s:.60} values", f"1 to {MOST_ELEMENTS:,}")
+    if op.shares:
+        owner = known.get(op.shares)
+        if owner is None or owner.kind != op.kind or not tensors or owner.tensors != tensors:
+            raise SchemaError(where, f"{op.name} shares the tensors of {op.shares!r:.60}", f"a {op.kind} with the same")
 
 
 def _line(error: Exception) -> str:

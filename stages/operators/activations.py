@@ -99,6 +99,12 @@ def _slopes(op: Op, tensors: Tensors) -> Tensor:
     return weight.reshape(-1, *(1,) * (len(op.shape) - 1))
 
 
+def _prelu_shape(op: Op) -> Shape:
+    if not op.in_shape or op["slopes"] not in (1, op.in_shape[0]):
+        raise ValueError(f"{op['slopes']} slopes for the channels of {op.in_shape}")
+    return op.in_shape
+
+
 def _prelu(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
     x = inputs[0]
     return x.where(x > 0, x * _slopes(op, tensors))
@@ -205,6 +211,12 @@ def _aten_softmax(call: Any, x: Any, dim: int, *_: Any, **__: Any) -> Any:
     return call.emit("softmax", [call.value(x)], axis=call.axis(x, dim))
 
 
+def _elu_shape(op: Op) -> Shape:
+    if min(op["alpha"], op["scale"]) < 0:  # the gradient is read from the output's sign
+        raise ValueError(f"alpha {op['alpha']}, scale {op['scale']}, numbers of at least 0 are needed")
+    return op.in_shape
+
+
 def _elu(op: Op, x: Tensor) -> Tensor:
     from torch.nn import functional as F
 
@@ -270,6 +282,12 @@ def _of_torch(name: str) -> Function:
         return result
 
     return function
+
+
+def _gelu_shape(op: Op) -> Shape:
+    if op["approximate"] not in ("none", "tanh"):
+        raise ValueError(f"approximate {op['approximate']!r}, none or tanh is needed")
+    return op.in_shape
 
 
 def _gelu(op: Op, x: Tensor) -> Tensor:
@@ -348,18 +366,18 @@ register(
         {"clamp.default": _aten_clamp, "clamp_.default": _aten_clamp, "clip.default": _aten_clamp,
          "clamp_min.default": _aten_clamp, "clamp_max.default": lambda call, x, high: _aten_clamp(call, x, None, high),
          **_in_place("hardtanh", _aten_hardtanh)},
-        args=("low", "high"), macs="two comparisons per element, no multiplication", keeps=keeps_bits,
+        args={"low": float, "high": float}, macs="two comparisons per element, no multiplication", keeps=keeps_bits,
         passes=lambda op, inputs, y: (inputs[0] >= op["low"]) & (inputs[0] <= op["high"]), pull=_masked,
     ),
     _unary(
         "leaky_relu", "x, below 0 slope * x", _leaky,
         lambda op, w: w.node("LeakyRelu", w.inputs(op), w.output(op), alpha=op["slope"]),
-        _in_place("leaky_relu", _aten("leaky_relu", ("slope", 0.01))), args=("slope",), keeps=keeps_bits,
+        _in_place("leaky_relu", _aten("leaky_relu", ("slope", 0.01))), args={"slope": float}, keeps=keeps_bits,
         passes=lambda op, inputs, y: inputs[0] > 0, pull=_pull_leaky,
     ),
     Operator(
-        kind="prelu", doc="x, below 0 a frozen slope per channel times x", args=("slopes",),
-        tensors=lambda op: {"weight": (op["slopes"],)}, shape=same_shape, macs=ELEMENTWISE, keeps=keeps_bits,
+        kind="prelu", doc="x, below 0 a frozen slope per channel times x", args={"slopes": int},
+        tensors=lambda op: {"weight": (op["slopes"],)}, shape=_prelu_shape, macs=ELEMENTWISE, keeps=keeps_bits,
         forward=_prelu, passes=lambda op, inputs, y: inputs[0] > 0, pull=_pull_prelu, onnx=_prelu_onnx,
         aten={"prelu.default": _aten_prelu, "_prelu_kernel.default": _aten_prelu},
     ),
@@ -379,7 +397,8 @@ register(
     ),
     _unary(
         "elu", "scale * x, below 0 scale * alpha * (exp(x) - 1); SELU too", _elu, _elu_onnx,
-        _in_place("elu", _aten_elu) | _in_place("selu", _aten_selu), args=("alpha", "scale"),
+        _in_place("elu", _aten_elu) | _in_place("selu", _aten_selu),
+        args={"alpha": float, "scale": float}, shape=_elu_shape,
         keeps=keeps_output, pull=_from_output(_elu_gradient),
     ),
     _unary(
@@ -388,13 +407,13 @@ register(
     ),
     _unary(
         "softmax", "exp(x) over its sum along an axis", lambda op, x: x.softmax(_axis(op)), _softmax_onnx,
-        {"softmax.int": _aten_softmax, "_softmax.default": _aten_softmax}, args=("axis",), shape=_softmax_shape,
+        {"softmax.int": _aten_softmax, "_softmax.default": _aten_softmax}, args={"axis": int}, shape=_softmax_shape,
         keeps=keeps_output, pull=_from_output(_softmax_gradient), probabilities=True,
     ),
     _unary(
         "log_softmax", "logarithm of the softmax along an axis", lambda op, x: x.log_softmax(_axis(op)),
         _log_softmax_onnx, {"log_softmax.int": _aten_log_softmax, "_log_softmax.default": _aten_log_softmax},
-        args=("axis",), shape=_softmax_shape, keeps=keeps_output, pull=_from_output(_log_softmax_gradient),
+        args={"axis": int}, shape=_softmax_shape, keeps=keeps_output, pull=_from_output(_log_softmax_gradient),
         probabilities=True,
     ),
     _unary(
@@ -407,7 +426,7 @@ register(
            _in_place("silu", _aten("silu"))),
     _unary("mish", "x * tanh(log(1 + exp(x)))", _of_torch("mish"), _mish_onnx, _in_place("mish", _aten("mish"))),
     _unary("gelu", "x * Phi(x), exact or by tanh", _gelu, _gelu_onnx,
-           _in_place("gelu", _aten("gelu", ("approximate", "none"))), args=("approximate",)),
+           _in_place("gelu", _aten("gelu", ("approximate", "none"))), args={"approximate": str}, shape=_gelu_shape),
     _unary("abs", "|x|", lambda op, x: x.abs(), _onnx("Abs"), _in_place("abs", _aten("abs"))),
     _unary("log", "natural logarithm", lambda op, x: x.log(), _onnx("Log"), _in_place("log", _aten("log"))),
     _unary(
@@ -415,6 +434,6 @@ register(
         {"pow.Tensor_Scalar": _aten_power, "square.default": _aten_fixed_power(2.0),
          "sqrt.default": _aten_fixed_power(0.5), "rsqrt.default": _aten_fixed_power(-0.5),
          "reciprocal.default": _aten_fixed_power(-1.0)},
-        args=("exponent",),
+        args={"exponent": float},
     ),
 )  # fmt: skip

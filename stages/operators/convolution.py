@@ -122,6 +122,8 @@ def _transposed_shape(op: Op) -> Shape:
     if op.groups < 1 or op.in_shape[0] % op.groups or channels % op.groups:
         raise ValueError(f"{op.groups} groups for {op.in_shape[0]} -> {channels} channels")
     spatial = zip(op.in_shape[1:], op.kernel, op.stride, op.padding, op.dilation, extra, strict=True)
+    if any(not 0 <= e < s for e, s in zip(extra, op.stride, strict=True)):
+        raise ValueError(f"output_padding {extra}, below the stride {op.stride} is needed")
     sizes = tuple((size - 1) * s - 2 * p + d * (k - 1) + e + 1 for size, k, s, p, d, e in spatial)
     if min(sizes) < 1:
         raise ValueError(f"a kernel {op.kernel} that does not fit the map {op.in_shape[1:]}")
@@ -156,8 +158,7 @@ def _pull_transposed(op: Op, tensors: Tensors) -> Pull:
 
     def pull(kept: Kept, flow: Flow) -> list[Flow]:
         found = convolve(flow.gradient, weight, None, op.stride, op.padding, op.dilation, op.groups)
-        spatial = tuple(slice(0, size) for size in op.in_shape[1:])
-        return [Flow(found[(slice(None), slice(None), *spatial)], fresh=True)]
+        return [Flow(found, fresh=True)]
 
     return pull
 
@@ -261,7 +262,7 @@ register(
         kind="conv_transpose",
         doc="transposed convolution over 1 or 2 spatial axes",
         fields=(*WINDOW, "groups", "bias"),
-        args=("output_padding",),
+        args={"output_padding": tuple},
         tensors=_transposed_tensors,
         shape=_transposed_shape,
         macs=_transposed_macs,

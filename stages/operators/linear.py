@@ -134,7 +134,7 @@ def _pull_matmul(op: Op, tensors: Tensors) -> Pull:
 
 
 def _matmul_onnx(op: Op, w: Any) -> None:
-    w.node("MatMul", w.inputs(op), w.output(op))
+    w.node("MatMul", w.ranked_inputs(op), w.output(op))
 
 
 def _aten_matmul(call: Any, a: Any, b: Any) -> Any:
@@ -151,6 +151,9 @@ def _attention_shape(op: Op) -> Shape:
     q, k, v = op.in_shapes[:3]
     if len(q) < 2 or q[-1] != k[-1] or k[-2] != v[-2] or not q[:-2] == k[:-2] == v[:-2]:
         raise ValueError(f"attention of queries {q}, keys {k} and values {v}")
+    products = (*q[:-1], k[-2])
+    if any(op["causal"] or broadcast(mask, products) != products for mask in op.in_shapes[3:]):
+        raise ValueError(f"a mask {op.in_shapes[3]} on products {products}, causal {op['causal']}")
     return (*q[:-1], v[-1])
 
 
@@ -169,12 +172,12 @@ def _attention(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
     from torch.nn import functional as F
 
     q, k, v, *masks = inputs
-    mask = masks[0] if masks else None
+    mask = _batched(masks[0], op.in_shapes[3], op) if masks else None
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=bool(op["causal"]), scale=float(op["scale"]))
 
 
 def _attention_onnx(op: Op, w: Any) -> None:
-    q, k, v, *mask = w.inputs(op)
+    q, k, v, *mask = w.ranked_inputs(op)
     rank = len(op.in_shape) + 1
     order = [*range(rank - 2), rank - 1, rank - 2]
     w.node("Transpose", [k], w.inner(op, "keys"), perm=order)
@@ -236,7 +239,7 @@ register(
         kind="attention",
         doc="softmax(scale * Q K^T + mask) V per head",
         arity=(3, 4),
-        args=("scale", "causal"),
+        args={"scale": float, "causal": bool},
         shape=_attention_shape,
         macs=_attention_macs,
         keeps=_keeps_attention,

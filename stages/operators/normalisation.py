@@ -30,6 +30,18 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------------------------------------------------- BatchNorm
 
 
+def _check_eps(op: Op) -> None:
+    if op["eps"] < 0:
+        raise ValueError(f"eps {op['eps']}")
+
+
+def _batchnorm_shape(op: Op) -> Shape:
+    _check_eps(op)
+    if not 0 <= op["axis"] < len(op.in_shape):
+        raise ValueError(f"axis {op['axis']} of {op.in_shape}")
+    return op.in_shape
+
+
 def _batchnorm_tensors(op: Op) -> dict[str, Shape]:
     return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (op.in_shape[op["axis"]],))
 
@@ -72,6 +84,7 @@ def _aten_native_batchnorm(
 
 
 def _layernorm_shape(op: Op) -> Shape:
+    _check_eps(op)
     if not 1 <= op["axes"] <= len(op.in_shape):
         raise ValueError(f"the last {op['axes']} axes of {op.in_shape}")
     return op.in_shape
@@ -102,6 +115,7 @@ def _aten_native_layernorm(call: Any, *arguments: Any) -> list[Any]:
 
 
 def _groupnorm_shape(op: Op) -> Shape:
+    _check_eps(op)
     if len(op.in_shape) < 1 or op["groups"] < 1 or op.in_shape[0] % op["groups"]:
         raise ValueError(f"{op['groups']} groups of the channels of {op.in_shape}")
     return op.in_shape
@@ -197,9 +211,9 @@ register(
     Operator(
         kind="batchnorm",
         doc="(x - mean) / sqrt(var + eps) * weight + bias by stored statistics; folded in deploy form",
-        args=("axis", "eps"),
+        args={"axis": int, "eps": float},
         tensors=_batchnorm_tensors,
-        shape=_scale_shape,
+        shape=_batchnorm_shape,
         macs=_scale_macs,
         keeps=keeps_input,
         forward=_batchnorm,
@@ -214,7 +228,7 @@ register(
     Operator(
         kind="layernorm",
         doc="each token by its own mean and variance, over the last axes",
-        args=("axes", "eps"),
+        args={"axes": int, "eps": float},
         shape=_layernorm_shape,
         macs="a mean, a variance and a division; not a multiply-accumulate by a weight",
         keeps=keeps_input,
@@ -225,7 +239,7 @@ register(
     Operator(
         kind="groupnorm",
         doc="groups of channels by their own mean and variance; as many groups as channels: InstanceNorm",
-        args=("groups", "eps"),
+        args={"groups": int, "eps": float},
         shape=_groupnorm_shape,
         macs="a mean, a variance and a division; not a multiply-accumulate by a weight",
         keeps=keeps_input,
@@ -237,7 +251,7 @@ register(
         kind="scale",
         doc="x * weight + bias per channel: what is left of a norm, or a layer scale",
         fields=("bias",),
-        args=("axis",),
+        args={"axis": int},
         tensors=_scale_tensors,
         shape=_scale_shape,
         macs=_scale_macs,

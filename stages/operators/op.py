@@ -9,7 +9,7 @@ read it and name no kind themselves. Modules of this package need no torch until
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -224,8 +224,8 @@ class Operator:
     """Fewest and most inputs."""
     fields: tuple[str, ...] = ()
     """Fields of `Op` that mean something for the kind; the artifact stores these and `args`."""
-    args: tuple[str, ...] = ()
-    """Names that `Op.args` must have."""
+    args: Mapping[str, type] = field(default_factory=dict)
+    """What `Op.args` must have, in order: name -> `int`, `float`, `bool`, `str`, or `tuple` of whole numbers."""
     tensors: Callable[[Op], dict[str, Shape]] = _no_tensors
     """Name -> shape of its tensors in deploy form."""
     shape: Callable[[Op], Shape]
@@ -268,6 +268,10 @@ class Operator:
     """The output may share the input's memory."""
     overwrite: Callable[[Op, Sequence[Tensor], int], Tensor] | None = None
     """Torch: the forward rule into the memory of the input of that number, which nobody else needs."""
+    given: bool = False
+    """The sample itself: what a graph begins with, and holds once."""
+    as_vector: Callable[[Op], Op | None] | None = None
+    """The operator that gives a vector at once, for one whose readers only reshape it into one; None for none."""
     joins: str = ""
     """How branches of a block meet here, where they do: `sum` or `side` (by side)."""
     probabilities: bool = False

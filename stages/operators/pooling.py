@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +191,7 @@ def window_share(op: Op) -> Any:
 
 
 def _adaptive_shape(op: Op) -> Shape:
-    if len(op["size"]) != len(op.in_shape) - 1 or min(op["size"]) < 1:
+    if len(op["size"]) != check_map(op) or min(op["size"]) < 1:
         raise ValueError(f"{op.in_shape} pooled to {op['size']}")
     return (op.in_shape[0], *op["size"])
 
@@ -312,6 +313,18 @@ def _reduced_shape(op: Op) -> Shape:
     return tuple(size for axis, size in enumerate(op.in_shape) if axis not in axes)
 
 
+def _max_shape(op: Op) -> Shape:
+    if len(op["axes"]) != 1:
+        raise ValueError(f"axes {op['axes']}, one is needed")
+    return _reduced_shape(op)
+
+
+def _norm_shape(op: Op) -> Shape:
+    if op["order"] not in (1, 2):
+        raise ValueError(f"a vector norm of order {op['order']}, 1 or 2 is needed")
+    return _reduced_shape(op)
+
+
 def _axes(op: Op) -> list[int]:
     return [axis + 1 for axis in op["axes"]]
 
@@ -320,8 +333,20 @@ def _mean(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
     return inputs[0].mean(_axes(op), keepdim=bool(op["keepdim"]))
 
 
+def _mean_as_vector(op: Op) -> Op | None:
+    """The mean over all positions, read as (C,)."""
+    if op["axes"] != tuple(range(1, len(op.in_shape))) or not op["keepdim"]:
+        return None
+    return replace(op, kind="global_pool", shape=op.shape[:1], args=())
+
+
 def _sum(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
     return inputs[0].sum(_axes(op), keepdim=bool(op["keepdim"]))
+
+
+def _pull_sum(op: Op, tensors: Tensors) -> Pull:
+    inside = tuple(1 if axis in op["axes"] else size for axis, size in enumerate(op.in_shape))
+    return lambda kept, flow: [Flow(flow.gradient.reshape(-1, *inside).expand(-1, *op.in_shape), fresh=False)]
 
 
 def _max(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
@@ -514,13 +539,13 @@ register(
         onnx=_avg_pool_onnx, aten={f"avg_pool{n}d.default": _aten_avg_pool for n in (1, 2)},
     ),
     Operator(
-        kind="adaptive_avg_pool", doc="means of bins that divide the map into a given number", args=("size",),
+        kind="adaptive_avg_pool", doc="means of bins that divide the map into a given number", args={"size": tuple},
         shape=_adaptive_shape, macs=AVERAGE, keeps=keeps_nothing, forward=_adaptive, pull=linear_pull,
         onnx=_adaptive_onnx,
         aten={f"{prefix}adaptive_avg_pool{n}d.default": _aten_adaptive_avg for n in (1, 2) for prefix in ("", "_")},
     ),
     Operator(
-        kind="adaptive_max_pool", doc="maxima of bins that divide the map into a given number", args=("size",),
+        kind="adaptive_max_pool", doc="maxima of bins that divide the map into a given number", args={"size": tuple},
         shape=_adaptive_shape, macs=COMPARED, keeps=_keeps_positions, forward=_adaptive_max,
         index=_adaptive_max_index, pull=_pull_adaptive_max, onnx=_adaptive_max_onnx,
         aten={f"adaptive_max_pool{n}d.default": _aten_adaptive_max for n in (1, 2)},
@@ -531,28 +556,30 @@ register(
         keeps=keeps_nothing, forward=_global_pool, pull=_pull_global_pool, onnx=_global_onnx, aten={},
     ),
     Operator(
-        kind="mean", doc="the mean over some axes", args=("axes", "keepdim"), shape=_reduced_shape, macs=AVERAGE,
-        keeps=keeps_nothing, forward=_mean, pull=linear_pull, onnx=_mean_onnx,
+        kind="mean", doc="the mean over some axes",
+        args={"axes": tuple, "keepdim": bool}, shape=_reduced_shape, macs=AVERAGE,
+        keeps=keeps_nothing, forward=_mean, pull=linear_pull, as_vector=_mean_as_vector, onnx=_mean_onnx,
         aten={"mean.dim": _aten_mean, "mean.default": _aten_mean},
     ),
     Operator(
-        kind="sum", doc="the sum over some axes", args=("axes", "keepdim"), shape=_reduced_shape,
-        macs="additions, no multiplication", keeps=keeps_nothing, forward=_sum, pull=linear_pull, onnx=_sum_onnx,
+        kind="sum", doc="the sum over some axes", args={"axes": tuple, "keepdim": bool}, shape=_reduced_shape,
+        macs="additions, no multiplication", keeps=keeps_nothing, forward=_sum, pull=_pull_sum, onnx=_sum_onnx,
         aten={"sum.dim_IntList": _aten_sum},
     ),
     Operator(
-        kind="max", doc="the largest value along one axis", args=("axes", "keepdim"), shape=_reduced_shape,
+        kind="max", doc="the largest value along one axis", args={"axes": tuple, "keepdim": bool}, shape=_max_shape,
         macs=COMPARED, keeps=_keeps_place, forward=_max, index=_max_index, pull=_pull_max, onnx=_max_onnx,
         aten={"max.dim": _aten_max},
     ),
     Operator(
-        kind="amax", doc="the largest value over some axes; equal ones share the gradient", args=("axes", "keepdim"),
+        kind="amax", doc="the largest value over some axes; equal ones share the gradient",
+        args={"axes": tuple, "keepdim": bool},
         shape=_reduced_shape, macs=COMPARED, keeps=_keeps_ends, forward=_amax, pull=_pull_amax, onnx=_max_onnx,
         aten={"amax.default": _aten_amax},
     ),
     Operator(
-        kind="vector_norm", doc="the 1- or 2-norm over some axes", args=("order", "axes", "keepdim"),
-        shape=_reduced_shape, macs="squares and their sum, not a multiply-accumulate by a weight", keeps=keeps_input,
+        kind="vector_norm", doc="the 1- or 2-norm over some axes", args={"order": int, "axes": tuple, "keepdim": bool},
+        shape=_norm_shape, macs="squares and their sum, not a multiply-accumulate by a weight", keeps=keeps_input,
         forward=_vector_norm, onnx=_vector_norm_onnx,
         aten={"linalg_vector_norm.default": _aten_vector_norm, "norm.ScalarOpt_dim": _aten_norm},
     ),

@@ -61,6 +61,8 @@ def _constant_onnx(op: Op, w: Any) -> None:
 
 
 def _flatten_shape(op: Op) -> Shape:
+    if not op.in_shape:
+        raise ValueError("a number per sample, at least a vector is needed")
     return (prod(op.in_shape),)
 
 
@@ -69,7 +71,7 @@ def _flatten(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
 
 
 def _reshape_shape(op: Op) -> Shape:
-    shape: Shape = tuple(op["shape"])
+    shape: Shape = tuple(op["to"])
     if prod(shape) != prod(op.in_shape):
         raise ValueError(f"{op.in_shape} as {shape}")
     return shape
@@ -99,7 +101,7 @@ def _pull_permute(op: Op, tensors: Tensors) -> Pull:
 
 
 def _expand_shape(op: Op) -> Shape:
-    shape: Shape = tuple(op["shape"])
+    shape: Shape = tuple(op["to"])
     if broadcast(op.in_shape, shape) != shape:
         raise ValueError(f"{op.in_shape} repeated to {shape}")
     return shape
@@ -185,25 +187,36 @@ def _take_onnx(op: Op, w: Any) -> None:
 
 # ---------------------------------------------------------------------------------------------------- pad, roll, grow
 
-MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-"""Torch's names of padding modes -> ONNX's."""
+MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": ""}
+"""Torch's names of padding modes -> ONNX's, where it has one."""
 
 
 def _pad_shape(op: Op) -> Shape:
     if op["mode"] not in MODES or not len(op["before"]) == len(op["after"]) == len(op.in_shape):
         raise ValueError(f"padding {op['before']}, {op['after']}, {op['mode']!r} of {op.in_shape}")
+    if op["mode"] != "constant":
+        _check_copies(op)
     shape = tuple(b + size + a for b, size, a in zip(op["before"], op.in_shape, op["after"], strict=True))
     if min(shape) < 1:
         raise ValueError(f"padding {op['before']}, {op['after']} of {op.in_shape}")
     return shape
 
 
+def _check_copies(op: Op) -> None:
+    """Borders are copied along the last two axes at most, from what is there."""
+    most = {"reflect": -1, "circular": 0}.get(op["mode"])
+    for axis, (size, *amounts) in enumerate(zip(op.in_shape, op["before"], op["after"], strict=True)):
+        beyond = most is not None and max(amounts) > size + most
+        if min(amounts) < 0 or beyond or (any(amounts) and axis < len(op.in_shape) - 2) or len(op.in_shape) > 3:
+            raise ValueError(f"padding {op['before']}, {op['after']} of {op.in_shape} by copies ({op['mode']})")
+
+
 def _pad(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
     from torch.nn import functional as F
 
     pairs = list(zip(op["before"], op["after"], strict=True))
-    while op["mode"] != "constant" and len(pairs) > 1 and pairs[0] == (0, 0):  # torch wants the padded axes alone
-        pairs = pairs[1:]
+    if op["mode"] != "constant":
+        pairs = pairs[-2:]  # torch wants the axes that can be padded, and all of them
     amounts = [amount for pair in reversed(pairs) for amount in pair]
     if op["mode"] == "constant":
         return F.pad(inputs[0], amounts, value=op["value"])
@@ -233,9 +246,24 @@ def linear_pull(op: Op, tensors: Tensors) -> Pull:
 
 
 def _pad_onnx(op: Op, w: Any) -> None:
+    if op["mode"] == "circular":
+        _wrapped_onnx(op, w)
+        return
     amounts = w.integers([0, *op["before"], 0, *op["after"]])
     inputs = [*w.inputs(op), amounts] + ([w.number(op["value"])] if op["mode"] == "constant" else [])
     w.node("Pad", inputs, w.output(op), mode=MODES[op["mode"]])
+
+
+def _wrapped_onnx(op: Op, w: Any) -> None:
+    """Both ends beside the value, axis by axis: opset 17 has no circular padding."""
+    (last,) = w.inputs(op)
+    last_axis = len(op.shape) - 1
+    for axis, (size, before, after) in enumerate(zip(op.in_shape, op["before"], op["after"], strict=True)):
+        parts = [w.inner(op, f"tail{axis}"), last, w.inner(op, f"head{axis}")]
+        for name, start, stop in ((parts[0], size - before, size), (parts[2], 0, after)):
+            w.node("Slice", [last, *map(w.integers, ([start], [stop], [axis + 1]))], name)
+        last = w.output(op) if axis == last_axis else w.inner(op, f"wrapped{axis}")
+        w.node("Concat", parts, last, axis=axis + 1)
 
 
 def _roll_shape(op: Op) -> Shape:
@@ -266,11 +294,13 @@ def _roll_onnx(op: Op, w: Any) -> None:
         w.node("Concat", parts, last, axis=axis + 1)
 
 
-GROWTH = ("nearest", "bilinear", "linear", "bicubic")
+GROWTH = {"nearest": (1, 2), "linear": (1,), "bilinear": (2,), "bicubic": (2,)}
+"""Modes -> over how many axes."""
 
 
 def _upsample_shape(op: Op) -> Shape:
-    if op["mode"] not in GROWTH or len(op["size"]) != len(op.in_shape) - 1 or min(op["size"]) < 1:
+    axes = len(op.in_shape) - 1
+    if axes not in GROWTH.get(op["mode"], ()) or len(op["size"]) != axes or min(op["size"]) < 1:
         raise ValueError(f"{op.in_shape} enlarged to {op['size']} by {op['mode']!r}")
     return (op.in_shape[0], *op["size"])
 
@@ -427,9 +457,9 @@ def _aten_im2col(call: Any, x: Any, kernel: Any, dilation: Any, padding: Any, st
     (kh, kw), apart = kernel, {*dilation, *padding}
     if list(kernel) != list(stride) or apart != {0, 1} or height % kh or width % kw:
         call.refuse(f"unfolding by {list(kernel)} every {list(stride)}", "windows side by side that fill the map")
-    x = call.emit("reshape", [x], shape=(channels, height // kh, kh, width // kw, kw))
+    x = call.emit("reshape", [x], to=(channels, height // kh, kh, width // kw, kw))
     x = call.emit("permute", [x], order=(0, 2, 4, 1, 3))
-    return call.emit("reshape", [x], shape=(channels * kh * kw, (height // kh) * (width // kw)))
+    return call.emit("reshape", [x], to=(channels * kh * kw, (height // kh) * (width // kw)))
 
 
 def _aten_col2im(call: Any, x: Any, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Any:
@@ -439,9 +469,9 @@ def _aten_col2im(call: Any, x: Any, size: Any, kernel: Any, dilation: Any, paddi
         call.refuse(f"folding by {list(kernel)} every {list(stride)}", "windows side by side that fill the map")
     x = call.value(x)
     channels = x.shape[0] // (kh * kw)
-    x = call.emit("reshape", [x], shape=(channels, kh, kw, height // kh, width // kw))
+    x = call.emit("reshape", [x], to=(channels, kh, kw, height // kh, width // kw))
     x = call.emit("permute", [x], order=(0, 3, 1, 4, 2))
-    return call.emit("reshape", [x], shape=(channels, height, width))
+    return call.emit("reshape", [x], to=(channels, height, width))
 
 
 def _aten_chunk(call: Any, x: Any, chunks: int, dim: int = 0) -> list[Any]:
@@ -523,7 +553,7 @@ _VIEWS = (
 register(
     Operator(
         kind="input", doc="the sample after the input adapter", arity=(0, 0), shape=_given, macs="computes nothing",
-        keeps=keeps_nothing, forward=_input, onnx=None, aten={},
+        keeps=keeps_nothing, forward=_input, given=True, onnx=None, aten={},
     ),
     Operator(
         kind="constant", doc="a tensor that no input changes: a position table, a class token, a number", arity=(0, 0),
@@ -535,12 +565,12 @@ register(
         forward=_flatten, pull=_pull_reshape, view=True, in_order=True, alias=True, onnx=_flatten_onnx, aten={},
     ),
     Operator(
-        kind="reshape", doc="the same elements in order under another shape", args=("shape",), shape=_reshape_shape,
+        kind="reshape", doc="the same elements in order under another shape", args={"to": tuple}, shape=_reshape_shape,
         macs="a view, or a copy", keeps=keeps_nothing, forward=_reshape, pull=_pull_reshape, view=True, in_order=True,
         alias=True, onnx=_reshape_onnx, aten=dict.fromkeys(_VIEWS, _aten_reshape),
     ),
     Operator(
-        kind="permute", doc="axes in another order", args=("order",), shape=_permute_shape, macs="a view",
+        kind="permute", doc="axes in another order", args={"order": tuple}, shape=_permute_shape, macs="a view",
         keeps=keeps_nothing, forward=_permute, pull=_pull_permute, view=True, alias=True, onnx=_permute_onnx,
         aten={
             "permute.default": _aten_permute, "transpose.int": _aten_transpose, "t.default": _aten_t,
@@ -548,17 +578,18 @@ register(
         },
     ),
     Operator(
-        kind="expand", doc="repeated along axes of size 1", args=("shape",), shape=_expand_shape, macs="a view",
+        kind="expand", doc="repeated along axes of size 1", args={"to": tuple}, shape=_expand_shape, macs="a view",
         keeps=keeps_nothing, forward=_expand, pull=_pull_expand, alias=True, onnx=_expand_onnx,
         aten={"expand.default": _aten_expand, "expand_as.default": _aten_expand},
     ),
     Operator(
-        kind="concat", doc="values one behind the other along an axis", arity=(1, 10_000), args=("axis",),
+        kind="concat", doc="values one behind the other along an axis", arity=(1, 10_000), args={"axis": int},
         shape=_concat_shape, macs="a copy", keeps=keeps_nothing, forward=_concat, pull=_pull_concat, joins="side",
         onnx=_concat_onnx, aten={"cat.default": _aten_cat, "stack.default": _aten_stack},
     ),
     Operator(
-        kind="slice", doc="a range of one axis, with a step", args=("axis", "start", "stop", "step"),
+        kind="slice", doc="a range of one axis, with a step",
+        args={"axis": int, "start": int, "stop": int, "step": int},
         shape=_slice_shape, macs="a view", keeps=keeps_nothing, forward=_slice, pull=_pull_slice, alias=True,
         onnx=_slice_onnx,
         aten={
@@ -569,13 +600,16 @@ register(
         },
     ),
     Operator(
-        kind="take", doc="entries of one axis by number", args=("axis", "index"), shape=_take_shape, macs="a copy",
+        kind="take", doc="entries of one axis by number",
+        args={"axis": int, "index": tuple}, shape=_take_shape, macs="a copy",
         keeps=keeps_nothing, forward=_take, pull=linear_pull, onnx=_take_onnx,
         aten={"index_select.default": _aten_index_select, "index.Tensor": _aten_index},
     ),
     Operator(
         kind="pad", doc="borders of zeros, a constant, or copies (reflect, replicate, circular)",
-        args=("before", "after", "mode", "value"), shape=_pad_shape, macs="a copy", keeps=keeps_nothing, forward=_pad,
+
+        args={"before": tuple, "after": tuple, "mode": str, "value": float}, shape=_pad_shape, macs="a copy",
+        keeps=keeps_nothing, forward=_pad,
         pull=_pull_pad, onnx=_pad_onnx,
         aten={
             "pad.default": _aten_pad, "constant_pad_nd.default": _aten_constant_pad,
@@ -584,13 +618,14 @@ register(
         },
     ),
     Operator(
-        kind="roll", doc="shifted along axes, what leaves one end enters at the other", args=("shifts", "axes"),
+        kind="roll", doc="shifted along axes, what leaves one end enters at the other",
+        args={"shifts": tuple, "axes": tuple},
         shape=_roll_shape, macs="a copy", keeps=keeps_nothing, forward=_roll, pull=_pull_roll, onnx=_roll_onnx,
         aten={"roll.default": _aten_roll},
     ),
     Operator(
         kind="upsample", doc="a map resized: nearest, linear, bilinear, bicubic",
-        args=("size", "mode", "align_corners"), shape=_upsample_shape,
+        args={"size": tuple, "mode": str, "align_corners": bool}, shape=_upsample_shape,
         macs="interpolation, not a multiply-accumulate by a weight", keeps=keeps_nothing, forward=_upsample,
         pull=linear_pull, onnx=_upsample_onnx,
         aten={

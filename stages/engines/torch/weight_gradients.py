@@ -125,7 +125,8 @@ def _output_grouped(live: Live, op: Op, x: Tensor, gradient: Tensor) -> Tensor:
     packing = _on(_packing(live.update.channels, op.out_channels // op.groups), x.device)
     count, inside = len(packing.groups), op.in_channels // op.groups
     shape = (len(packing.padded), inside, *op.kernel)
-    rows = channels_of(op, gradient, packing.padded)
+    whole_of = gradient.shape[1] == op.out_channels  # else the live channels alone
+    rows = channels_of(op, gradient, packing.padded if whole_of else torch.searchsorted(live.channels, packing.padded))
     whole = _convolution_gradient(op, _of_groups(x, packing.groups, op.groups), shape, rows, count)
     return whole.index_select(0, packing.place)
 
