@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from stages.models.tracing import trace, trace_module
 from torch import Tensor, nn
 
 from stages.engines.torch.reference import run
 from stages.errors import UsageError
+from stages.graphs.capture import capture
 from tests.models.nets import Classifier, Functional, PreActivation, randomise
 
 
