@@ -48,7 +48,12 @@ def evaluate(
     shots: Annotated[int, typer.Option("--shots", help="With --ways: support samples per class.")] = 5,
     queries: Annotated[int, typer.Option("--queries", help="Queries per class, at most.")] = 10,
     group: Annotated[
-        str | None, typer.Option("--group", metavar="COL", help="No value of this column on both sides of a task.")
+        str | None,
+        typer.Option("--group", metavar="COL", help="No value on both sides of a task; class+COL: within classes."),
+    ] = None,
+    max_ways: Annotated[int | None, typer.Option("--max-ways", min=2, help="Most classes of a task; 50.")] = None,
+    max_support: Annotated[
+        int | None, typer.Option("--max-support", min=2, help="Most support samples of a task; 500.")
     ] = None,
     hierarchical: Annotated[
         bool, typer.Option("--hierarchical", help="Each task within one family of classes named family/class.")
@@ -134,7 +139,17 @@ def evaluate(
 
         require(on_bad in ("fail", "skip"), "--on-bad", repr(on_bad), "fail or skip")
         require(support is None, "--support", "together with --tasks", "one of them: tasks have their own support")
-        various = VariousShape(most_queries=queries)
+        capped = max_ways is not None or max_support is not None
+        require(not capped or ways is None, "--max-ways, --max-support", "together with --ways", "one of them")
+        usual = VariousShape()
+        most_support = max_support or usual.most_support
+        most_ways = min(max_ways or usual.most_ways, most_support)
+        various = VariousShape(
+            least_ways=min(usual.least_ways, most_ways),
+            most_ways=most_ways,
+            most_support=most_support,
+            most_queries=queries,
+        )
         config = Tasks(
             tasks=tasks,
             methods=tuple(methods.split(",")),
