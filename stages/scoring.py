@@ -14,11 +14,12 @@ import numpy as np
 
 from stages.artifacts.records import Array, Block, Head, LayerUpdate, Plan, Run
 from stages.cost.latency import Durations, durations
-from stages.cost.model import full_backward_macs
+from stages.cost.model import full_backward_macs, inference_peak_bytes
 from stages.cost.training import HEAD, live_values, whole_update, with_head
 from stages.errors import BudgetError, UsageError
 from stages.importance.fisher import Fisher, fisher_bytes, fisher_pass
 from stages.importance.tasks import build_task
+from stages.measurement.room import Fit, fit
 from stages.methods.layer_scores import candidates, detached, scores_of
 from stages.models.deploy import Backbone, deploy
 from stages.models.graph import Graph, Op
@@ -31,6 +32,9 @@ from stages.planning.layers import select_layers
 from stages.planning.plans import Ranking, make_plan, parse_plan
 from stages.settings.scoring import Scoring as Scoring
 
+MICRO_BATCH = 16
+"""Most samples that are looked at together unless told otherwise: more would not be faster."""
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -41,6 +45,7 @@ class _Job:
     config: Scoring
     rng: np.random.Generator
     on_step: Callable[[int], None]
+    on_fit: Callable[[Fit], None]
     backbone: Backbone
 
     @property
@@ -56,7 +61,11 @@ class _Job:
         """The Fisher pass over the support, the head whose loss it used, and what is worth keeping about the pass."""
         if self.support is None:
             raise UsageError("--support", "missing", "samples of the task", "or --plan with channels chosen by l2")
-        size = self.config.micro_batch or 1
+        graph = self.backbone.graph
+        kept = fisher_bytes(graph, window, 1)
+        held = fit(kept, inference_peak_bytes(graph), MICRO_BATCH, wanted=self.config.micro_batch)
+        self.on_fit(held)
+        size = held.samples
         task = build_task(self.head_kind, self.backbone, self.support, self.run.model.head, self.rng)
         found = fisher_pass(self.backbone, task.batches(size), task.loss, window, on_step=self.on_step)
         kept = fisher_bytes(self.backbone.graph, window, min(size, found.samples))
@@ -70,17 +79,18 @@ def score_layers(
     *,
     rng: np.random.Generator,
     on_step: Callable[[int], None] = lambda done: None,
+    on_fit: Callable[[Fit], None] = lambda fit: None,
     allow: str | None = None,
 ) -> Run:
     """The run with a plan, and with scores where they were searched for.
 
-    `on_step` gets the number of samples done; `allow` names user code that may be imported. The support may be None
-    for a given plan unless its channels are chosen by Fisher.
+    `on_step` gets the number of samples done, `on_fit` how many are in memory at once; `allow` names user code that may
+    be imported. The support may be None for a given plan unless its channels are chosen by Fisher.
 
     Raises `DataError` for a support that says nothing (empty, one class, not finite) or a plan of another model,
     `UsageError` for settings that do not fit the model, `BudgetError` when nothing fits.
     """
-    job = _Job(run, support, config, rng, on_step, deploy(run.model, allow=allow))
+    job = _Job(run, support, config, rng, on_step, on_fit, deploy(run.model, allow=allow))
     return _given(job) if config.given else _searched(job)
 
 
