@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from stages.engines.torch.reference import run
 from stages.errors import UsageError
-from stages.graphs.capture import capture
 from tests.models.nets import Classifier, Functional, PreActivation, randomise
 
 
