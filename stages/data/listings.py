@@ -282,6 +282,9 @@ def by_table(
     classes = [Path(name).parent.as_posix() for name in files] if place is None else table.at(place)
     kept = {name: column_of(table.column(name)) for name in columns.kept}
     found = [_with_suffix(base, name, suffixes) for name in files]
+    if not any(Path(name).suffix.lower() in suffixes for name in found):
+        fix = "state the column of file names with `--file-column`, the files' folder with `--base`"
+        raise DataError(f"{path}: column {form.name(file)}", repr(files[0]), "names of images or recordings", fix)
     corners = np.stack(boxes, axis=1) if boxes else None
     return Listing(base, found, *class_numbers(classes), kept, corners, lines=table.lines)
 

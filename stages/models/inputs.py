@@ -52,7 +52,7 @@ def adapt_block(block: Block, spec: InputSpec) -> Tensor:
 
 
 def _check_range(x: Array, spec: InputSpec) -> None:
-    """Refuse numbers that must mean something else than the model reads: fractions for bytes, integers for fractions."""
+    """Refuse numbers that must mean something else than the model reads: fractions for bytes, integers for shares."""
     if not x.size or x.dtype == np.int16 or (x.dtype.kind == "f" and not np.isfinite(x).all()):
         return
     low, high = float(x.min()), float(x.max())

@@ -224,5 +224,5 @@ def test_a_rate_that_is_known_must_be_the_models() -> None:
     block = Block(np.zeros((1, 640), np.int16), np.zeros(1, np.int64), "NT")
     for rate in (0, 8000):
         adapt_block(replace(block, prepared=Preparation(sample_rate_hz=rate)), SOUND)
-    with pytest.raises(DataError, match="44100 samples per second, expected 8000, the model's; .*--rate 8000"):
+    with pytest.raises(DataError, match=r"44100 samples per second, expected 8000, the model's; .*--rate 8000"):
         adapt_block(replace(block, prepared=Preparation(sample_rate_hz=44100)), SOUND)
