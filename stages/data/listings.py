@@ -39,7 +39,8 @@ class Listing:
     """Line of the table for each sample."""
 
     def path(self, row: int) -> Path:
-        return self.root / self.files[row]
+        """Where the file is: a name in a table is UTF-8, whatever encoding the system's own names have."""
+        return self.root / os.fsdecode(self.files[row].encode("utf-8", "surrogateescape"))
 
 
 SPLITS = frozenset(
