@@ -246,7 +246,12 @@ def _eight_bit(image: Image.Image, path: Path) -> Image.Image:
     if "A" in image.mode or "transparency" in image.info:
         layer = image.convert("RGBA")
         paper = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(paper, layer).convert(mode)
+        over = Image.alpha_composite(paper, layer).convert(mode)
+        low, high = layer.getchannel("A").getextrema()
+        if low != high and over.convert("L").getextrema() == (255, 255):
+            fix = "lay it over another colour first"
+            raise DataError(str(path), "white on transparent: nothing is left of it on white", "what can be seen", fix)
+        return over
     return image.convert(mode)
 
 

@@ -53,6 +53,10 @@ CONTAINERS = SPLITS | frozenset(
 """Folders that only hold what lies in them: where all paths begin or end with one, it is no part of a class's name."""
 
 
+HOUSEKEEPING = frozenset(["__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information"])
+"""Folders that systems leave behind: as good as hidden."""
+
+
 @dataclass(frozen=True)
 class Scan:
     """What lies in a folder and below it."""
@@ -90,10 +94,11 @@ def scan(root: Path, suffixes: frozenset[str]) -> Scan:
 
     for folder, inner, files in os.walk(root, followlinks=True, onerror=refuse):
         below = Path(folder).relative_to(root)
-        found.hidden.extend((below / name).as_posix() for name in sorted(inner) if name.startswith("."))
+        hidden = [name for name in inner if name.startswith(".") or name in HOUSEKEEPING]
+        found.hidden.extend((below / name).as_posix() for name in sorted(hidden))
         loops = [name for name in inner if _leads_up(Path(folder) / name, root)]
         found.odd.extend((below / name).as_posix() for name in loops)
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in loops)
+        inner[:] = sorted(name for name in inner if name not in {*hidden, *loops})
         before = len(found.files)
         for name in sorted(files):
             _sort(found, root, (below / name).as_posix(), suffixes)
@@ -356,5 +361,9 @@ def _tell_left_out(content: Any, categories: Mapping[Any, str], classes: Sequenc
     for note in content["annotations"]:
         if note.get("iscrowd"):
             notes.count("left out {} crowds", f"annotation {note.get('id', '')}")
+    objects = {note["image_id"] for note in content["annotations"] if not note.get("iscrowd")}
+    for image in content["images"]:
+        if image["id"] not in objects:
+            notes.count("left out {} images without an object", str(image["file_name"]))
     for name in sorted(set(categories.values()) - set(classes)):
         notes.count("left out {} categories without an object", name)

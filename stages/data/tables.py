@@ -119,8 +119,12 @@ def rows(path: Path, delimiter: str | None) -> Iterator[Row]:
     """
     with path.open("rb") as file:
         lines = _Lines(path, file)
-        spaced = delimiter in (None, SPACES)
-        reader = _parted(lines, delimiter) if spaced else csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+        spaced = delimiter is None or delimiter == SPACES
+        reader = (
+            _parted(lines, delimiter)
+            if spaced
+            else csv.reader(lines, delimiter=delimiter or ",", skipinitialspace=True)
+        )
         number = start = 0
         while True:
             try:

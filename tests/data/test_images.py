@@ -207,6 +207,15 @@ def test_grey_with_transparency_is_grey(tmp_path: Path, kind: str) -> None:
     assert resolve_colour([tmp_path / "t.png"], ImageForm()).colour == "gray"
 
 
+def test_white_on_transparent_does_not_become_an_empty_sheet(tmp_path: Path) -> None:
+    ink = np.full((4, 4, 4), 255, np.uint8)
+    ink[1:3, 1:3, 3] = 0
+    with pytest.raises(DataError, match="white on transparent: nothing is left"):
+        read_image(saved(tmp_path / "white.png", ink), RGB)
+    ink[..., 3] = 255
+    assert read_image(saved(tmp_path / "sheet.png", ink), RGB).min() == 255
+
+
 def test_a_palette_of_colours_is_no_grey(tmp_path: Path) -> None:
     path = saved(tmp_path / "c.png", np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8))
     with Image.open(path) as opened:
