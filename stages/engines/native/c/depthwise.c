@@ -15,9 +15,11 @@
         }                                                                                                              \
     }
 
-/* One output pixel: taps ky of rows that are there, columns k0..k1. */
-INL void depthwise_pixel(const struct et_step *s, et_rows rows, const float *w, const float *b, float *o, int ox) {
-    const int left = ox * s->sw - s->pw, C = s->ci;
+/* One output pixel, the first `C` channels: taps ky of rows that are there, columns k0..k1. flip: the columns' weights
+ * in reverse. */
+INL void depthwise_pixel(const struct et_step *s, et_rows rows, const float *w, const float *b, float *o, int ox,
+                         const int C, const int flip) {
+    const int left = ox * s->sw - s->pw;
     const int k0 = left >= 0 ? 0 : (-left + s->dw - 1) / s->dw;
     const int k1 = s->wi - 1 < left ? 0 : MIN(s->kw, (s->wi - 1 - left) / s->dw + 1);
 #define EACH_TAP(BODY)                                                                                                 \
@@ -25,7 +27,7 @@ INL void depthwise_pixel(const struct et_step *s, et_rows rows, const float *w, 
         if (rows[ky])                                                                                                  \
             for (int kx = k0; kx < k1; kx++) {                                                                         \
                 const float *xp = rows[ky] + (ptrdiff_t)(left + kx * s->dw) * s->ldx + c;                              \
-                const float *wp = w + (ptrdiff_t)(ky * s->kw + kx) * C + c;                                            \
+                const float *wp = w + (ptrdiff_t)(ky * s->kw + (flip ? s->kw - 1 - kx : kx)) * s->ci + c;              \
                 BODY                                                                                                   \
             }
     BLOCKS(C, 1,
@@ -40,75 +42,138 @@ INL void depthwise_pixel(const struct et_step *s, et_rows rows, const float *w, 
         put(o + c, n, vact(a, s->act));)
 }
 
-/* Output pixels lo..hi, a multiple of four, all of whose columns are inside. */
+/* The pixels of a tile that are summed at once. */
+#define TILE 8
+#define FOR_TILE(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7)
+
+/* Output pixels lo..hi, a multiple of TILE, all of whose columns are inside. */
 INL void depthwise_inside(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, int lo,
-                          int hi, const int K, const int S) {
-    const int C = s->ci, L = s->ldx;
-    for (int c = 0; c < C; c += VL) {
-        if (c + VL > C && C >= VL) c = C - VL;
-        const int n = MIN(VL, C - c);
-        for (int ox = lo; ox < hi; ox += 4) {
-            vf a0 = b ? get(b + c, n) : vset(0), a1 = a0, a2 = a0, a3 = a0;
-            for (int ky = 0; ky < s->kh; ky++)
-                if (rows[ky]) {
-                    const float *xp = rows[ky] + (ptrdiff_t)(ox * S - s->pw) * L + c, *wp = w + (ptrdiff_t)ky * K * C + c;
-                    if (n == VL) {
-#pragma GCC unroll 8
-                        for (int kx = 0; kx < K; kx++) {
-                            const vf wv = vld(wp + kx * C);
-                            a0 += vld(xp + kx * L) * wv, a1 += vld(xp + (kx + S) * L) * wv;
-                            a2 += vld(xp + (kx + 2 * S) * L) * wv, a3 += vld(xp + (kx + 3 * S) * L) * wv;
-                        }
-                    } else
-                        for (int kx = 0; kx < K; kx++) {
-                            const vf wv = get(wp + kx * C, n);
-                            a0 += get(xp + kx * L, n) * wv, a1 += get(xp + (kx + S) * L, n) * wv;
-                            a2 += get(xp + (kx + 2 * S) * L, n) * wv, a3 += get(xp + (kx + 3 * S) * L, n) * wv;
-                        }
+                          int hi, const int K, const int S, const int flip) {
+    const int C = s->ci;
+    const ptrdiff_t L = s->ldx;
+#define TILE_INIT(r) vf a##r = start;
+#define TILE_MAC(r) a##r += LOAD(xp + (kx + r * S) * L) * wv;
+#define TILE_PUT(r) STORE(o + (ptrdiff_t)(r) * s->ldy, vact(a##r, s->act));
+#define TILES                                                                                                          \
+    for (int ox = lo; ox < hi; ox += TILE) {                                                                           \
+        const vf start = b ? LOAD(b + c) : vset(0);                                                                    \
+        FOR_TILE(TILE_INIT)                                                                                            \
+        for (int ky = 0; ky < s->kh; ky++)                                                                             \
+            if (rows[ky]) {                                                                                            \
+                const float *xp = rows[ky] + (ptrdiff_t)(ox * S - s->pw) * L + c, *wp = w + (ptrdiff_t)ky * K * C + c; \
+                UNROLL for (int kx = 0; kx < K; kx++) {                                                                \
+                    const vf wv = LOAD(wp + (flip ? K - 1 - kx : kx) * C);                                             \
+                    FOR_TILE(TILE_MAC)                                                                                 \
+                }                                                                                                      \
+            }                                                                                                          \
+        float *o = y + (ptrdiff_t)ox * s->ldy + c;                                                                     \
+        FOR_TILE(TILE_PUT)                                                                                             \
+    }
+#define UNROLL _Pragma("GCC unroll 8")
+    int c = 0;
+#define LOAD vld
+#define STORE vst
+    for (; c + VL <= C; c += VL) TILES
+#undef LOAD
+#undef STORE
+#undef UNROLL
+    if (c == C) return;
+    if (C >= VL) c = C - VL; /* the last vector overlaps the one before */
+    const int n = MIN(VL, C - c);
+#define UNROLL
+#define LOAD(p) get(p, n)
+#define STORE(p, v) put(p, n, v)
+    TILES
+#undef LOAD
+#undef STORE
+#undef UNROLL
+}
+
+/* Four output pixels from ox (fewer at the end of the row), channels from c: columns outside of the map are left out. */
+INL void depthwise_border(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, int ox,
+                          int end, int c, const int flip) {
+    for (; c < s->ci; c += VL) {
+        const int n = MIN(VL, s->ci - c), count = MIN(4, end - ox), left = ox * s->sw - s->pw;
+        vf a0 = b ? get(b + c, n) : vset(0), a1 = a0, a2 = a0, a3 = a0;
+        for (int ky = 0; ky < s->kh; ky++)
+            if (rows[ky])
+                for (int kx = 0; kx < s->kw; kx++) {
+                    const vf wv = get(w + (ptrdiff_t)(ky * s->kw + (flip ? s->kw - 1 - kx : kx)) * s->ci + c, n);
+                    const int i = left + kx * s->dw;
+                    const float *xp = rows[ky] + c;
+#define BORDER_MAC(r)                                                                                                  \
+    if (i + r * s->sw >= 0 && i + r * s->sw < s->wi) a##r += get(xp + (ptrdiff_t)(i + r * s->sw) * s->ldx, n) * wv;
+                    BORDER_MAC(0) BORDER_MAC(1) BORDER_MAC(2) BORDER_MAC(3)
                 }
-            float *o = y + (ptrdiff_t)ox * s->ldy + c;
-            put(o, n, vact(a0, s->act)), put(o + s->ldy, n, vact(a1, s->act));
-            put(o + 2 * s->ldy, n, vact(a2, s->act)), put(o + 3 * s->ldy, n, vact(a3, s->act));
-        }
+        float *o = y + (ptrdiff_t)ox * s->ldy + c;
+        put(o, n, vact(a0, s->act));
+        if (count > 1) put(o + s->ldy, n, vact(a1, s->act));
+        if (count > 2) put(o + 2 * s->ldy, n, vact(a2, s->act));
+        if (count > 3) put(o + 3 * s->ldy, n, vact(a3, s->act));
     }
 }
 
+/* Output pixels ox..end at the borders. */
+INL void depthwise_borders(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, int ox,
+                           int end, const int flip) {
+    const int wide = s->ci / (4 * VL) * (4 * VL);
+    for (int i = ox; wide && i < end; i++)
+        depthwise_pixel(s, rows, w, b, y + (ptrdiff_t)i * s->ldy, i, wide, flip);
+    for (int i = ox; wide < s->ci && i < end; i += 4) depthwise_border(s, rows, w, b, y, i, end, wide, flip);
+}
+
 INL void depthwise_line(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, const int K,
-                        const int S) {
+                        const int S, const int flip) {
     int lo = MIN((s->pw + S - 1) / S, s->wo), hi = s->wi - K + s->pw < 0 ? 0 : (s->wi - K + s->pw) / S + 1;
     hi = MIN(MAX(hi, lo), s->wo);
-    const int tiled = lo + (hi - lo) / 4 * 4;
-    for (int ox = 0; ox < s->wo; ox++) {
-        if (ox == lo) ox = tiled;
-        if (ox >= s->wo) break;
-        depthwise_pixel(s, rows, w, b, y + (ptrdiff_t)ox * s->ldy, ox);
-    }
-    if (tiled > lo) depthwise_inside(s, rows, w, b, y, lo, tiled, K, S);
+    const int tiled = lo + (hi - lo) / TILE * TILE;
+    if (tiled > lo) {
+        depthwise_borders(s, rows, w, b, y, 0, lo, flip);
+        depthwise_borders(s, rows, w, b, y, tiled, s->wo, flip);
+    } else
+        depthwise_borders(s, rows, w, b, y, 0, s->wo, flip);
+    if (tiled > lo) depthwise_inside(s, rows, w, b, y, lo, tiled, K, S, flip);
 }
 
 /* One output row: y[ox][c] = act(b[c] + sum over taps of x[tap's pixel][c] w[tap][c]). */
 KERNEL depthwise_row(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y) {
     const int key = s->dw == 1 ? s->kw * 16 + s->sw : 0;
     switch (key) {
-    case 3 * 16 + 1: depthwise_line(s, rows, w, b, y, 3, 1); break;
-    case 3 * 16 + 2: depthwise_line(s, rows, w, b, y, 3, 2); break;
-    case 5 * 16 + 1: depthwise_line(s, rows, w, b, y, 5, 1); break;
-    case 5 * 16 + 2: depthwise_line(s, rows, w, b, y, 5, 2); break;
-    case 7 * 16 + 1: depthwise_line(s, rows, w, b, y, 7, 1); break;
-    case 7 * 16 + 2: depthwise_line(s, rows, w, b, y, 7, 2); break;
+    case 3 * 16 + 1: depthwise_line(s, rows, w, b, y, 3, 1, 0); break;
+    case 3 * 16 + 2: depthwise_line(s, rows, w, b, y, 3, 2, 0); break;
+    case 5 * 16 + 1: depthwise_line(s, rows, w, b, y, 5, 1, 0); break;
+    case 5 * 16 + 2: depthwise_line(s, rows, w, b, y, 5, 2, 0); break;
+    case 7 * 16 + 1: depthwise_line(s, rows, w, b, y, 7, 1, 0); break;
+    case 7 * 16 + 2: depthwise_line(s, rows, w, b, y, 7, 2, 0); break;
     default:
-        for (int ox = 0; ox < s->wo; ox++) depthwise_pixel(s, rows, w, b, y + (ptrdiff_t)ox * s->ldy, ox);
+        depthwise_borders(s, rows, w, b, y, 0, s->wo, 0);
     }
 }
 
 /* dx[iy][ix][c] = add + sum over taps of g[oy][ox][c] w[tap][c]. g has ldy floats a pixel, dx ldx, add ldr. */
 KERNEL depthwise_dx(const struct et_step *s, const float *g, const float *w, const float *add, float *dx) {
     const int C = s->ci;
+    const int even = s->sw == 1 && s->dw == 1 && s->pw < s->kw && add != dx; /* then it is a convolution of g */
+    struct et_step t = *s;
+    t.wi = s->wo, t.wo = s->wi, t.pw = s->kw - 1 - s->pw, t.ldx = s->ldy, t.ldy = s->ldx, t.act = 0;
     for (int iy = 0; iy < s->hi; iy++) {
         const float *grow[ET_MAX_ROWS];
         for (int ky = 0; ky < s->kh; ky++) {
             const int t = iy + s->ph - ky * s->dh;
             grow[ky] = t >= 0 && t % s->sh == 0 && t / s->sh < s->ho ? g + (ptrdiff_t)(t / s->sh) * s->wo * s->ldy : 0;
+        }
+        if (even) {
+            float *o = dx + (ptrdiff_t)iy * s->wi * s->ldx;
+            const float *more = add ? add + (ptrdiff_t)iy * s->wi * s->ldr : 0;
+            switch (s->kw) {
+            case 3: depthwise_line(&t, grow, w, 0, o, 3, 1, 1); break;
+            case 5: depthwise_line(&t, grow, w, 0, o, 5, 1, 1); break;
+            case 7: depthwise_line(&t, grow, w, 0, o, 7, 1, 1); break;
+            default: depthwise_borders(&t, grow, w, 0, o, 0, s->wi, 1);
+            }
+            for (int ix = 0; more && ix < s->wi; ix++, o += s->ldx, more += s->ldr)
+                for (int c = 0; c < C; c++) o[c] += more[c];
+            continue;
         }
         for (int ix = 0; ix < s->wi; ix++) {
             const ptrdiff_t pixel = (ptrdiff_t)iy * s->wi + ix;

@@ -90,26 +90,41 @@ KERNEL unary_dx(const struct et_step *s, const float *x, const float *g, const f
 KERNEL mask(const float *y, size_t n, int act, uint32_t *words) {
     const float top = act == ET_RELU6 ? 6.0f : 3.4028235e38f;
     for (size_t at = 0; at < n; at += 512, y += 512, words += 16) {
-        uint32_t bits[16] = {0};
-        const size_t left = MIN((size_t)512, n - at);
-        size_t k = 0;
-        for (; (k + 1) * 16 <= left; k++)
-            for (int l = 0; l < 16; l++) bits[l] |= (uint32_t)((y[k * 16 + l] > 0) & (y[k * 16 + l] < top)) << k;
-        for (size_t i = k * 16; i < left; i++) bits[i % 16] |= (uint32_t)((y[i] > 0) & (y[i] < top)) << k;
-        memcpy(words, bits, sizeof bits);
+        const int left = (int)MIN((size_t)512, n - at);
+        for (int l = 0; l < 16; l += VL) {
+#if VL > 1
+            vi bits = {0};
+            for (int k = 0; k * 16 + l < left; k++) {
+                const vf v = get(y + k * 16 + l, left - k * 16 - l);
+                bits |= (vi)(v > 0) & (vi)(v < top) & ((vi){0} + (int32_t)(1u << k));
+            }
+            memcpy(words + l, &bits, sizeof bits);
+#else
+            uint32_t bits = 0;
+            for (int k = 0; k * 16 + l < left; k++)
+                bits |= (uint32_t)((y[k * 16 + l] > 0) & (y[k * 16 + l] < top)) << k;
+            words[l] = bits;
+#endif
+        }
     }
 }
 
-typedef uint32_t __attribute__((may_alias)) bits32;
 /* y = g where the bit is set, else 0. */
 KERNEL mask_back(const float *g, size_t n, const uint32_t *words, float *y) {
-    const bits32 *from = (const bits32 *)(const void *)g; /* a float with all its bits cleared is 0 */
-    bits32 *to = (bits32 *)(void *)y;
-    for (size_t at = 0; at < n; at += 512, from += 512, to += 512, words += 16) {
-        const size_t left = MIN((size_t)512, n - at);
-        size_t k = 0;
-        for (; (k + 1) * 16 <= left; k++)
-            for (int l = 0; l < 16; l++) to[k * 16 + l] = from[k * 16 + l] & (0u - ((words[l] >> k) & 1u));
-        for (size_t i = k * 16; i < left; i++) to[i] = from[i] & (0u - ((words[i % 16] >> k) & 1u));
+    for (size_t at = 0; at < n; at += 512, g += 512, y += 512, words += 16) {
+        const int left = (int)MIN((size_t)512, n - at);
+        for (int l = 0; l < 16; l += VL) {
+#if VL > 1
+            vi bits;
+            memcpy(&bits, words + l, sizeof bits);
+            for (int k = 0; k * 16 + l < left; k++) {
+                const int m = left - k * 16 - l;
+                const vi pass = (vi)((bits & ((vi){0} + (int32_t)(1u << k))) != 0);
+                put(y + k * 16 + l, m, (vf)((vi)get(g + k * 16 + l, m) & pass));
+            }
+#else
+            for (int k = 0; k * 16 + l < left; k++) y[k * 16 + l] = (words[l] >> k) & 1u ? g[k * 16 + l] : 0.0f;
+#endif
+        }
     }
 }

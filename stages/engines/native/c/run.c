@@ -5,9 +5,12 @@ static void input_row(const struct et_net *net, const struct et_step *s, int row
     const size_t plane = (size_t)s->hi * (size_t)s->wi, width = (size_t)s->wi, channels = (size_t)s->ci;
     const size_t first = (size_t)row * width;
     if (net->input == ET_FLOAT_CHW) {
-        const float *x = net->sample;
-        for (size_t c = 0; c < channels; c++)
-            for (size_t i = 0; i < width; i++) y[i * (size_t)s->ldy + c] = x[c * plane + first + i];
+        const float *x = (const float *)net->sample + first;
+        if (channels == 3)
+            for (size_t i = 0; i < width; i++, y += s->ldy) y[0] = x[i], y[1] = x[i + plane], y[2] = x[i + 2 * plane];
+        else
+            for (size_t c = 0; c < channels; c++)
+                for (size_t i = 0; i < width; i++) y[i * (size_t)s->ldy + c] = x[c * plane + i];
     } else if (net->input == ET_FLOAT_HWC) {
         const float *x = (const float *)net->sample + first * channels;
         for (size_t i = 0; i < width; i++) memcpy(y + i * (size_t)s->ldy, x + i * channels, channels * sizeof *x);

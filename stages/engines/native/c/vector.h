@@ -4,6 +4,9 @@
 #ifndef ET_VECTOR_H
 #define ET_VECTOR_H
 #include "internal.h"
+#if ET_VL >= 8
+#include <immintrin.h>
+#endif
 
 #define VL ET_VL
 #define INL static inline __attribute__((always_inline))
@@ -35,7 +38,26 @@ INL vf vact(vf v, int act) { /* a value that is no number stays one */
 }
 #endif
 
-INL void put(float *y, int n, vf v) { /* the first n lanes */
+/* The first n lanes of a vector; those of a load that are not read are 0. */
+#if VL == 16
+INL void put(float *y, int n, vf v) {
+    if (n >= VL) vst(y, v);
+    else _mm512_mask_storeu_ps(y, (__mmask16)((1u << n) - 1u), (__m512)v);
+}
+INL vf get(const float *x, int n) {
+    return n >= VL ? vld(x) : (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1u), x);
+}
+#elif VL == 8
+INL __m256i lanes(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INL void put(float *y, int n, vf v) {
+    if (n >= VL) vst(y, v);
+    else _mm256_maskstore_ps(y, lanes(n), (__m256)v);
+}
+INL vf get(const float *x, int n) { return n >= VL ? vld(x) : (vf)_mm256_maskload_ps(x, lanes(n)); }
+#else
+INL void put(float *y, int n, vf v) {
     if (n >= VL) vst(y, v);
     else {
         float t[VL];
@@ -49,6 +71,7 @@ INL vf get(const float *x, int n) {
     for (int i = 0; i < n; i++) t[i] = x[i];
     return vld(t);
 }
+#endif
 
 /* The register tile: MR rows (pixels or channels) of NVT vectors, as macros, because named variables stay in registers
  * at every level of optimisation. HALF is a tile of half as many rows. */
