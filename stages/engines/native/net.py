@@ -77,7 +77,6 @@ class NativeNet:
         self.graph = graph
         self.lowering = lower(graph, updates) if lowering is None else lowering
         self._tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
-        self.image = aligned(0, np.uint8)
         self.image = _aligned_copy(encode(self.lowering, self._tensors))
         self.sizes = inspect(self.image, same_bits)
         self._library = library(same_bits)
@@ -89,6 +88,7 @@ class NativeNet:
         ]
         self._pool = ThreadPoolExecutor(len(self._workers)) if len(self._workers) > 1 else None
         self._library.et_reset(self._workers[0].handle)
+        self._kept = np.empty((0, self.sizes.kept_bytes), np.uint8)
         self._scale: Floats | None = None
         self._offset: Floats | None = None
 
@@ -112,27 +112,20 @@ class NativeNet:
         """
         x, kind = self._input(x)
         flat = np.empty((len(x), self.sizes.boundary), np.float32)
-        stride, row = x[:1].nbytes, 4 * self.sizes.boundary
-
-        def one(worker: Worker, sample: int) -> None:
-            self._call("et_prefix", worker, x.ctypes.data + sample * stride, flat.ctypes.data + sample * row)
-
+        scale = None if self._scale is None else self._scale.ctypes.data
+        offset = None if self._offset is None else self._offset.ctypes.data
         for worker in self._workers:
-            scale = None if self._scale is None else self._scale.ctypes.data
-            offset = None if self._offset is None else self._offset.ctypes.data
             check(self._library.et_set_input(worker.handle, kind, scale, offset), "native engine")
-        self._each(one, len(x))
+        call, source, target = self._library.et_prefix, _rows(x), _rows(flat)
+        self._each(lambda worker, i: call(worker.handle, source[i], target[i]), len(x))
         return self._split(flat)
 
     def suffix(self, boundary: Boundary) -> Floats:
         """What `prefix` gave -> features (N, D), nothing kept."""
         flat = self._joined(boundary)
         features = np.empty((len(flat), self.sizes.features), np.float32)
-
-        def one(worker: Worker, sample: int) -> None:
-            self._call("et_suffix", worker, _row(flat, sample), _row(features, sample))
-
-        self._each(one, len(flat))
+        call, source, target = self._library.et_suffix, _rows(flat), _rows(features)
+        self._each(lambda worker, i: call(worker.handle, source[i], target[i]), len(flat))
         return features
 
     def features(self, x: NDArray[Any]) -> Floats:
@@ -140,14 +133,23 @@ class NativeNet:
         return self.suffix(self.prefix(x))
 
     def forward(self, boundary: Boundary) -> tuple[Floats, NDArray[np.uint8]]:
-        """What `prefix` gave -> features (N, D) and what the backward pass needs, (N, bytes)."""
+        """What `prefix` gave -> features (N, D) and what the backward pass needs, (N, bytes).
+
+        The latter is the net's own, and good until the next call: fresh memory for every step costs more time than
+        filling it.
+        """
         flat = self._joined(boundary)
         features = np.empty((len(flat), self.sizes.features), np.float32)
-        kept = np.empty((len(flat), self.sizes.kept_bytes), np.uint8)
+        if len(self._kept) < len(flat):
+            self._kept = np.empty((len(flat), self.sizes.kept_bytes), np.uint8)
+        kept = self._kept[: len(flat)]
+        call, keep, source, target, keeps = (
+            self._library.et_forward, self._library.et_keep, _rows(flat), _rows(features), _rows(kept)
+        )  # fmt: skip
 
         def one(worker: Worker, sample: int) -> None:
-            self._call("et_forward", worker, _row(flat, sample), _row(features, sample))
-            self._library.et_keep(worker.handle, _row(kept, sample))
+            call(worker.handle, source[sample], target[sample])
+            keep(worker.handle, keeps[sample])
 
         self._each(one, len(flat))
         return features, kept
@@ -155,10 +157,13 @@ class NativeNet:
     def backward(self, kept: NDArray[np.uint8], gradient: Floats) -> None:
         """Add to `gradient` of the net, from what `forward` kept and the gradient at the features (N, D)."""
         gradient = np.ascontiguousarray(gradient, np.float32)
+        call, restore, source, keeps = (
+            self._library.et_backward, self._library.et_restore, _rows(gradient), _rows(kept)
+        )  # fmt: skip
 
         def one(worker: Worker, sample: int) -> None:
-            self._library.et_restore(worker.handle, _row(kept, sample))
-            self._call("et_backward", worker, _row(gradient, sample))
+            restore(worker.handle, keeps[sample])
+            call(worker.handle, source[sample])
 
         self._summed(one, len(gradient))
 
@@ -166,11 +171,15 @@ class NativeNet:
         """`forward` and `backward` in one, sample by sample: nothing is kept for more than one of them."""
         flat = self._joined(boundary)
         gradient = np.ascontiguousarray(gradient, np.float32)
+        waste = np.empty((len(self._workers), self.sizes.features), np.float32)
+        wastes = dict(zip(self._workers, _rows(waste), strict=True))
+        forward, backward, source, pulls = (
+            self._library.et_forward, self._library.et_backward, _rows(flat), _rows(gradient)
+        )  # fmt: skip
 
         def one(worker: Worker, sample: int) -> None:
-            waste = np.empty(self.sizes.features, np.float32)
-            self._call("et_forward", worker, _row(flat, sample), waste.ctypes.data)
-            self._call("et_backward", worker, _row(gradient, sample))
+            forward(worker.handle, source[sample], wastes[worker])
+            backward(worker.handle, pulls[sample])
 
         self._summed(one, len(gradient))
 
@@ -182,11 +191,6 @@ class NativeNet:
             return np.ascontiguousarray(x), 2
         self.graph.check_input(x.shape)
         return np.ascontiguousarray(x, np.float32), 0
-
-    def _call(self, name: str, worker: Worker, *arguments: int) -> None:
-        code = getattr(self._library, name)(worker.handle, *arguments)
-        if code:
-            check(code, name)
 
     def _split(self, flat: Floats) -> Boundary:
         values, at = [], 0
@@ -286,9 +290,10 @@ class NativeNet:
         return {**self._tensors, **self.changed_tensors()}
 
 
-def _row(array: NDArray[Any], sample: int) -> int:
-    """Address of one sample's row."""
-    return array.ctypes.data + sample * array.strides[0]
+def _rows(array: NDArray[Any]) -> range:
+    """The address of each sample's row."""
+    start, step = array.ctypes.data, array.strides[0]
+    return range(start, start + step * len(array), step) if step else range(start, start + len(array))
 
 
 def _aligned_copy(data: bytes) -> NDArray[np.uint8]:

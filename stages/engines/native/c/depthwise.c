@@ -17,8 +17,8 @@
 
 /* One output pixel, the first `C` channels: taps ky of rows that are there, columns k0..k1. flip: the columns' weights
  * in reverse. */
-INL void depthwise_pixel(const struct et_step *s, et_rows rows, const float *w, const float *b, float *o, int ox,
-                         const int C, const int flip) {
+KERNEL depthwise_pixel(const struct et_step *s, et_rows rows, const float *w, const float *b, float *o, int ox,
+                       const int C, const int flip) {
     const int left = ox * s->sw - s->pw;
     const int k0 = left >= 0 ? 0 : (-left + s->dw - 1) / s->dw;
     const int k1 = s->wi - 1 < left ? 0 : MIN(s->kw, (s->wi - 1 - left) / s->dw + 1);
@@ -90,8 +90,8 @@ INL void depthwise_inside(const struct et_step *s, et_rows rows, const float *w,
 }
 
 /* Four output pixels from ox (fewer at the end of the row), channels from c: columns outside of the map are left out. */
-INL void depthwise_border(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, int ox,
-                          int end, int c, const int flip) {
+KERNEL depthwise_border(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, int ox,
+                        int end, int c, const int flip) {
     for (; c < s->ci; c += VL) {
         const int n = MIN(VL, s->ci - c), count = MIN(4, end - ox), left = ox * s->sw - s->pw;
         vf a0 = b ? get(b + c, n) : vset(0), a1 = a0, a2 = a0, a3 = a0;
@@ -114,8 +114,8 @@ INL void depthwise_border(const struct et_step *s, et_rows rows, const float *w,
 }
 
 /* Output pixels ox..end at the borders. */
-INL void depthwise_borders(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, int ox,
-                           int end, const int flip) {
+KERNEL depthwise_borders(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, int ox,
+                         int end, const int flip) {
     const int wide = s->ci / (4 * VL) * (4 * VL);
     for (int i = ox; wide && i < end; i++)
         depthwise_pixel(s, rows, w, b, y + (ptrdiff_t)i * s->ldy, i, wide, flip);
