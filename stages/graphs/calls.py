@@ -538,8 +538,9 @@ FACTORIES = frozenset(f"{name}.default" for name in ("arange", "zeros", "ones", 
 
 
 def called(node: Any) -> str:
-    """`conv2d.default` of an ATen call."""
-    return str(node.target).removeprefix("aten.")
+    """`conv2d.default` of an ATen call; an in-place call (`relu_`) has the name of its twin."""
+    base, dot, overload = str(node.target).removeprefix("aten.").partition(".")
+    return f"{base.removesuffix('_') if node.target._schema.is_mutable else base}{dot}{overload}"
 
 
 def full_shape(node: Any) -> Shape | None:
