@@ -183,9 +183,13 @@ def _head_nodes(head: Head | None) -> list[Node]:
         return []
     softmax: Node = ("Softmax", ["logits"], "probabilities", {"axis": 1})
     if head.kind == "linear":
-        return [("Gemm", ["features", "head.weight", "head.bias"], "logits", {"transB": 1}), softmax]
-    unit: Node = ("LpNormalization", ["features"], "head/unit", {"axis": 1, "p": 2})
-    return [unit, ("Gemm", ["head/unit", "head.weight"], "logits", {"transB": 1, "alpha": float(head.scale)}), softmax]
+        return [("Gemm", ["features", "logits/weight", "logits/bias"], "logits", {"transB": 1}), softmax]
+    unit: Node = ("LpNormalization", ["features"], "logits/unit", {"axis": 1, "p": 2})
+    return [
+        unit,
+        ("Gemm", ["logits/unit", "logits/weight"], "logits", {"transB": 1, "alpha": float(head.scale)}),
+        softmax,
+    ]
 
 
 def _head_constants(head: Head | None) -> dict[str, Any]:
@@ -193,8 +197,8 @@ def _head_constants(head: Head | None) -> dict[str, Any]:
     if head is None:
         return {}
     if head.kind == "linear":
-        return {"head.weight": head.weight, "head.bias": head.bias}
-    return {"head.weight": unit_rows(head.weight)}
+        return {"logits/weight": head.weight, "logits/bias": head.bias}
+    return {"logits/weight": unit_rows(head.weight)}
 
 
 def unit_rows(weight: Array) -> Array:

@@ -250,8 +250,15 @@ def _pad_onnx(op: Op, w: Any) -> None:
         _wrapped_onnx(op, w)
         return
     amounts = w.integers([0, *op["before"], 0, *op["after"]])
-    inputs = [*w.inputs(op), amounts] + ([w.number(op["value"])] if op["mode"] == "constant" else [])
+    value = op["value"]
+    if value == 0 and any(w.graph[name].kind == "max_pool" for name in w.graph.consumers[op.name]):
+        value = SMALLEST
+    inputs = [*w.inputs(op), amounts] + ([w.number(value)] if op["mode"] == "constant" else [])
     w.node("Pad", inputs, w.output(op), mode=MODES[op["mode"]])
+
+
+SMALLEST = 1.1754943508222875e-38
+"""Stands for 0 where maxima follow: onnxruntime merges a border of zeros into their windows, which then have none."""
 
 
 def _wrapped_onnx(op: Op, w: Any) -> None:
