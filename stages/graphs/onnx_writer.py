@@ -77,19 +77,20 @@ class Writer:
         found = []
         for i, (source, name) in enumerate(zip(op.inputs, self.inputs(op), strict=True)):
             if source in self.graph.constants:
-                self.node("Expand", [name, self.sizes(op, op.in_shapes[i])], self.inner(op, f"batched{i}"))
+                self.node("Expand", [name, self.sizes(op.in_shapes[i])], self.inner(op, f"batched{i}"))
                 name = self.inner(op, f"batched{i}")
             found.append(name)
         return found
 
-    def sizes(self, op: Op, shape: Shape) -> str:
+    def sizes(self, shape: Shape) -> str:
         """The value's whole shape, the number of samples as it is when the model runs."""
-        size = "input/size"
-        if not any(output == size for _, _, output, _ in self.nodes):
+        size, whole = "input/size", f"input/size{'x'.join(map(str, ('', *shape)))}"
+        made = {output for _, _, output, _ in self.nodes}
+        if size not in made:
             self.node("Shape", ["input"], "input/shape")
             self.node("Slice", ["input/shape", self.integers([0]), self.integers([1])], size)
-        whole = f"{op.name}/sizes{'x'.join(map(str, shape))}"
-        self.node("Concat", [size, self.integers(shape)], whole, axis=0)
+        if whole not in made:
+            self.node("Concat", [size, self.integers(shape)], whole, axis=0)
         return whole
 
     # --------------------------------------------------------------------------------------------------- constants

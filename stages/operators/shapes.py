@@ -323,7 +323,7 @@ def _upsample_onnx(op: Op, w: Any) -> None:
     mode = {"nearest": "nearest", "bicubic": "cubic"}.get(op["mode"], "linear")
     half = "asymmetric" if mode == "nearest" else "align_corners" if op["align_corners"] else "half_pixel"
     more = {"nearest_mode": "floor"} if mode == "nearest" else {"cubic_coeff_a": -0.75} if mode == "cubic" else {}
-    sizes = w.sizes(op, op.shape)
+    sizes = w.sizes(op.shape)
     w.node(
         "Resize", [*w.inputs(op), "", "", sizes], w.output(op), coordinate_transformation_mode=half, mode=mode, **more
     )
