@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 
 from stages.engines.torch import reference
+from tests.engines.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
+from tests.engines.torch.test_net import chain, weighted
 from tests.rounding import (
     Bounded,
     check_features,
@@ -20,8 +22,6 @@ from tests.rounding import (
     product_bound,
     unit_roundoff,
 )
-from tests.engines.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
-from tests.engines.torch.test_net import chain, weighted
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 

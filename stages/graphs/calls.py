@@ -118,11 +118,11 @@ class Call:
             return self._folded(args, kwargs)
         rule = DROPPED.get(self.name) or _translators().get(self.name)
         if rule is None:
-            self.refuse(f"operator {_as_written(self.node, self.name)}", "one of docs/operators.md", _advice(self.name))
+            self.refuse(f"operator {as_written(self.node, self.name)}", "one of docs/operators.md", _advice(self.name))
         try:
             found = rule(self, *args, **kwargs)
         except TypeError as error:
-            self.refuse(f"{_as_written(self.node, self.name)} is called in an unsupported way: {error}", "")
+            self.refuse(f"{as_written(self.node, self.name)} is called in an unsupported way: {error}", "")
         return self._settled(found)
 
     def _settled(self, found: Any) -> Any:
@@ -218,7 +218,7 @@ class Call:
         try:
             op = replace(op, shape=operator.shape(replace(op, shape=given or op.in_shape)))
         except ValueError as error:
-            self.refuse(f"{_as_written(self.node, self.name)}: {error}", "shapes that fit")
+            self.refuse(f"{as_written(self.node, self.name)}: {error}", "shapes that fit")
         self.b.add(op)
         if not shares:
             for what, part in held.items():
@@ -239,6 +239,8 @@ class Call:
             return self.b.fresh(base), ""
         if weight.origin is not None:
             base = _owner(weight.origin, weight.tensor, self.path, kind)
+        elif entry := _parametrized(weight.sources):
+            base = _owner(Origin(entry), weight.tensor, self.path, kind)
         elif not plain or kind == "scale":
             base = self.path or base
         key = (weight.tensor.data_ptr(), tuple(weight.tensor.shape), weight.tensor.stride())
@@ -316,7 +318,7 @@ class Call:
         axes = [i for i, size in enumerate(full) if size and size % BATCH == 0]
         if len(axes) != 1:
             self.refuse(
-                f"{_as_written(self.node, self.name)} mixes the samples of a batch: shape {_shown(full)}",
+                f"{as_written(self.node, self.name)} mixes the samples of a batch: shape {_shown(full)}",
                 "each sample by itself",
                 "keep the batch in an axis of its own",
             )
@@ -336,7 +338,7 @@ class Call:
     def value(self, x: Any) -> Value:
         """`x` as a value. Refuses constants."""
         if not isinstance(x, Value):
-            self.refuse(f"{_as_written(self.node, self.name)} of {x!r:.60}", "an activation")
+            self.refuse(f"{as_written(self.node, self.name)} of {x!r:.60}", "an activation")
         return x
 
     def first_value(self, parts: Sequence[Any]) -> Value:
@@ -344,7 +346,7 @@ class Call:
 
     def _constant(self, x: Any) -> Constant:
         if not isinstance(x, Constant):
-            self.refuse(f"{_as_written(self.node, self.name)} with a weight computed from activations", "a parameter")
+            self.refuse(f"{as_written(self.node, self.name)} with a weight computed from activations", "a parameter")
         return x
 
     def tensor_shape(self, x: Any) -> Shape:
@@ -356,7 +358,7 @@ class Call:
     def numbers(self, x: Any) -> list[Any]:
         """The entries of a constant of whole numbers. Refuses what depends on the input."""
         if not isinstance(x, Constant) or x.tensor.is_floating_point():
-            self.refuse(f"{_as_written(self.node, self.name)} by computed numbers", "fixed numbers")
+            self.refuse(f"{as_written(self.node, self.name)} by computed numbers", "fixed numbers")
         found: list[Any] = x.tensor.flatten().tolist()
         return found
 
@@ -364,8 +366,9 @@ class Call:
         """Shape of a constant of whole numbers."""
         return tuple(x.tensor.shape) if isinstance(x, Constant) else ()
 
-    def filled(self, shape: Shape, value: float) -> Constant:
-        return Constant(torch.full(shape, value))
+    def filled_like(self, x: Any, value: float) -> Constant:
+        """A constant of another's shape and dtype."""
+        return Constant(torch.full_like(self._constant(x).tensor, value))
 
     def rank(self, x: Any) -> int:
         """Number of axes as captured."""
@@ -384,7 +387,7 @@ class Call:
         x = self.value(x)
         axes = self.per_sample_axes(x)
         if dim % len(x.full) not in axes:
-            self.refuse(f"{_as_written(self.node, self.name)} over the batch", "each sample by itself")
+            self.refuse(f"{as_written(self.node, self.name)} over the batch", "each sample by itself")
         return axes.index(dim % len(x.full))
 
     # ----------------------------------------------------------------------------------------------------- shaping
@@ -394,7 +397,7 @@ class Call:
         value = self.value(x)
         if len(value.full) != axes + 2 or value.batch_axis != 0 or not value.batch_alone:
             self.refuse(
-                f"{_as_written(self.node, self.name)} of {_shown(value.full)}",
+                f"{as_written(self.node, self.name)} of {_shown(value.full)}",
                 "(N, C, T) or (N, C, H, W), N the batch alone",
                 "keep the batch in the first axis",
             )
@@ -404,23 +407,21 @@ class Call:
         """`x` with its channels behind the batch, as norms read it. Refuses a batch elsewhere."""
         value = self.value(x)
         if len(value.full) < 2 or value.batch_axis != 0:
-            self.refuse(f"{_as_written(self.node, self.name)} of {_shown(value.full)}", "(N, C, ...)")
+            self.refuse(f"{as_written(self.node, self.name)} of {_shown(value.full)}", "(N, C, ...)")
         return value
 
     def grouped(self, x: Any) -> Value:
         """`x` with its channels first in every sample. Refuses a batch that shares its axis."""
         value = self.channels_first(x)
         if not value.batch_alone:
-            self.refuse(
-                f"{_as_written(self.node, self.name)} of {_shown(value.full)}", "(N, C, ...), N the batch alone"
-            )
+            self.refuse(f"{as_written(self.node, self.name)} of {_shown(value.full)}", "(N, C, ...), N the batch alone")
         return value
 
     def last_axis_free(self, x: Any) -> Value:
         """`x` with something else than the batch in its last axis."""
         value = self.value(x)
         if value.batch_axis == len(value.full) - 1:
-            self.refuse(f"{_as_written(self.node, self.name)} over the batch", "each sample by itself")
+            self.refuse(f"{as_written(self.node, self.name)} over the batch", "each sample by itself")
         return value
 
     def reshape(self, x: Any) -> Any:
@@ -452,7 +453,7 @@ class Call:
         full[dim] = -(-(stop - start) // step)
         inner = Call(self.b, self.node, self.name, self.path, tuple(full))
         if stop <= start or x.full[dim] % BATCH == 0:
-            self.refuse(f"{_as_written(self.node, self.name)} {start}:{stop} of {_shown(x.full)}", "part of a sample")
+            self.refuse(f"{as_written(self.node, self.name)} {start}:{stop} of {_shown(x.full)}", "part of a sample")
         return inner.emit("slice", [x], axis=axis, start=start, stop=stop, step=step)
 
     def aligned(self, a: Any, b: Any) -> list[Value]:
@@ -461,7 +462,7 @@ class Call:
             behind = [len(x.full) - x.batch_axis for x in (a, b)]
             if behind[0] != behind[1]:
                 self.refuse(
-                    f"{_as_written(self.node, self.name)} of {_shown(a.full)} and {_shown(b.full)}", "one batch axis"
+                    f"{as_written(self.node, self.name)} of {_shown(a.full)} and {_shown(b.full)}", "one batch axis"
                 )
             return [a, b]
         value = a if isinstance(a, Value) else b
@@ -585,6 +586,12 @@ def _owner(origin: Origin, tensor: Tensor, path: str, kind: str) -> str:
     return base if origin.rows < 0 else f"{base}_{origin.start // max(origin.rows, 1)}"
 
 
+def _parametrized(sources: frozenset[str]) -> str:
+    """The entry of the state dict that torch's parametrisations stand for (`conv.weight`), if a weight is made so."""
+    parts = (name.partition(".parametrizations.") for name in sorted(sources))
+    return next((f"{owner}.{rest.partition('.')[0]}" for owner, _, rest in parts if rest), "")
+
+
 def _values_in(tree: Any) -> bool:
     if isinstance(tree, Value):
         return True
@@ -629,7 +636,7 @@ def _shown(full: Shape) -> str:
     return f"({', '.join(sizes)})"
 
 
-def _as_written(node: Any, name: str) -> str:
+def as_written(node: Any, name: str) -> str:
     """The operator as its user wrote it: the last source line of the call where there is one, and ATen's name."""
     trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
     line = next((text.strip() for text in reversed(trace) if text.strip() and not text.strip().startswith("File")), "")

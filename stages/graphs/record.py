@@ -76,7 +76,7 @@ def _texts(tree: Group, name: str, where: str) -> tuple[str, ...]:
 
 def _check_ends(ops: tuple[Op, ...], where: str) -> None:
     first, last = ops[0], ops[-1]
-    if first.kind != "input" or any(op.kind == "input" for op in ops[1:]):
+    if [op.name for op in ops if op.operator.given] != [first.name]:
         raise SchemaError(where, "no input first, or another one later", "one input, the first operator")
     if len(last.shape) != 1:
         raise SchemaError(where, f"an output of shape {last.shape}", "a feature vector (D,)")

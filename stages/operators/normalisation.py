@@ -64,10 +64,9 @@ def _aten_batchnorm(
 ) -> Any:  # fmt: skip
     if training or mean is None:
         call.refuse("batch_norm with the batch's own statistics", "running statistics", "track_running_stats=True")
-    shape = call.tensor_shape(mean)
     own = {
-        "weight": call.filled(shape, 1.0) if weight is None else weight,
-        "bias": call.filled(shape, 0.0) if bias is None else bias,
+        "weight": call.filled_like(mean, 1.0) if weight is None else weight,
+        "bias": call.filled_like(mean, 0.0) if bias is None else bias,
         "running_mean": mean,
         "running_var": var,
     }

@@ -170,33 +170,33 @@ Pull: TypeAlias = Callable[[Kept, Flow], Sequence[Flow]]
 
 
 def keeps_nothing(op: Op, wanted: Set[int]) -> Keep:
-    """A linear operator without data of its own: its gradient needs no value."""
+    """Nothing: the gradient needs no value."""
     return Keep()
 
 
 def keeps_input(op: Op, wanted: Set[int]) -> Keep:
-    """The gradient is a function of the input."""
+    """The input, of which the gradient is a function."""
     return Keep(inputs=(0,))
 
 
 def keeps_output(op: Op, wanted: Set[int]) -> Keep:
-    """The gradient is a function of the output."""
+    """The output, of which the gradient is a function."""
     return Keep(output=True)
 
 
 def keeps_bits(op: Op, wanted: Set[int]) -> Keep:
-    """The gradient takes one of two factors per element."""
+    """One bit per element: which of two factors the gradient takes."""
     return Keep(bits=True)
 
 
 def keeps_others(op: Op, wanted: Set[int]) -> Keep:
-    """A product: the gradient of each input that is wanted needs all the others."""
+    """Of each input whose gradient is needed the others, as a product has it."""
     needed = {i for i in range(len(op.inputs)) for w in wanted if i != w}
     return Keep(inputs=tuple(sorted(needed)))
 
 
 def keeps_all(op: Op, wanted: Set[int]) -> Keep:
-    """The gradient needs every input."""
+    """Every input."""
     return Keep(inputs=tuple(range(len(op.inputs))))
 
 
@@ -270,6 +270,10 @@ class Operator:
     """The output may share the input's memory."""
     overwrite: Callable[[Op, Sequence[Tensor], int], Tensor] | None = None
     """Torch: the forward rule into the memory of the input of that number, which nobody else needs."""
+    given: bool = False
+    """The sample itself: what a graph begins with, and holds once."""
+    as_vector: Callable[[Op], Op | None] | None = None
+    """The operator that gives a vector at once, for one whose readers only reshape it into one; None for none."""
     joins: str = ""
     """How branches of a block meet here, where they do: `sum` or `side` (by side)."""
     probabilities: bool = False

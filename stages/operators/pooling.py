@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def _index_dtype(positions: int) -> Any:
 
 
 def _keeps_window(op: Op, wanted: Set[int]) -> Keep:
-    """Which position of its window each maximum came from."""
+    """One byte per output, 2 or 4 for large windows: which position of the window the maximum came from."""
     return Keep(index_bytes=_index_bytes(prod(op.kernel)))
 
 
@@ -234,7 +235,7 @@ def adaptive_means(size: int, out: int) -> Any:
 
 
 def _keeps_positions(op: Op, wanted: Set[int]) -> Keep:
-    """Which position of the map each maximum came from."""
+    """1, 2 or 4 bytes per output: which position of the map the maximum came from."""
     return Keep(index_bytes=_index_bytes(prod(op.in_shape[1:])))
 
 
@@ -332,6 +333,13 @@ def _mean(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
     return inputs[0].mean(_axes(op), keepdim=bool(op["keepdim"]))
 
 
+def _mean_as_vector(op: Op) -> Op | None:
+    """The mean over all positions, read as (C,)."""
+    if op["axes"] != tuple(range(1, len(op.in_shape))) or not op["keepdim"]:
+        return None
+    return replace(op, kind="global_pool", shape=op.shape[:1], args=())
+
+
 def _sum(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
     return inputs[0].sum(_axes(op), keepdim=bool(op["keepdim"]))
 
@@ -346,7 +354,7 @@ def _max(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
 
 
 def _keeps_place(op: Op, wanted: Set[int]) -> Keep:
-    """Which entry along the axis each maximum is."""
+    """1, 2 or 4 bytes per output: which entry along the axis the maximum is."""
     return Keep(index_bytes=_index_bytes(op.in_shape[op["axes"][0]]))
 
 
@@ -567,7 +575,7 @@ register(
     Operator(
         kind="mean", doc="the mean over some axes",
         args={"axes": tuple, "keepdim": bool}, shape=_reduced_shape, macs=AVERAGE,
-        keeps=keeps_nothing, forward=_mean, pull=linear_pull, onnx=_mean_onnx,
+        keeps=keeps_nothing, forward=_mean, pull=linear_pull, as_vector=_mean_as_vector, onnx=_mean_onnx,
         aten={"mean.dim": _aten_mean, "mean.default": _aten_mean},
     ),
     Operator(

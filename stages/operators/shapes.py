@@ -560,7 +560,7 @@ _VIEWS = (
 register(
     Operator(
         kind="input", doc="the sample after the input adapter", arity=(0, 0), shape=_given, macs="computes nothing",
-        keeps=keeps_nothing, forward=_input, onnx=None, aten={},
+        keeps=keeps_nothing, forward=_input, given=True, onnx=None, aten={},
     ),
     Operator(
         kind="constant", doc="a tensor that no input changes: a position table, a class token, a number", arity=(0, 0),

@@ -101,7 +101,8 @@ def grow_add(draw, builder: Builder, value: Op) -> Op:
 def grow_concat(draw, builder: Builder, value: Op) -> Op:
     others = [op for op in builder.ops if op.shape[1:] == value.shape[1:] and op.shape[0] <= 8]
     chosen = [value, *draw(st.lists(st.sampled_from(others or [value]), min_size=1, max_size=2))]
-    return builder.add("concat", chosen, (sum(op.shape[0] for op in chosen), *value.shape[1:]))
+    shape = (sum(op.shape[0] for op in chosen), *value.shape[1:])
+    return builder.add("concat", chosen, shape, args=(("axis", 0),))
 
 
 def grow_pool(kind: str):

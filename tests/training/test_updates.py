@@ -14,9 +14,9 @@ from stages.errors import DataError
 from stages.fsl.protonet import support_loss
 from stages.models.deploy import Backbone
 from stages.training.updates import PrefixCache, cache_prefix, features_of, gradient_update
-from tests.rounding import Bounded, gradient_bounds, in_double, loss_bound
 from tests.engines.random_graphs import cases, random_backbone, random_input
 from tests.engines.torch.test_net import chain, expected_gradients
+from tests.rounding import Bounded, gradient_bounds, in_double, loss_bound
 
 UPDATES = (LayerUpdate("middle", "output", (0, 2), 4, (1,)), LayerUpdate("last", "input", (1, 3), 4))
 LABELS = torch.tensor([0, 1, 1, 2, 0])

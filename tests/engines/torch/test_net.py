@@ -20,8 +20,8 @@ from stages.models import registry
 from stages.models.deploy import Backbone, deploy
 from stages.operators import Op
 from stages.planning.shortcuts import residual_entries, with_detached
-from tests.rounding import Bounded, check_features, gradient_bounds, in_double
 from tests.engines.random_graphs import cases, distance_to_kinks, random_backbone, random_input
+from tests.rounding import Bounded, check_features, gradient_bounds, in_double
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -306,15 +306,15 @@ def test_live_slices_can_be_taken_out_and_put_back(backbone, x):
 @pytest.mark.parametrize(
     ("update", "found"),
     [
-        (LayerUpdate("nowhere", "output", (0,), 4), "no such layer"),
-        (LayerUpdate("sum", "output", (0,), 4), "no such layer"),
+        (LayerUpdate("nowhere", "output", (0,), 4), "'nowhere', expected a layer of this model"),
+        (LayerUpdate("sum", "output", (0,), 4), "'sum', expected a layer of this model"),
         (replace(MIDDLE, axis_channels=8), "8 output channels"),
         (replace(MIDDLE, axis="sideways"), "sideways"),
-        (replace(MIDDLE, channels=(), bias=()), "nothing that trains"),
+        (replace(MIDDLE, channels=(), bias=()), "nothing trains"),
         (replace(MIDDLE, channels=(2, 0)), "ascending"),
         (replace(MIDDLE, channels=(1, 1)), "ascending"),
-        (replace(MIDDLE, channels=(4,)), r"0\.\.3"),
-        (replace(MIDDLE, bias=(-1,)), r"0\.\.3"),
+        (replace(MIDDLE, channels=(4,)), "0 to 3"),
+        (replace(MIDDLE, bias=(-1,)), "0 to 3"),
     ],
 )
 def test_a_plan_of_another_model_is_refused(backbone, update, found):
@@ -323,17 +323,17 @@ def test_a_plan_of_another_model_is_refused(backbone, update, found):
 
 
 def test_a_layer_is_updated_once(backbone):
-    with pytest.raises(DataError, match="twice"):
+    with pytest.raises(DataError, match="each layer once"):
         SparseNet(backbone, [MIDDLE, MIDDLE])
 
 
 def test_biases_of_a_layer_without_bias_are_refused():
     graph = Graph(tuple(replace(op, bias=False) if op.name == "middle" else op for op in chain().ops))
-    with pytest.raises(DataError, match="no bias"):
+    with pytest.raises(DataError, match=r"middle.* bias.*expected none"):
         SparseNet(random_backbone(graph, 0, torch.float32), [MIDDLE])
 
 
-@pytest.mark.parametrize("kind", ["batchnorm", "softmax"])
+@pytest.mark.parametrize("kind", ["batchnorm", "fourier"])
 @pytest.mark.parametrize("name", ["act", "sum"])
 def test_an_operator_out_of_place_is_named(backbone, kind, name):
     ops = tuple(replace(op, kind=kind) if op.name == name else op for op in backbone.graph.ops)
@@ -354,7 +354,7 @@ def test_gradients_that_branches_share_are_not_overwritten():
         conv("trunk", "act", shape, shape),
         conv("side", "trunk", shape, shape),
         Op("sum", "add", ("trunk", "act"), shape, in_shapes=(shape,) * 2),
-        Op("both", "concat", ("sum", "side"), (8, 6, 6), in_shapes=(shape,) * 2),
+        Op("both", "concat", ("sum", "side"), (8, 6, 6), in_shapes=(shape,) * 2, args=(("axis", 0),)),
         Op("mean", "global_pool", ("both",), (8,), in_shapes=((8, 6, 6),)),
     )
     whole = [LayerUpdate(name, "output", (0, 1, 2, 3), 4) for name in ("stem", "trunk", "side")]
@@ -403,7 +403,7 @@ def test_no_gradient_flows_below_the_earliest_live_layer(backbone, x, monkeypatc
     monkeypatch.setattr(torch.nn.functional, "conv_transpose2d", refuse)
     net = SparseNet(backbone, [MIDDLE])
     weighted(net.suffix(net.prefix(x))).backward()
-    both = SparseNet(backbone, [MIDDLE, replace(MIDDLE, layer="stem")])
+    both = SparseNet(backbone, [replace(MIDDLE, layer="stem"), MIDDLE])
     loss = weighted(both.suffix(both.prefix(x)))
     with pytest.raises(AssertionError, match="input gradient"):
         loss.backward()
@@ -413,7 +413,7 @@ def test_a_live_layer_that_nothing_reads_gets_no_gradient(x):
     graph = chain()
     dead = conv("dead", "act", (4, 6, 6), (4, 6, 6))
     ops = (*graph.ops[:3], dead, *graph.ops[3:])
-    net = SparseNet(random_backbone(Graph(ops), 0, torch.float32), [MIDDLE, replace(MIDDLE, layer="dead")])
+    net = SparseNet(random_backbone(Graph(ops), 0, torch.float32), [replace(MIDDLE, layer="dead"), MIDDLE])
     weighted(net.suffix(net.prefix(x))).backward()
     assert [parameter.grad is None for parameter in net.parameters()] == [True, True, False, False]
 

@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stages.sparse import masks
 
 from stages.artifacts.records import LayerUpdate
+from stages.engines.torch import masks, program
 from stages.engines.torch.live import Live, channels_of
-from stages.engines.torch.masks import max_pool_gradient, pack, unpack, window_index
+from stages.engines.torch.masks import pack, unpack
 from stages.engines.torch.weight_gradients import OUTER_PAIRS, _outer_gradient, weight_gradient
-from stages.errors import UsageError
 from stages.graphs.graph import Graph
-from stages.models import fused
+from stages.graphs.keeping import layer_holds
 from stages.operators import Op
+from stages.operators.op import Flow, Kept
+from stages.operators.pooling import window_index
 from tests.rounding import value_bounds
 
 FEW = settings(max_examples=30, deadline=None, derandomize=True)
@@ -25,10 +26,19 @@ FEW = settings(max_examples=30, deadline=None, derandomize=True)
 
 def image(shape: tuple[int, ...], seed: int, channels_last: bool, dtype=torch.float64) -> torch.Tensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    return fused.laid_out(x, channels_last)
+    return program.laid_out(x, channels_last)
 
 
 # --------------------------------------------------------------------------------------------------------------- masks
+
+
+def passes(activation: str, output: torch.Tensor) -> torch.Tensor:
+    """Where gradients pass an activation, by its own rule, which reads the output alone: activations run in place."""
+    shape = tuple(output.shape[1:])
+    op = Op("act", activation, ("x",), shape, (shape,))
+    rule = op.operator.passes
+    assert rule is not None
+    return rule(op, (), output.detach())
 
 
 @FEW
@@ -37,7 +47,7 @@ def test_bits_say_where_gradients_pass(shape, channels_last, activation):
     x = (4 * image(tuple(shape), 1, channels_last)).requires_grad_()
     output = F.relu(x) if activation == "relu" else F.relu6(x)
     output.sum().backward()
-    bits = pack(output, activation, channels_last)
+    bits = pack(passes(activation, output), channels_last)
     assert bits.dtype == torch.uint8
     assert bits.numel() == -(-output.numel() // 8)
     assert torch.equal(unpack(bits, shape[0], tuple(shape[1:]), channels_last).double(), x.grad)
@@ -45,8 +55,8 @@ def test_bits_say_where_gradients_pass(shape, channels_last, activation):
 
 def test_bits_by_hand():
     output = torch.tensor([[0.0, 1.0, 6.0, 5.9, 0.0, 2.0, 0.0, 0.0, 3.0, 6.0]])
-    assert pack(output, "relu", False).tolist() == [0b01110100, 0b11000000]
-    assert pack(output, "relu6", False).tolist() == [0b01010100, 0b10000000]
+    assert pack(passes("relu", output), False).tolist() == [0b01110100, 0b11000000]
+    assert pack(passes("relu6", output), False).tolist() == [0b01010100, 0b10000000]
 
 
 @FEW
@@ -57,6 +67,13 @@ def test_the_torch_form_of_packing_is_numpys(passes):
     bits = masks._pack_anywhere(flat)
     assert bits.tolist() == np.packbits(passes).tolist()
     assert masks._unpack_anywhere(bits)[: len(flat)].bool().tolist() == passes
+
+
+def max_pool_gradient(op: Op, index: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Gradient of the pool's input from what it keeps and the gradient of its output."""
+    rule = op.operator.pull
+    assert rule is not None
+    return rule(op, {})(Kept({}, None, None, index), Flow(gradient, fresh=False))[0].gradient
 
 
 def pool(kernel, stride, padding, in_shape, dilation=None) -> Op:
@@ -84,22 +101,24 @@ def test_max_pool_goes_back_to_the_maxima(op, channels_last):
     output = torch_pool(x, op.kernel, op.stride, op.padding, op.dilation)
     gradient = image(tuple(output.shape), 6, channels_last)
     output.backward(gradient)
-    index = window_index(op, x.detach())
+    index = window_index(op, [x.detach()], output)
     assert index.dtype == torch.uint8
     assert index.shape == output.shape
     assert torch.allclose(max_pool_gradient(op, index, gradient), x.grad, atol=1e-12)
 
 
-def test_a_window_too_large_for_a_byte_is_named():
-    with pytest.raises(UsageError, match=r"pool.*\(17, 17\)"):
-        window_index(pool((17, 17), (1, 1), (0, 0), (1, 20, 20)), torch.zeros(1, 1, 20, 20))
-
-
-def test_a_window_of_256_positions_fits_a_byte():
-    op = pool((16, 16), (1, 1), (0, 0), (1, 16, 16))
-    x = torch.zeros(1, 1, 16, 16)
+@pytest.mark.parametrize(
+    ("size", "dtype", "index_bytes"), [(16, torch.uint8, 1), (17, torch.int16, 2), (182, torch.int32, 4)]
+)
+def test_a_windows_index_takes_the_bytes_that_number_its_positions(size, dtype, index_bytes):
+    op = pool((size, size), (1, 1), (0, 0), (1, size, size))
+    x = torch.zeros(1, 1, size, size)
     x[..., -1, -1] = 1
-    assert window_index(op, x).item() == 255
+    index = window_index(op, [x], x)
+    assert index.item() == size**2 - 1
+    assert index.dtype == dtype
+    assert op.operator.keeps(op, {0}).own_bytes(op, 3) == 3 * index_bytes == 3 * index.element_size()
+    assert torch.equal(max_pool_gradient(op, index, torch.ones(1, 1, 1, 1)), x)
 
 
 # ---------------------------------------------------------------------------------------------------- weight gradients
@@ -140,10 +159,12 @@ def test_weight_gradients_of_live_channels(kind, axis, channels_last):
     rule = F.conv1d if len(op.kernel) == 1 else F.conv2d
     rule(x, weight, None, op.stride, op.padding, op.dilation, op.groups).backward(gradient)
     for channels in ((0,), (count - 1,), tuple(range(0, count, 2)), (0, 1), tuple(range(count))):
-        live = Live(op, LayerUpdate("conv", axis, channels, count), {"conv.weight": weight.detach()})
-        kept = channels_of(x, live.channels) if live.keeps == "slice" else x
+        update = LayerUpdate("conv", axis, channels, count)
+        live = Live(op, update, {"conv.weight": weight.detach()})
+        _, sliced = layer_holds(Graph((Op("x", "input", (), op.in_shape), op)), op, update)
+        kept = channels_of(op, x, live.channels) if sliced else x
         expected = live.weight_of({"conv.weight": weight.grad})
-        found = weight_gradient(live, kept, gradient)
+        found = weight_gradient(live, op, kept, gradient)
         assert found.shape == live.weight.shape
         assert torch.allclose(found, expected, atol=1e-11), channels
 
@@ -169,7 +190,7 @@ def test_outer_products_of_positions(batch, size, taps, stride, padding, dilatio
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_channels_are_selected_in_the_tensors_own_layout(channels_last):
     x, channels = image((2, 5, 3, 4), 0, channels_last), torch.tensor([0, 3])
-    chosen = channels_of(x, channels)
+    chosen = channels_of(Op("act", "relu", ("x",), (5, 3, 4), ((5, 3, 4),)), x, channels)
     assert torch.equal(chosen, x[:, [0, 3]])
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert chosen.is_contiguous(memory_format=layout)
@@ -204,7 +225,7 @@ def everything(graph: Graph) -> set[str]:
 
 
 def test_activations_are_fused_behind_layers_and_sums_overwrite_what_nothing_else_reads():
-    steps = {step.out: step for step in fused.fuse(residual(), everything(residual()), {"c", "flat"})}
+    steps = {step.out: step for step in program.fuse(residual(), everything(residual()), {"c", "flat"})}
     assert list(steps) == ["a.act", "b", "sum", "sum.act", "c", "flat"]
     assert (steps["a.act"].op.name, steps["a.act"].activation) == ("a", "relu")
     assert steps["sum"].overwrite == 0
@@ -213,7 +234,7 @@ def test_activations_are_fused_behind_layers_and_sums_overwrite_what_nothing_els
 
 
 def test_a_layer_whose_output_is_kept_is_not_fused():
-    steps = {step.out: step for step in fused.fuse(residual(), everything(residual()), {"a", "flat"})}
+    steps = {step.out: step for step in program.fuse(residual(), everything(residual()), {"a", "flat"})}
     assert steps["a"].activation == ""
     assert steps["a.act"].overwrite is None
 
@@ -221,12 +242,12 @@ def test_a_layer_whose_output_is_kept_is_not_fused():
 def test_what_a_flattening_shares_is_not_overwritten():
     graph = residual()
     ops = (*graph.ops, Op("late", "relu", ("sum.act",), (4, 5, 5), ((4, 5, 5),)))
-    steps = {step.out: step for step in fused.fuse(Graph(ops), everything(Graph(ops)), {"flat", "late"})}
+    steps = {step.out: step for step in program.fuse(Graph(ops), everything(Graph(ops)), {"flat", "late"})}
     assert steps["late"].overwrite is None
 
 
 def test_values_from_outside_are_not_overwritten():
-    steps = fused.fuse(residual(), {"sum", "sum.act"}, {"sum.act"})
+    steps = program.fuse(residual(), {"sum", "sum.act"}, {"sum.act"})
     assert [(step.out, step.overwrite) for step in steps] == [("sum", None), ("sum.act", 0)]
 
 
@@ -237,10 +258,10 @@ def test_without_onednn_the_same_comes_out(monkeypatch):
     tensors |= {f"{op.name}.bias": torch.ones(op.out_channels) for op in graph.layers}
     x = image((2, 3, 5, 5), 0, False, torch.float32)
     bounds = value_bounds(graph, tensors, x, torch.float32)
-    for works in (fused.pointwise_works(), False):
-        monkeypatch.setattr(fused, "pointwise_works", lambda works=works: works)
-        program = fused.Program(graph, tensors, everything(graph), {"c", "flat"}, channels_last=True)
-        for name, found in program({"input": x}).items():
+    for works in (program.pointwise_works(), False):
+        monkeypatch.setattr(program, "pointwise_works", lambda works=works: works)
+        runner = program.Program(graph, tensors, everything(graph), {"c", "flat"}, channels_last=True)
+        for name, found in runner({"input": x}).items():
             bounds[name].check(found, name)
 
 
@@ -248,11 +269,11 @@ def test_weights_are_prepared_once_for_all_batch_sizes(monkeypatch):
     graph = residual()
     tensors = {f"{op.name}.weight": image(op.weight_shape, 4, False, torch.float32) for op in graph.layers}
     tensors |= {f"{op.name}.bias": torch.ones(op.out_channels) for op in graph.layers}
-    program = fused.Program(graph, tensors, everything(graph), {"flat"}, channels_last=True)
-    laid_out, packed = [], fused.packed
-    monkeypatch.setattr(fused, "packed", lambda op, *rest: laid_out.append(op.name) or packed(op, *rest))
+    runner = program.Program(graph, tensors, everything(graph), {"flat"}, channels_last=True)
+    laid_out, packed = [], program.packed
+    monkeypatch.setattr(program, "packed", lambda op, *rest: laid_out.append(op.name) or packed(op, *rest))
     x = image((7, 3, 5, 5), 0, False, torch.float32)
-    together = program({"input": x})["flat"]
+    together = runner({"input": x})["flat"]
     for size in (1, 2, 3, 1, 7):
-        assert torch.equal(program({"input": x[:size]})["flat"], together[:size])
+        assert torch.equal(runner({"input": x[:size]})["flat"], together[:size])
     assert len(laid_out) == len(set(laid_out))
