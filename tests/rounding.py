@@ -29,8 +29,8 @@ from stages.models.graph import Graph, Op
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0)}
 """Where the slope of an activation jumps."""
 
-LOSS = 1024
-"""More operations in a row than any test's loss makes in float64: sums over features and batch, and a softmax."""
+LOSS = 512
+"""More operations in a row than any test's loss makes: sums over features and batch, and a softmax."""
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -109,14 +109,15 @@ def gradient_bounds(
     loss: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     detached: Collection[str] = frozenset(),
+    loss_dtype: torch.dtype = torch.float64,
 ) -> tuple[Bounded, dict[str, Bounded]]:
     """Features, and every tensor's gradient by name, of any computation in `dtype` by sums of products.
 
-    Let the loss compute in float64 (`in_double`): its own arithmetic is taken as backward stable, exact for features
-    that `LOSS` operations have moved (dot products and norms are, Higham 3.4). Its curvature at the exact features
-    stands for the one beside them: an error of second order, far below the slack of worst-case sums. Layers in
-    `detached` pass no gradient on to their inputs. The inputs of a max-pool window must not tie
-    (`random_graphs.distance_to_kinks`); at the kinks of activations both slopes are allowed for.
+    The loss's own arithmetic is taken as backward stable, exact for features that `LOSS` operations have moved (dot
+    products and norms are, Higham 3.4); let the test's loss compute in float64 where it can (`in_double`), for tighter
+    bounds. Its curvature at the exact features stands for the one beside them: an error of second order, far below the
+    slack of worst-case sums. Layers in `detached` pass no gradient on to their inputs. The inputs of a max-pool window
+    must not tie (`random_graphs.distance_to_kinks`); at the kinks of activations both slopes are allowed for.
 
     Args:
         backbone: in deploy form; its tensors of `dtype`, or of float64.
@@ -124,12 +125,13 @@ def gradient_bounds(
         loss: of the features (N, D), differentiable twice.
         dtype: the precision of the computation to be bounded.
         detached: names of layers.
+        loss_dtype: the precision in which the computation takes the loss and its gradient.
     """
     tensors = {name: tensor.detach().double() for name, tensor in backbone.tensors.items()}
     ops, values = backbone.graph.ops, value_bounds(backbone.graph, tensors, x, dtype)
     features = values[ops[-1].name]
     pulled = {name: _exact(torch.zeros_like(value.value)) for name, value in values.items()}
-    pulled[ops[-1].name] = _at_features(loss, features, dtype)
+    pulled[ops[-1].name] = _at_features(loss, features, dtype, loss_dtype)
     found = {name: _exact(torch.zeros_like(tensor)) for name, tensor in tensors.items()}
     for op in reversed(ops[1:]):
         readers = len(backbone.graph.consumers[op.name])
@@ -156,15 +158,21 @@ def in_double(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda features: loss(features.double())
 
 
-def loss_bound(loss: Callable[[Tensor], Tensor], features: Bounded, *, largest: float = 100.0) -> Bounded:
-    """The loss's value, computed in float64 at features that lie within their bounds, to first order.
+def loss_bound(
+    loss: Callable[[Tensor], Tensor],
+    features: Bounded,
+    *,
+    largest: float = 100.0,
+    loss_dtype: torch.dtype = torch.float64,
+) -> Bounded:
+    """The loss's value, computed in `loss_dtype` at features that lie within their bounds, to first order.
 
     The loss itself makes at most `LOSS` operations in a row, on numbers (logits) up to `largest`.
     """
     at = features.value.detach().requires_grad_()
     value = loss(at)
     (slope,) = torch.autograd.grad(value, at)
-    rounding = gamma(LOSS, torch.float64) * largest
+    rounding = gamma(LOSS, loss_dtype) * largest
     return Bounded(value.detach(), (slope.abs() * features.error).sum() + rounding)
 
 
@@ -238,15 +246,17 @@ def _either_side(op: Op, value: Bounded) -> Tensor:
     return torch.stack(near).any(0) & (value.error > 0)
 
 
-def _at_features(loss: Callable[[Tensor], Tensor], features: Bounded, dtype: torch.dtype) -> Bounded:
+def _at_features(
+    loss: Callable[[Tensor], Tensor], features: Bounded, dtype: torch.dtype, loss_dtype: torch.dtype
+) -> Bounded:
     """The loss's gradient at the features (N, D): as far off as its curvature times their errors, and one rounding."""
     at = features.value.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(at), at)
     curvature: Tensor = torch.autograd.functional.hessian(loss, features.value, vectorize=True)
     size = features.value.numel()
-    moved = features.error + gamma(LOSS, torch.float64) * features.size
+    moved = features.error + gamma(LOSS, loss_dtype) * features.size
     error = (curvature.reshape(size, size).abs() @ moved.flatten()).reshape(gradient.shape)
-    return _rounded(Bounded(gradient, error), gamma(1, dtype) + gamma(LOSS, torch.float64))
+    return _rounded(Bounded(gradient, error), gamma(1, dtype) + gamma(LOSS, loss_dtype))
 
 
 def _rounded(value: Bounded, relative: float) -> Bounded:
