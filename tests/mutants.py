@@ -41,6 +41,7 @@ CORE = {
 MAKES_NO_DIFFERENCE = (
     "core/ReplaceBinaryOperator_BitOr_.*",  # mostly in annotations, which are not evaluated
     "core/RemoveDecorator",  # a cached property that is computed again
+    "core/ReplaceComparisonOperator_.*_Is(Not)?",  # of small numbers the same as equality
 )
 
 CONFIG = """
