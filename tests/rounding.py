@@ -21,10 +21,13 @@ from math import prod, sqrt
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from stages.artifacts.records import Head
 from stages.models import execute
 from stages.models.deploy import Backbone
 from stages.models.graph import Graph, Op
+from stages.models.heads import logits
 
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0)}
 """Where the slope of an activation jumps."""
@@ -70,10 +73,30 @@ def no_worse(found: Tensor, plain: Tensor, exact: Tensor, longest: int) -> None:
     assert error <= limit, f"error {error:.3g} of {float(exact.norm()):.3g}, at most {limit:.3g}"
 
 
+def exact_features(backbone: Backbone, x: Tensor) -> Tensor:
+    """Features (N, D) of inputs x (N, *input) in float64."""
+    return execute.run(backbone.graph, {name: t.double() for name, t in backbone.tensors.items()}, x.double())
+
+
 def check_features(found: Tensor, backbone: Backbone, x: Tensor) -> None:
     """Assert that features (N, D) are the backbone's for inputs x (N, *input), however they were computed."""
-    exact = execute.run(backbone.graph, {name: t.double() for name, t in backbone.tensors.items()}, x.double())
-    no_worse(found, execute.run(backbone.graph, backbone.tensors, x), exact, longest_sum(backbone.graph))
+    plain = execute.run(backbone.graph, backbone.tensors, x)
+    no_worse(found, plain, exact_features(backbone, x), longest_sum(backbone.graph))
+
+
+def check_probabilities(found: Tensor, head: Head, backbone: Backbone, x: Tensor) -> None:
+    """Assert that probabilities (N, C) are what the head answers for inputs x, however they were computed."""
+    plain = logits(head, execute.run(backbone.graph, backbone.tensors, x)).softmax(1)
+    exact = exact_logits(head, exact_features(backbone, x)).softmax(1)
+    no_worse(found, plain, exact, max(longest_sum(backbone.graph), head.weight.shape[1]))
+
+
+def exact_logits(head: Head, features: Tensor) -> Tensor:
+    """The class scores (N, C) that a head of known rows gives for features (N, D), both float64."""
+    weight, bias = torch.tensor(head.weight).double(), torch.tensor(head.bias).double()
+    if head.kind == "linear":
+        return features @ weight.T + bias
+    return head.scale * functional.normalize(features, dim=1) @ functional.normalize(weight, dim=1).T
 
 
 def longest_sum(graph: Graph) -> int:

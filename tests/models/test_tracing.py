@@ -43,9 +43,9 @@ def image_net(forward: Callable[[Any, Tensor], Any], **parts: nn.Module) -> nn.M
     ids=lambda value: type(value).__name__,
 )
 def test_the_graph_computes_what_the_module_computes(module: nn.Module, shape: tuple[int, ...]) -> None:
-    module = randomise(module)
+    module = randomise(module).double()
     graph, tensors = trace(module, shape)
-    x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         torch.testing.assert_close(run(graph, tensors, x), module(x))
 
@@ -67,9 +67,9 @@ def test_the_graph_computes_what_the_module_computes(module: nn.Module, shape: t
 )
 def test_other_ways_to_say_it(forward: Callable[[Any, Tensor], Any]) -> None:
     parts = {"c2": conv(bias=False), "same": conv(padding="same", dilation=2), "bn": nn.BatchNorm2d(3)}
-    module = randomise(image_net(forward, **parts))
+    module = randomise(image_net(forward, **parts)).double()
     graph, tensors = trace(module, (3, 8, 9))
-    x = torch.randn(2, 3, 8, 9, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 8, 9, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         expected = module(x)
     expected = expected.mean((2, 3)) if expected.dim() == 4 else expected
