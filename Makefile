@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-isa mutants check bench bench-engine bench-selection bench-pipeline bench-faults \
+.PHONY: setup demo test test-all test-isa mutants check bench bench-engine bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
 help:            ## list the targets
@@ -21,8 +21,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)   ## the whole toolkit on real data, in about three minutes
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
-test: check      ## format, types and all tests
+test: check      ## format, types and tests, with ten architectures of the zoo
 	$(BIN)/python -m pytest -q
+
+test-all: check  ## the same with all architectures of the zoo
+	$(BIN)/python -m pytest -q -m ""
 
 # What torch and oneDNN take their kernels from; a processor that lacks one falls back to what it has.
 ISAS := SSE41:default AVX2:avx2 AVX512_CORE:avx512

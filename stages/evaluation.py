@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from time import perf_counter
 
@@ -17,19 +17,20 @@ import torch
 
 from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Head, Run
-from stages.errors import DataError, UsageError, require
+from stages.data.blocks import check_prepared
+from stages.errors import DataError, UsageError
 from stages.fsl.episode_list import data_hash
-from stages.fsl.episodes import Episode, Shape, VariousShape, check_pool, draw_episodes, pool_of
+from stages.fsl.episodes import Episode, check_pool, draw_episodes, pool_of
 from stages.fsl.intervals import Interval, wilson
+from stages.graphs.graph import Graph
 from stages.methods.registry import find_method
 from stages.methods.results import Row
 from stages.methods.task import Answer, make_task, plan_cost
 from stages.models import heads
 from stages.models.deploy import Backbone, deploy
-from stages.models.graph import Graph
-from stages.models.inputs import adapt
+from stages.models.inputs import adapt_block
 from stages.randomness import generator
-from stages.sparse.adaptation import Adapting
+from stages.settings.evaluation import Tasks as Tasks
 
 # ------------------------------------------------------------------------------------------------ accuracy on samples
 
@@ -92,10 +93,12 @@ def evaluate(
     if head is None or not len(head.labels):
         fix = "adapt it with `edgetrain train-sparse`, or name labelled samples with --support"
         raise UsageError("/model/head", "the model knows no class", "classes to tell apart", fix)
+    learnt = backbone.input.prepared if support is None else support.prepared
     counts = {int(label): np.zeros(2, np.int64) for label in head.labels}
     names: dict[int, str] = {}
     loss, done = 0.0, 0
     for block in (part for whole in blocks for part in whole.slices(chunk)):
+        check_prepared(block.prepared, learnt, "samples", "those that the model learnt from")
         rows, scores = _scores(backbone, head, block)
         loss += float(torch.nn.functional.cross_entropy(scores, rows, reduction="sum"))
         for row, right in zip(rows.tolist(), (scores.argmax(dim=1) == rows).tolist(), strict=True):
@@ -110,7 +113,7 @@ def evaluate(
 
 def _scores(backbone: Backbone, head: Head, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     """Head rows (N,) of the samples' classes, and class scores (N, C)."""
-    features = backbone.features(adapt(np.asarray(block.x), block.layout, backbone.input))
+    features = backbone.features(adapt_block(block, backbone.input))
     return torch.from_numpy(heads.rows(head, block.y, heads.class_names(block))), heads.logits(head, features)
 
 
@@ -118,7 +121,7 @@ def _support_head(backbone: Backbone, known: Head | None, support: Block, chunk:
     """Class means of a support set, with the cosine scale that the record has learned."""
     if not len(support):
         raise DataError("support", "no samples", "at least one per class")
-    parts = [adapt(np.asarray(part.x), part.layout, backbone.input) for part in support.slices(chunk)]
+    parts = [adapt_block(part, backbone.input) for part in support.slices(chunk)]
     features = torch.cat([backbone.features(part) for part in parts])
     return heads.prototype_head(features, support.y, heads.class_names(support), scale=heads.cosine_scale(known))
 
@@ -133,38 +136,8 @@ def _class_rows(head: Head, counts: Mapping[int, Array], names: Mapping[int, str
 # ---------------------------------------------------------------------------------------------------- methods on tasks
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tasks:
-    """Which tasks, which methods, and how they adapt."""
-
-    tasks: int = 200
-    methods: tuple[str, ...] = ("none", "last-layer", "full", "tinytrain")
-    shape: Shape = field(default_factory=VariousShape)
-    group: str | None = None
-    """Column whose groups never stand on both sides of a task."""
-    hierarchical: bool = False
-    """Draw each task from one family of classes (names alphabet/character)."""
-    skip_small: bool = False
-    """Leave classes with too few samples out, instead of refusing them."""
-    adapting: Adapting = field(default_factory=lambda: Adapting(micro_batch=100))
-    shard: tuple[int, int] = (0, 1)
-    """This run does every n-th task from the i-th on, of (i, n)."""
-    measure: bool = True
-    """Record seconds per task; the rows of two runs are equal only without."""
-
-    def __post_init__(self) -> None:
-        require(self.tasks > 0, "--tasks", str(self.tasks), "at least 1")
-        require(len(self.methods) > 0, "--methods", "none", "at least one")
-        require(len(set(self.methods)) == len(self.methods), "--methods", "a method twice", "each once")
-        first, step = self.shard
-        require(0 <= first < step, "--shard", f"{first}/{step}", "i/n with 0 <= i < n")
-        for name in self.methods:
-            find_method(name)
-
-    @property
-    def numbers(self) -> range:
-        """The tasks of this shard."""
-        return range(self.tasks)[self.shard[0] :: self.shard[1]]
+MICRO_BATCH = 100
+"""Samples of a task that are in memory at once, unless told otherwise."""
 
 
 def evaluate_tasks(
@@ -192,8 +165,8 @@ def evaluate_tasks(
         BudgetError: a method's budget that nothing fits.
     """
     backbone = deploy(run.model, allow=allow)
-    scale = heads.cosine_scale(run.model.head, config.adapting.scale)
-    config = replace(config, adapting=replace(config.adapting, scale=scale))
+    scale = heads.cosine_scale(run.model.head)
+    adapting = config.adapting(scale, MICRO_BATCH if config.micro_batch is None else config.micro_batch)
     methods = {name: find_method(name) for name in config.methods}
     drawn = draw_tasks(block, config, seed) if episodes is None else (episodes[i] for i in config.numbers)
     have = {(row.task, row.method): row for row in known if row.dataset == dataset}
@@ -206,7 +179,7 @@ def evaluate_tasks(
                 continue
             task = task or make_task(block, episode, backbone)
             started = perf_counter()
-            answer = method(backbone, task, config.adapting, generator(seed, "adapt", number))
+            answer = method(backbone, task, adapting, generator(seed, "adapt", number))
             seconds = perf_counter() - started if config.measure else 0.0
             row = _row(backbone.graph, dataset, number, name, episode, answer, seconds)
             rows.append(row)
@@ -217,7 +190,7 @@ def evaluate_tasks(
 def identity(run: Run, sets: Mapping[str, Block], config: Tasks, seed: int) -> dict[str, object]:
     """What says which results can stand side by side: model, samples, tasks, settings, seed; and the methods, which
     parts of one evaluation may differ in."""
-    common = asdict(replace(config, shard=(0, 1), measure=True))
+    common = asdict(replace(config, shard=(0, 1), measure=True, micro_batch=None))
     del common["methods"]
     return {
         "model": model_hash(run),
@@ -232,7 +205,7 @@ def identity(run: Run, sets: Mapping[str, Block], config: Tasks, seed: int) -> d
 def draw_tasks(block: Block, config: Tasks, seed: int) -> Iterator[Episode]:
     """The tasks of the shard. Raises `DataError` where the samples do not suffice."""
     pool = pool_of(block, group=config.group, hierarchical=config.hierarchical)
-    pool, _ = check_pool(pool, config.shape, skip=config.skip_small)
+    pool, _ = check_pool(pool, config.shape, skip=config.on_bad == "skip")
     return draw_episodes(pool, config.shape, seed, config.numbers)
 
 

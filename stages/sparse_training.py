@@ -17,21 +17,22 @@ import numpy as np
 import torch
 
 from stages.artifacts.history import model_hash
-from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate, Run
+from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate, Model, Preparation, Run, check_labelled
+from stages.data.blocks import check_prepared
+from stages.engines.torch.net import SparseNet
 from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
+from stages.graphs.graph import Graph
 from stages.models import heads
 from stages.models.deploy import deploy, store
-from stages.models.graph import Graph
-from stages.models.inputs import adapt as model_input
+from stages.models.inputs import adapt_block as model_input
 from stages.planning.baselines import named_plan
 from stages.planning.plans import check_plan
-from stages.sparse.adaptation import Adapting, adapt
-from stages.sparse.checkpoints import Checkpoint, read_checkpoint
-from stages.sparse.engine import SparseNet
-from stages.sparse.learner import Batch, StreamLearner
-from stages.sparse.optimizers import Optimizing, load_state, state_arrays
-from stages.sparse.prefix_file import PrefixFile
-from stages.sparse.updates import PrefixCache, Source
+from stages.training.adaptation import Adapting, adapt
+from stages.training.checkpoints import Checkpoint, read_checkpoint
+from stages.training.learner import Batch, StreamLearner
+from stages.training.optimizers import Optimizing, load_state, state_arrays
+from stages.training.prefix_file import PrefixFile
+from stages.training.updates import PrefixCache, Source
 
 STAGE = "train-sparse"
 """Name of the metrics' table in the run record."""
@@ -152,14 +153,14 @@ def train_support(
     """
     if not len(support):
         raise DataError("support", "no samples", "at least one per class")
+    check_labelled(support.y, "support")
     backbone = deploy(run.model, allow=allow)
     updates = planned_updates(run, backbone.graph, config.plan)
-    x = model_input(np.asarray(support.x[:]), support.layout, backbone.input)
+    x = model_input(support, backbone.input)
     labels, ways = np.unique(support.y, return_inverse=True)
-    how = replace(config.adapting, scale=heads.cosine_scale(run.model.head, config.adapting.scale))
-    result = adapt(backbone, updates, x, torch.from_numpy(ways), how, rng, on_step, stop, cache_file)
-    head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=how.scale)
-    model = store(run.model, replace(backbone, tensors=result.net.tensors()))
+    result = adapt(backbone, updates, x, torch.from_numpy(ways), config.adapting, rng, on_step, stop, cache_file)
+    head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=config.adapting.scale)
+    model = _prepared(store(run.model, replace(backbone, tensors=result.net.tensors())), support.prepared)
     version = run.model.version + len(result.losses)
     rows = {
         "version": np.arange(run.model.version, version) + 1,
@@ -168,6 +169,11 @@ def train_support(
         "samples": np.full(len(result.losses), len(support)),
     }
     return _with_rows(replace(run, model=replace(model, head=head, version=version)), rows)
+
+
+def _prepared(model: Model, prepared: Preparation | None) -> Model:
+    """The model with how the samples were prepared that it has learnt from."""
+    return replace(model, input=replace(model.input, prepared=prepared))
 
 
 def planned_updates(run: Run, graph: Graph, plan: str | None) -> tuple[LayerUpdate, ...]:
@@ -269,9 +275,12 @@ class _Trainer:
         if state is not None:
             load_state(self.learner.optimizer, state.optimizer)
         self.rows = {name: array("d") for name in Update.__dataclass_fields__}
+        self.prepared = None if state is None else self.base.model.input.prepared
 
     def take(self, block: Block, holdout: Holdout | None) -> Update:
-        """One update from one block."""
+        """One update from one block. Raises `DataError` for one that was prepared in another way than those before."""
+        check_prepared(block.prepared, self.prepared, "stream", "the blocks before it")
+        self.prepared = self.prepared or block.prepared
         figures = self.learner.update(_batch(block, self.learner.net, self.backbone.input))
         self.blocks += 1
         measured = holdout is not None and self.blocks % holdout.every == 0
@@ -293,6 +302,7 @@ class _Trainer:
         """The run record after the updates so far."""
         model = store(self.base.model, replace(self.backbone, tensors=self.learner.net.tensors()))
         model = replace(model, head=self.learner.head(), version=self.first_version + self.blocks)
+        model = _prepared(model, self.prepared)
         columns = {name: np.array(values) for name, values in self.rows.items()}
         if np.isnan(columns["accuracy"]).all():
             del columns["accuracy"]
@@ -309,7 +319,7 @@ class _Trainer:
             return 0.0
         known = heads.extend(head, block.y, heads.class_names(block))
         for part in block.slices(256):
-            scores = self.learner.logits(model_input(np.asarray(part.x), part.layout, self.backbone.input))
+            scores = self.learner.logits(model_input(part, self.backbone.input))
             answers = np.searchsorted(known.labels, head.labels)[scores.argmax(dim=1).numpy()]
             hits += int(np.sum(answers == heads.rows(known, part.y, heads.class_names(block))))
         return hits / len(block)
@@ -331,7 +341,7 @@ def _source(block: Block, net: SparseNet, spec: InputSpec) -> Source:
     if not len(block):
         return torch.zeros(0, *spec.shape)
     if "boundary" not in block.facts:
-        return model_input(np.asarray(block.x[:]), block.layout, spec)
+        return model_input(block, spec)
     if block.facts["boundary"] != " ".join(net.boundary):
         found, expected = f"features of {block.facts['boundary']}", f"those of {' '.join(net.boundary)}"
         raise DataError("stream", found, expected, "train the plan that `select` was given")

@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.artifacts.records import Head
-from stages.models import execute
+from stages.engines.torch import reference
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph, Op
 from stages.models.heads import logits
+from stages.operators import Op
 
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0)}
 """Where the slope of an activation jumps."""
@@ -75,18 +76,18 @@ def no_worse(found: Tensor, plain: Tensor, exact: Tensor, longest: int) -> None:
 
 def exact_features(backbone: Backbone, x: Tensor) -> Tensor:
     """Features (N, D) of inputs x (N, *input) in float64."""
-    return execute.run(backbone.graph, {name: t.double() for name, t in backbone.tensors.items()}, x.double())
+    return reference.run(backbone.graph, {name: t.double() for name, t in backbone.tensors.items()}, x.double())
 
 
 def check_features(found: Tensor, backbone: Backbone, x: Tensor) -> None:
     """Assert that features (N, D) are the backbone's for inputs x (N, *input), however they were computed."""
-    plain = execute.run(backbone.graph, backbone.tensors, x)
+    plain = reference.run(backbone.graph, backbone.tensors, x)
     no_worse(found, plain, exact_features(backbone, x), longest_sum(backbone.graph))
 
 
 def check_probabilities(found: Tensor, head: Head, backbone: Backbone, x: Tensor) -> None:
     """Assert that probabilities (N, C) are what the head answers for inputs x, however they were computed."""
-    plain = logits(head, execute.run(backbone.graph, backbone.tensors, x)).softmax(1)
+    plain = logits(head, reference.run(backbone.graph, backbone.tensors, x)).softmax(1)
     exact = exact_logits(head, exact_features(backbone, x)).softmax(1)
     no_worse(found, plain, exact, max(longest_sum(backbone.graph), head.weight.shape[1]))
 
@@ -203,15 +204,17 @@ def loss_bound(
 
 
 def _forward(op: Op, inputs: Sequence[Bounded], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Bounded:
-    value = execute.apply(op, [each.value for each in inputs], tensors)
+    value = reference.apply(op, [each.value for each in inputs], tensors)
     if op.kind in KINKS:
-        up, down = (execute.apply(op, [inputs[0].value + s * inputs[0].error], {}) for s in (1, -1))
+        up, down = (reference.apply(op, [inputs[0].value + s * inputs[0].error], {}) for s in (1, -1))
         return Bounded(value, torch.maximum(up - value, value - down))
     no_bias = {name: tensor.abs() if name.endswith("weight") else 0 * tensor for name, tensor in tensors.items()}
-    passed = execute.apply(op, [each.error for each in inputs], no_bias)
+    passed = reference.apply(op, [each.error for each in inputs], no_bias)
     if op.kind not in SUMMANDS:  # a choice among its inputs, or their order
         return Bounded(value, passed)
-    sizes = execute.apply(op, [each.size for each in inputs], {name: tensor.abs() for name, tensor in tensors.items()})
+    sizes = reference.apply(
+        op, [each.size for each in inputs], {name: tensor.abs() for name, tensor in tensors.items()}
+    )
     return Bounded(value, passed + gamma(SUMMANDS[op.kind](op), dtype) * sizes)
 
 
@@ -260,7 +263,7 @@ def _pull(op: Op, inputs: Sequence[Tensor], own: Mapping[str, Tensor], gradient:
     """Gradients at the inputs and then at the tensors, by stock autograd at these values."""
     leaves = [value.detach().requires_grad_() for value in inputs]
     mine = {name: tensor.detach().requires_grad_() for name, tensor in own.items()}
-    return list(torch.autograd.grad(execute.apply(op, leaves, mine), [*leaves, *mine.values()], gradient))
+    return list(torch.autograd.grad(reference.apply(op, leaves, mine), [*leaves, *mine.values()], gradient))
 
 
 def _either_side(op: Op, value: Bounded) -> Tensor:

@@ -5,20 +5,21 @@ import torch
 from stages.artifacts.records import Block, Head, Model, Run
 from stages.errors import BudgetError, DataError, UsageError
 from stages.evaluation import Tasks, evaluate, evaluate_tasks, identity
-from stages.fsl.episodes import FixedShape
 from stages.methods.registry import METHODS
 from stages.methods.results import header_line, merge_results, read_results, row_line, summarise
 from stages.models.deploy import state
 from stages.models.registry import build, input_spec
-from stages.sparse.adaptation import Adapting
 from tests.rounding import gamma
 from tests.test_pretraining import random_run, squares
 
 QUICK = Tasks(
     tasks=3,
     methods=("none", "last-layer", "tinytrain"),
-    shape=FixedShape(ways=3, shots=3, queries=2),
-    adapting=Adapting(iterations=2, learning_rates=(0.0, 3e-3), folds=2),
+    ways=3,
+    shots=3,
+    queries=2,
+    iterations=2,
+    folds=2,
     measure=False,
 )
 
@@ -108,7 +109,7 @@ def test_an_evaluation_is_the_same_one_with_other_methods_but_not_with_other_set
         return {key: value for key, value in found.items() if key != "methods"}
 
     assert told(methods=("full",)) == told(shard=(1, 2)) == told()
-    assert told(adapting=Adapting(iterations=7)) != told()
+    assert told(iterations=7) != told()
 
 
 def settings(config):

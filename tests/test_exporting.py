@@ -15,17 +15,17 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
+from stages.models.unfold import unfold
 from torch import nn
 
 from stages.artifacts.records import Head, InputSpec, Model
 from stages.errors import DataError, UsageError
 from stages.exporting import Exported, _compare, export, format_of
+from stages.graphs.graph import KINDS
 from stages.importing import Importing, Weights, import_model, input_from_text
 from stages.models import registry
 from stages.models.deploy import deploy, state, store
-from stages.models.graph import KINDS
 from stages.models.heads import logits
-from stages.models.unfold import unfold
 from tests.models.nets import Classifier, PreActivation, randomise, write_module
 from tests.models.test_registry import SMALL
 from tests.rounding import check_features, check_probabilities, exact_features, exact_logits, longest_sum, no_worse
@@ -179,8 +179,9 @@ def test_a_batchnorm_without_weights_cannot_hold_training() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.conv(self.bn(x)).mean((2, 3))
 
-    from stages.models.deploy import fold
     from stages.models.tracing import trace_module
+
+    from stages.models.deploy import fold
 
     module = randomise(Net())
     traced = trace_module(module, (3, 8, 8))

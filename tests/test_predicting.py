@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from stages.artifacts.hdf5 import decode, encode
-from stages.artifacts.records import Array, Block, Head, InputSpec
-from stages.errors import DataError, InputMissing, UsageError
+from stages.artifacts.records import Array, Block, Head, Preparation
+from stages.data.doors import blocks_for_model
+from stages.errors import DataError, UsageError
 from stages.importing import Importing, import_model
 from stages.models.deploy import Backbone, deploy
 from stages.models.heads import probabilities
@@ -24,7 +25,6 @@ from stages.models.inputs import adapt
 from stages.predicting import (
     Predictions,
     chunks_of_blocks,
-    chunks_of_images,
     csv_header,
     csv_lines,
     format_of,
@@ -142,38 +142,28 @@ def folder_of_images(folder: Path) -> Array:
     return x[[1, 0, 2]]
 
 
-def test_a_folder_of_images_is_read_in_order_of_name(
-    backbone: Backbone, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_images_is_read_in_order_of_name(backbone: Backbone, head: Head, tmp_path: Path) -> None:
     x = folder_of_images(tmp_path)
-    listed = sorted(tmp_path.rglob("*"), reverse=True)
-    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: listed)
-    found = list(predict(backbone, head, chunks_of_images(tmp_path, backbone.input, 2)))
+    blocks = blocks_for_model(tmp_path, backbone.input, labelled=False)
+    found = list(predict(backbone, head, chunks_of_blocks(blocks, 2)))
     assert [name for part in found for name in part.chunk.names] == ["a.PNG", "b.png", "sub/c.bmp"]
     answered = torch.tensor(np.concatenate([part.probability for part in found]))
     check_probabilities(answered, head, backbone, adapt(x, "NHW", backbone.input))
     assert {row[2] for row in rows(found[0], head)} == {""}
     assert "label" not in json.loads(json_lines(found[0], head).splitlines()[0])
-    with pytest.raises(DataError, match="without labels"):
-        with_columns(found[0])
+    written = decode(encode(with_columns(found[0])))
+    assert isinstance(written, Block)
+    assert written.y.tolist() == [-1, -1]
+    assert written.columns["source"].tolist() == [b"a.PNG", b"b.png"]
 
 
-def test_colour_and_size_follow_the_model(tmp_path: Path) -> None:
-    folder_of_images(tmp_path)
-    parts = list(chunks_of_images(tmp_path, InputSpec("image", (3, 10, 12)), 64))
-    assert [part.block.x.shape for part in parts] == [(3, 10, 12, 3)]
-
-
-def test_folders_that_hold_nothing_to_predict(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no picture")
-    spec = InputSpec("image", (1, 28, 28))
-    with pytest.raises(InputMissing, match="no images"):
-        list(chunks_of_images(tmp_path, spec, 4))
-    (tmp_path / "broken.png").write_bytes(b"no png")
-    with pytest.raises(DataError, match=r"broken\.png"):
-        list(chunks_of_images(tmp_path, spec, 4))
-    with pytest.raises(UsageError, match="reads features"):
-        list(chunks_of_images(tmp_path, InputSpec("features", (3,)), 4))
+def test_samples_that_were_prepared_in_another_way_are_refused(backbone: Backbone, head: Head) -> None:
+    learnt = Preparation(of="pictures", invert=True)
+    other = replace(block(), prepared=Preparation(of="pictures"))
+    with pytest.raises(DataError, match="pictures as they are, expected inverted, as in those that the model learnt"):
+        list(predict(backbone, head, chunks_of_blocks([other], 9), learnt=learnt))
+    for same in (block(), replace(other, prepared=learnt)):
+        assert list(predict(backbone, head, chunks_of_blocks([same], 9), learnt=learnt))
 
 
 # ------------------------------------------------------------------------------------------------------------- heads
@@ -201,7 +191,16 @@ def test_a_supports_head_has_the_scale_that_the_record_has_learned(backbone, hea
 
 @pytest.mark.parametrize(
     ("out", "wanted", "expected"),
-    [("-", None, "table"), ("a.csv", None, "csv"), ("a.h5", None, "hdf5"), ("a.csv", "jsonl", "jsonl")],
+    [
+        ("-", None, "table"),
+        ("a.csv", None, "csv"),
+        ("a.CSV", None, "csv"),
+        ("a.h5", None, "hdf5"),
+        ("a.txt", None, "table"),
+        ("/dev/null", None, "table"),
+        ("a.csv", "jsonl", "jsonl"),
+        ("a.json", "jsonl", "jsonl"),
+    ],
 )
 def test_format_by_name(out: str, wanted: str | None, expected: str) -> None:
     assert format_of(out, wanted) == expected
@@ -211,6 +210,9 @@ def test_wrong_settings(backbone: Backbone) -> None:
     wrong: Any = "xml"
     with pytest.raises(UsageError, match="'xml', expected table, csv, jsonl, hdf5"):
         format_of("-", wrong)
+    for name in ("a.json", "a.tsv", "b.png"):
+        with pytest.raises(UsageError, match=r"suffix '\.\w+', expected \.txt, \.csv, \.jsonl.*--format"):
+            format_of(name, None)
     with pytest.raises(UsageError, match="--micro-batch"):
         list(chunks_of_blocks([block()], 0))
     with pytest.raises(DataError, match="no run record before the samples"):

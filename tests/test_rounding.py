@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from stages.models import execute
+from stages.engines.torch import reference
+from tests.engines.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
+from tests.engines.torch.test_net import chain, weighted
 from tests.rounding import (
     Bounded,
     check_features,
@@ -20,8 +22,6 @@ from tests.rounding import (
     product_bound,
     unit_roundoff,
 )
-from tests.sparse.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
-from tests.sparse.test_engine import chain, weighted
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 
@@ -67,11 +67,11 @@ def test_no_worse_allows_for_another_order_and_not_for_another_value():
 
 def test_features_of_a_deep_net_in_another_layout_pass_and_those_of_other_weights_do_not():
     backbone, x = random_backbone(chain(), 3, FLOAT), random_input(chain(), 10, 3, FLOAT)
-    found = execute.run(backbone.graph, backbone.tensors, x.contiguous(memory_format=torch.channels_last))
+    found = reference.run(backbone.graph, backbone.tensors, x.contiguous(memory_format=torch.channels_last))
     check_features(found, backbone, x)
     other = {**backbone.tensors, "stem.weight": backbone.tensors["stem.weight"] * (1 + 1e-4)}
     with pytest.raises(AssertionError, match="at most"):
-        check_features(execute.run(backbone.graph, other, x), backbone, x)
+        check_features(reference.run(backbone.graph, other, x), backbone, x)
 
 
 def test_a_value_outside_its_bound_is_told():
@@ -117,7 +117,7 @@ def test_half_the_precision_is_outside_the_bounds():
     features, _ = gradient_bounds(backbone, x, in_double(weighted), FLOAT)
     tensors = {name: tensor.bfloat16() for name, tensor in backbone.tensors.items()}
     with pytest.raises(AssertionError, match="outside the bound"):
-        features.check(execute.run(backbone.graph, tensors, x.bfloat16()))
+        features.check(reference.run(backbone.graph, tensors, x.bfloat16()))
 
 
 def test_a_detached_layer_passes_nothing_on():

@@ -16,7 +16,7 @@ from stages.importance.criteria import CRITERIA
 from stages.importance.fisher import fisher_bytes, fisher_pass
 from stages.importance.tasks import build_task
 from stages.importing import Importing, import_model
-from stages.methods.layer_scores import SEARCHES
+from stages.methods.layer_scores import SEARCHES, candidates
 from stages.models import registry
 from stages.models.deploy import deploy, store
 from stages.planning.channels import top_channels
@@ -136,7 +136,7 @@ def dense_score(run, **settings):
 
 def scale_only(run):
     graph = deploy(run.model, allow=DENSE).graph
-    return {op.name for op in graph.layers if op.is_depthwise and set(op.kernel) == {1}}
+    return {op.name for op in graph.layers if op.kind == "scale"}
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -161,8 +161,13 @@ def test_a_batchnorm_kept_as_a_layer_is_a_candidate_where_it_is_asked_for(dense)
 
 
 def test_where_only_batchnorms_are_left_the_message_says_what_to_do(dense):
+    graph = deploy(dense.model, allow=DENSE).graph
+    last = graph.position["15"]
+    ops = tuple(replace(op, block=len(graph.blocks)) if i >= last else op for i, op in enumerate(graph.ops))
+    tail = replace(graph, ops=ops, blocks=(*graph.blocks, "tail"))
+    assert candidates(tail, 1, "all") == ("15",)
     with pytest.raises(UsageError, match=r"--layers filters.*none in the last 1.*--layers all"):
-        dense_score(dense, blocks=1)
+        candidates(tail, 1, "filters")
 
 
 def test_an_optimum_that_is_only_compared_with_may_be_given_up(monkeypatch):

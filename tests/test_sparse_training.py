@@ -17,15 +17,12 @@ from torch.nn import functional
 
 from stages.artifacts.hdf5 import decode, encode
 from stages.artifacts.records import Array, Block, Group, Head, LayerUpdate, Model, Plan, Run
+from stages.engines.torch.reference import run as dense
 from stages.errors import DataError, StreamBroken, TransferError, UsageError
 from stages.fsl.augment import Augmentation
 from stages.models import heads, registry
 from stages.models.deploy import deploy, store
-from stages.models.execute import run as dense
 from stages.models.inputs import adapt as model_input
-from stages.sparse.adaptation import LEARNING_RATES, Adapting
-from stages.sparse.optimizers import Optimizing
-from stages.sparse.prefix_file import PrefixFile
 from stages.sparse_training import (
     Checkpointing,
     Holdout,
@@ -36,6 +33,9 @@ from stages.sparse_training import (
     train_stream,
     train_support,
 )
+from stages.training.adaptation import LEARNING_RATES, Adapting
+from stages.training.optimizers import Optimizing
+from stages.training.prefix_file import PrefixFile
 from tests.rounding import gamma, no_worse
 
 AS_IT_IS = Augmentation(probability=0)

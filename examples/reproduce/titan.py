@@ -47,8 +47,8 @@ from stages.models.inputs import adapt
 from stages.planning.baselines import named_plan
 from stages.randomness import generator
 from stages.selection import Selection, Weights, select_stream
-from stages.sparse.optimizers import Optimizing
 from stages.sparse_training import StreamTraining, TrainingStopped, train_stream
+from stages.training.optimizers import Optimizing
 from stages.valuation import fine
 from stages.valuation.costs import UpdateClock
 from stages.valuation.designs import divide

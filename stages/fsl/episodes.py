@@ -15,7 +15,7 @@ from math import log
 
 import numpy as np
 
-from stages.artifacts.records import Array, Block
+from stages.artifacts.records import Array, Block, check_labelled
 from stages.errors import DataError, require
 from stages.randomness import generator
 
@@ -72,6 +72,7 @@ def pool_of(block: Block, *, group: str | None = None, hierarchical: bool = Fals
     """
     if not len(block):
         raise DataError("samples", "none", "samples to draw tasks from")
+    check_labelled(block.y, "samples")
     classes, number = np.unique(np.asarray(block.y), return_inverse=True)
     order = np.argsort(number, kind="stable").astype(np.int64)
     members = np.split(order, np.cumsum(np.bincount(number))[:-1])

@@ -23,7 +23,7 @@ from stages.fsl.augment import PSEUDO_QUERY, augment
 from stages.importance.fisher import SampleLoss
 from stages.models.deploy import Backbone
 from stages.models.heads import class_names, cosine_scale, empty_head, extend, imprint, logits, prototype_head, rows
-from stages.models.inputs import adapt
+from stages.models.inputs import adapt_block
 
 
 @dataclass(frozen=True)
@@ -107,4 +107,4 @@ def _task(inputs: Tensor, support: Block, head: Head) -> Task:
 def _inputs(backbone: Backbone, support: Block) -> Tensor:
     if not len(support):
         raise DataError("support", "no samples", "at least one of each of two classes")
-    return adapt(support.x[:], support.layout, backbone.input)
+    return adapt_block(support, backbone.input)

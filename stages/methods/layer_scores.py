@@ -10,12 +10,12 @@ import torch
 
 from stages.artifacts.records import Scores
 from stages.cost.model import block_entries, filters, last_blocks
-from stages.cost.ops import layer_macs
+from stages.cost.ops import macs
 from stages.errors import require
-from stages.importance.criteria import CRITERIA, Evidence
+from stages.graphs.graph import Graph
+from stages.importance.criteria import Evidence, criterion_named
 from stages.importance.fisher import Fisher
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
 from stages.planning.problem import RATIOS
 from stages.planning.shortcuts import residual_entries
 
@@ -80,16 +80,16 @@ def scores_of(
     evidence = Evidence(
         fisher=np.array([fisher.output[op.name].sum() for op in ops]),
         parameters=np.array([float(op.weights) for op in ops]),
-        macs=np.array([float(layer_macs(op)) for op in ops]),
+        macs=np.array([float(macs(op)) for op in ops]),
         most_parameters=max(op.weights for op in graph.layers),
-        most_macs=max(layer_macs(op) for op in graph.layers),
+        most_macs=max(macs(op) for op in graph.layers),
         weight_l2=np.array(norms),
         rng=rng,
     )
     return Scores(
         criterion,
         tuple(layers),
-        CRITERIA[criterion](evidence),
+        criterion_named(criterion)(evidence),
         evidence.fisher,
         tuple(fisher.output[op.name].astype(np.float32) for op in ops),
         tuple(fisher.input[op.name].astype(np.float32) for op in ops),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.artifacts.records import Array, InputSpec, check_layout
+from stages.artifacts.records import Array, Block, InputSpec, check_layout
 from stages.errors import DataError
 
 LUMA = (0.299, 0.587, 0.114)
@@ -28,8 +28,29 @@ LAYOUTS_OF_KIND = {
 }
 DTYPES = ("uint8", "int16", "float32")
 INT16_FULL_SCALE = 32768.0
+BYTE_SCALE = 0.1
+"""A model that multiplies pictures by less than this reads values from 0 to 255."""
 LOG_FLOOR = 1e-6
 """Added to mel energies before the logarithm: silence is ln(1e-6), about -13.8."""
+
+
+def adapt_block(block: Block, spec: InputSpec) -> Tensor:
+    """The samples of a block as the model's input: `adapt`, for samples whose rate and range of values it can read.
+
+    Every command that gives samples to a model does it here. Raises `DataError` as `adapt` does, and for recordings of
+    another rate than the model's or pictures whose values are from 0 to 1 where it reads 0 to 255.
+    """
+    rate = 0 if block.prepared is None else block.prepared.sample_rate_hz
+    if spec.sample_rate_hz and rate and rate != spec.sample_rate_hz:
+        fix = f"bring them to it with `edgetrain pack --rate {spec.sample_rate_hz}`"
+        raise DataError("x", f"{rate} samples per second", f"{spec.sample_rate_hz}, the model's", fix)
+    x = np.asarray(block.x[:])
+    if spec.kind == "image" and x.dtype.kind == "f" and x.size and max(spec.scale) < BYTE_SCALE:
+        low, high = float(x.min()), float(x.max())
+        if low >= 0 and 0 < high <= 1:
+            fix = "bring them there with `edgetrain pack --scale 255 --dtype uint8`"
+            raise DataError("x", f"pictures of values from {low:g} to {high:g}", "0 to 255, as the model reads", fix)
+    return adapt(x, block.layout, spec)
 
 
 def adapt(x: Array, layout: str, spec: InputSpec) -> Tensor:

@@ -14,6 +14,7 @@ from stages.artifacts.records import Block
 ROOT = Path(__file__).parents[2]
 STAGES = ROOT / "stages"
 FILES = sorted(STAGES.rglob("*.py"))
+SETTINGS = sorted((STAGES / "settings").glob("*.py"))
 COMMANDS = sorted((ROOT / "edgetrain_cli" / "commands").glob("*.py"))
 
 MAY_IMPORT = {
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "planning": {"errors", "artifacts", "models.graph", "cost"},
     "data": {"errors", "artifacts", "randomness"},
     "fsl": {"errors", "artifacts", "data", "randomness"},
-    "importance": {"errors", "artifacts", "models", "fsl", "randomness"},
+    "importance": {"errors", "artifacts", "models", "fsl", "owncode", "randomness"},
     "sparse": {"errors", "artifacts", "models", "fsl", "randomness"},
     "measurement": {"errors", "artifacts", "models"},
     "methods": {
@@ -38,11 +39,15 @@ MAY_IMPORT = {
         "data",
         "randomness",
     },
-    "valuation": {"errors", "artifacts", "cost", "data", "models", "sparse", "randomness"},
+    "valuation": {"errors", "artifacts", "cost", "data", "models", "owncode", "sparse", "randomness"},
 }
 """Domain package -> what of `stages` it may import besides itself. Stage modules may import every package."""
 
 NO_TORCH = [*(STAGES / "artifacts").glob("*.py"), *(STAGES / "planning").glob("*.py"), STAGES / "cost" / "ops.py"]
+
+
+BESIDE = {"pretrain_fsl": {"importing"}}
+"""Command -> a second stage that it calls: meta-training may begin with `import`. `inspecting` makes tables of all."""
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> list[str]:
@@ -65,6 +70,7 @@ def name(path: Path) -> str:
 def test_there_is_something_to_check():
     assert len(FILES) > 40
     assert len(COMMANDS) > 10
+    assert len(SETTINGS) > 5
     assert {path.parent.name for path in FILES} >= set(MAY_IMPORT)
     assert all(path.exists() for path in NO_TORCH)
 
@@ -85,14 +91,30 @@ def test_packages_import_along_the_arrows(path):
         allowed = MAY_IMPORT[package] | {package}
         wrong = {module for module in used if not any((module + ".").startswith(way + ".") for way in allowed)}
         assert not wrong
-    elif path.stem not in ("pipeline", "errors", "randomness", "__init__"):
-        stage_modules = {file.stem for file in STAGES.glob("*.py")} - {"errors", "randomness", "__init__"}
+    elif package != "settings" and path.stem not in ("pipeline", "errors", "owncode", "randomness", "__init__"):
+        stage_modules = {file.stem for file in STAGES.glob("*.py")} - {"errors", "owncode", "randomness", "__init__"}
         assert stage_modules.isdisjoint(module.split(".")[0] for module in used), "a stage imports a stage"
 
 
 @pytest.mark.parametrize("path", NO_TORCH, ids=name)
 def test_planning_and_artifacts_need_no_torch(path):
     assert "torch" not in {module.split(".")[0] for module in imports(path)}
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=name)
+def test_settings_can_be_read_without_the_stages(path):
+    """What a stage's settings are made into is imported where that happens, and nothing else of the library is."""
+    used = {module for module in imports(path, top_level_only=True) if not module.startswith("stages.settings")}
+    roots = {module.split(".")[0] for module in used if not module.startswith("stages.errors")}
+    assert roots <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=name)
+def test_a_command_calls_one_stage(path):
+    """Read, call one stage, write; `run` and its recipe `adapt` start commands and call none."""
+    names = {file.stem for file in STAGES.glob("*.py")} - {"errors", "owncode", "randomness", "__init__"}
+    used = {module.split(".")[1] for module in imports(path) if module.startswith("stages.")} & names
+    assert len(used - BESIDE.get(path.stem, set()) - {"inspecting"}) <= 1, used
 
 
 SEEDS = {"np.random.seed", "torch.manual_seed", "random.seed"}

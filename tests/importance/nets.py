@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from stages.artifacts.records import InputSpec
-from stages.models.deploy import Backbone, fold
-from stages.models.tracing import trace
+from stages.models.deploy import Backbone
+from tests.models.nets import folded
 
 
 class Bottleneck(nn.Module):
@@ -82,6 +82,4 @@ def mixed(seed: int = 0) -> Mixed:
 
 def deployed(net: nn.Module, dtype: torch.dtype = torch.float32) -> Backbone:
     """The deploy form of a module, folded in this precision."""
-    graph, tensors = trace(net, INPUT.shape)
-    graph, tensors = fold(graph, {name: tensor.to(dtype) for name, tensor in tensors.items()})
-    return Backbone(graph, tensors, INPUT)
+    return Backbone(*folded(net, INPUT.shape, dtype), INPUT)

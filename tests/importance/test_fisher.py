@@ -11,13 +11,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages.engines.torch.reference import run
 from stages.errors import DataError
 from stages.fsl.protonet import cosine_logits
+from stages.graphs.graph import Graph
 from stages.importance.fisher import fisher_bytes, fisher_pass
 from stages.importance.tape import backward, forward, kept_names
 from stages.models.deploy import Backbone
-from stages.models.execute import run
-from stages.models.graph import Graph, Op
+from stages.operators import Op
 from tests.importance.nets import INPUT, LAYERS, deployed, mixed
 
 SAMPLES = 6
@@ -63,9 +64,9 @@ def tiny_net():
     """1x1 convolution from one channel to two, ReLU, mean: two positions, two features."""
     ops = (
         Op("input", "input", (), (1, 1, 2)),
-        Op("conv", "conv", ("input",), (2, 1, 2), (1, 1, 2), (1, 1), (1, 1), (0, 0), (1, 1), bias=True),
-        Op("relu", "relu", ("conv",), (2, 1, 2), (2, 1, 2)),
-        Op("pool", "global_pool", ("relu",), (2,), (2, 1, 2)),
+        Op("conv", "conv", ("input",), (2, 1, 2), ((1, 1, 2),), (1, 1), (1, 1), (0, 0), (1, 1), bias=True),
+        Op("relu", "relu", ("conv",), (2, 1, 2), ((2, 1, 2),)),
+        Op("pool", "global_pool", ("relu",), (2,), ((2, 1, 2),)),
     )
     tensors = {"conv.weight": torch.tensor([2.0, -1.0]).view(2, 1, 1, 1), "conv.bias": torch.tensor([0.0, 1.0])}
     return Backbone(Graph(ops), tensors, SimpleNamespace(shape=(1, 1, 2)))

@@ -8,21 +8,22 @@ import torch
 from torch import nn
 
 from stages.artifacts.records import InputSpec, Model
+from stages.engines.torch.reference import run
 from stages.errors import UsageError
 from stages.evaluation import Tasks, evaluate_tasks
 from stages.fsl.episodes import FixedShape, draw_episodes, pool_of
 from stages.fsl.protonet import support_loss
+from stages.graphs.graph import Graph
 from stages.methods.lite_residual import LiteResidualNet, find_places, with_modules
 from stages.methods.registry import find_method
 from stages.methods.task import Cost, make_task
 from stages.methods.tinytl import TinyTL, cost
 from stages.models.deploy import Backbone, deploy, state
-from stages.models.execute import run
-from stages.models.graph import Graph, Op
 from stages.models.registry import build, input_spec
+from stages.operators import Op
 from stages.randomness import generator
-from stages.sparse.adaptation import Adapting, adapt_net
-from stages.sparse.updates import cache_prefix, features_of, gradient_update
+from stages.training.adaptation import Adapting, adapt_net
+from stages.training.updates import cache_prefix, features_of, gradient_update
 from tests.test_pretraining import random_run, squares
 
 
@@ -30,7 +31,7 @@ def conv(name, source, c_in, c_out, size, kernel, stride, block):
     shape, padding = (c_out, size // stride, size // stride), kernel // 2
     pairs = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": 1}
     axes = {key: (value, value) for key, value in pairs.items()}
-    return Op(name, "conv", (source,), shape, (c_in, size, size), **axes, bias=True, block=block)
+    return Op(name, "conv", (source,), shape, ((c_in, size, size),), **axes, bias=True, block=block)
 
 
 def two_blocks() -> Backbone:
@@ -39,11 +40,11 @@ def two_blocks() -> Backbone:
     ops = (
         Op("input", "input", (), (4, 8, 8)),
         conv("blocks.0.conv", "input", 4, 8, 8, 3, 2, 0),
-        Op("blocks.0.relu", "relu", ("blocks.0.conv",), small, small, block=0),
+        Op("blocks.0.relu", "relu", ("blocks.0.conv",), small, (small,), block=0),
         conv("blocks.1.conv", "blocks.0.relu", 8, 8, 4, 1, 1, 1),
-        Op("blocks.1.relu", "relu", ("blocks.1.conv",), small, small, block=1),
-        Op("blocks.1.add", "add", ("blocks.0.relu", "blocks.1.relu"), small, small, block=1),
-        Op("pool", "global_pool", ("blocks.1.add",), (8,), small),
+        Op("blocks.1.relu", "relu", ("blocks.1.conv",), small, (small,), block=1),
+        Op("blocks.1.add", "add", ("blocks.0.relu", "blocks.1.relu"), small, (small,) * 2, block=1),
+        Op("pool", "global_pool", ("blocks.1.add",), (8,), (small,)),
     )
     draw = torch.Generator().manual_seed(0)
     tensors = {
@@ -280,8 +281,11 @@ def test_the_row_has_the_methods_own_cost():
     config = Tasks(
         tasks=1,
         methods=("tinytl", "tinytl:bias=true", "adapter-drop-50"),
-        shape=FixedShape(ways=3, shots=2, queries=2),
-        adapting=Adapting(iterations=1, learning_rates=(1e-3,)),
+        ways=3,
+        shots=2,
+        queries=2,
+        iterations=1,
+        lr=1e-3,
         measure=False,
     )
     rows = evaluate_tasks(run, squares(classes=4), config, seed=0)

@@ -9,6 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.graphs.capture import capture
+from stages.graphs.folding import fold
+from stages.graphs.graph import Graph
+
+
+def folded(
+    module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> tuple[Graph, dict[str, Tensor]]:
+    """A module's graph and tensors in deploy form, folded in this precision, or the module's own."""
+    captured = capture(module, shape)
+    arrays = {name: value.detach().to(dtype or value.dtype).numpy() for name, value in captured.tensors.items()}
+    graph, arrays = fold(captured.graph, arrays)
+    return graph, {name: torch.from_numpy(array) for name, array in arrays.items()}
+
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights and BatchNorm statistics, so that no part of a BatchNorm is the identity."""

@@ -11,16 +11,14 @@ from stages.artifacts.records import Scores
 from stages.cost.latency import predicted_latency_ns
 from stages.cost.model import full_backward_macs, last_blocks
 from stages.errors import BudgetError, DataError, UsageError
-from stages.models.deploy import fold
-from stages.models.graph import Graph
-from stages.models.tracing import trace
+from stages.graphs.graph import Graph
 from stages.planning.budget import Budget
 from stages.planning.knapsack import Limits
 from stages.planning.knapsack import _extended as extended
 from stages.planning.layers import SELECTORS, exhaustive, greedy, knapsack, select_layers, strict_prefix
 from stages.planning.problem import Channels, Evidence, Problem, nothing_fits, pose
 from tests.cost.nets import backbone, conv, inverted_residual, op_input, unary
-from tests.models.nets import dense_net
+from tests.models.nets import dense_net, folded
 from tests.planning.problems import chain_problem, costs, problems, random_scores
 
 
@@ -38,7 +36,7 @@ def test_knapsack_is_the_optimum_of_longer_chains():
 
 def dense_problem() -> Problem:
     """A DenseNet, all of whose layers may train: what one keeps others share, so there are very many states."""
-    graph, _ = fold(*trace(dense_net(), (3, 32, 32)))
+    graph, _ = folded(dense_net(), (3, 32, 32))
     scores = random_scores(graph, 0)
     costs = [op.weights * op.weights * int(np.prod(op.shape[1:])) for op in graph.layers]
     sized = replace(scores, score=scores.score / np.array(costs))

@@ -10,8 +10,8 @@ from stages.models.deploy import deploy, state
 from stages.models.inputs import adapt
 from stages.pipeline import Pipeline, simulate
 from stages.selection import Selection, Weights
-from stages.sparse.optimizers import Optimizing
 from stages.sparse_training import StreamTraining
+from stages.training.optimizers import Optimizing
 from stages.valuation import fine
 from stages.valuation.designs import divide, importance_spread
 from stages.valuation.scoring import scored
