@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+LIBRARY := stages/engines/native/libedgetrain.so
 
-.PHONY: setup demo test test-all test-isa mutants check bench bench-engine bench-selection bench-pipeline bench-faults \
+.PHONY: setup demo test test-all test-isa mutants check native native-test bench bench-engine bench-native \
+        bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
 help:            ## list the targets
@@ -12,7 +14,7 @@ help:            ## list the targets
 
 setup: $(READY)  ## make the environment in .venv
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -21,10 +23,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)   ## the whole toolkit on real data, in about three minutes
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
-test: check      ## format, types and tests, with ten architectures of the zoo
+test: check native native-test  ## format, types and tests, with ten architectures of the zoo
 	$(BIN)/python -m pytest -q
 
-test-all: check  ## the same with all architectures of the zoo
+test-all: check native native-test  ## the same with all architectures of the zoo
 	$(BIN)/python -m pytest -q -m ""
 
 # What torch and oneDNN take their kernels from; a processor that lacks one falls back to what it has.
@@ -43,6 +45,14 @@ mutants: $(READY)  ## which changes to the core no test notices: hours; MODULES=
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mutants]"
 	$(BIN)/python tests/mutants.py $(MODULES)
 
+native: $(READY) $(LIBRARY)  ## the native engine's library, built again after a change of its sources
+
+$(LIBRARY): $(wildcard stages/engines/native/c/*) | $(READY)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+native-test: $(READY)  ## the C library alone: sanitizers, one buffer per value, damaged images
+	PATH="$(abspath $(BIN)):$$PATH" sh tests/native/run.sh build/native-test
+
 check: $(READY)  ## format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,13 +62,14 @@ format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-engine bench-selection bench-pipeline bench-faults  ## all benchmarks, written to docs/results
+bench: bench-engine bench-native bench-selection bench-pipeline bench-faults  ## all benchmarks, written to docs/results
 
 bench-engine:    ## what the sparse engine saves
+bench-native:    ## the native engine beside the sparse engine in PyTorch
 bench-selection: ## what choosing samples brings
 bench-pipeline:  ## what choosing beside training costs: throughput, transport, memory
 bench-faults:    ## 300 random faults in a live pipeline
-bench-engine bench-selection bench-pipeline bench-faults: bench-%: $(READY)
+bench-engine bench-native bench-selection bench-pipeline bench-faults: bench-%: $(READY)
 	$(BIN)/python examples/bench/$*.py
 
 reproduce-tinytrain-cost: $(READY)      ## every cell of TinyTrain's cost tables

@@ -18,6 +18,8 @@ from stages.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from stages.measurement.room import Fit
+
 VIEWERS = frozenset(["cat", "tail", "head", "less", "more", "most", "bat", "tee", "grep", "wc"])
 """Programs that show text: what they read from a pipe ends on the terminal that they write to."""
 
@@ -73,6 +75,13 @@ class Manners:
             return console.silent
         self._progress = console.Progress(doing, total, unit)
         return self._progress
+
+    def holds(self, fit: Fit) -> None:
+        """Say what is going to be held in memory: to a terminal always, elsewhere where it may not be enough."""
+        if fit.tight:
+            self.note(f"{fit}; it may not suffice: use a smaller model or image, or free some memory")
+        elif self.talks:
+            self.note(str(fit))
 
     def clear(self) -> None:
         """Take the progress line away, so that what is written next stands alone; it comes back by itself."""

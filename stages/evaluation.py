@@ -17,12 +17,14 @@ import torch
 
 from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Head, Run
+from stages.cost.model import cost_table, inference_peak_bytes
 from stages.data.blocks import check_prepared
 from stages.errors import DataError, UsageError
 from stages.fsl.episode_list import data_hash
 from stages.fsl.episodes import Episode, check_pool, draw_episodes, pool_of
 from stages.fsl.intervals import Interval, wilson
 from stages.graphs.graph import Graph
+from stages.measurement.room import Fit, fit
 from stages.methods.registry import find_method
 from stages.methods.results import Row
 from stages.methods.task import Answer, make_task, plan_cost
@@ -31,6 +33,9 @@ from stages.models.deploy import Backbone, deploy
 from stages.models.inputs import adapt_block
 from stages.randomness import generator
 from stages.settings.evaluation import Tasks as Tasks
+
+CHUNK = 256
+"""Most samples that are answered at once, unless told otherwise."""
 
 # ------------------------------------------------------------------------------------------------ accuracy on samples
 
@@ -76,11 +81,14 @@ def evaluate(
     blocks: Iterable[Block],
     *,
     support: Block | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
     on_step: Callable[[int], None] = lambda done: None,
+    on_fit: Callable[[Fit], None] = lambda fit: None,
     allow: str | None = None,
 ) -> Accuracy:
-    """Accuracy on labelled samples, `chunk` of them in memory at a time; `on_step` gets the number done.
+    """Accuracy on labelled samples, `chunk` of them in memory at a time (None: as many as fit).
+
+    `on_step` gets the number done, `on_fit` how many are in memory at once.
 
     With `support` its class means answer, instead of the record's head.
 
@@ -89,6 +97,9 @@ def evaluate(
         UsageError: no head and no support.
     """
     backbone = deploy(run.model, allow=allow)
+    held = fit(0, inference_peak_bytes(backbone.graph), chunk or CHUNK, wanted=chunk)
+    on_fit(held)
+    chunk = held.samples
     head = _support_head(backbone, run.model.head, support, chunk) if support is not None else run.model.head
     if head is None or not len(head.labels):
         fix = "adapt it with `edgetrain train-sparse`, or name labelled samples with --support"
@@ -137,7 +148,7 @@ def _class_rows(head: Head, counts: Mapping[int, Array], names: Mapping[int, str
 
 
 MICRO_BATCH = 100
-"""Samples of a task that are in memory at once, unless told otherwise."""
+"""Most samples of a task that are in memory at once, unless told otherwise."""
 
 
 def evaluate_tasks(
@@ -150,6 +161,7 @@ def evaluate_tasks(
     episodes: Sequence[Episode] | None = None,
     known: Iterable[Row] = (),
     on_row: Callable[[Row], None] = lambda row: None,
+    on_fit: Callable[[Fit], None] = lambda fit: None,
     allow: str | None = None,
 ) -> list[Row]:
     """Every method on every task of the shard; `on_row` gets each row as it is done.
@@ -166,7 +178,10 @@ def evaluate_tasks(
     """
     backbone = deploy(run.model, allow=allow)
     scale = heads.cosine_scale(run.model.head)
-    adapting = config.adapting(scale, MICRO_BATCH if config.micro_batch is None else config.micro_batch)
+    kept = sum(row.saved_bytes for row in cost_table(backbone.graph))
+    held = fit(kept, inference_peak_bytes(backbone.graph), MICRO_BATCH, wanted=config.micro_batch)
+    on_fit(held)
+    adapting = config.adapting(scale, held.samples)
     methods = {name: find_method(name) for name in config.methods}
     drawn = draw_tasks(block, config, seed) if episodes is None else (episodes[i] for i in config.numbers)
     have = {(row.task, row.method): row for row in known if row.dataset == dataset}

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from stages.artifacts.records import Array, Block, LayerUpdate, Plan, Run
-from stages.cost.model import full_backward_macs
+from stages.cost.model import full_backward_macs, inference_peak_bytes
 from stages.cost.training import live_values
 from stages.errors import BudgetError, UsageError
-from stages.importance.fisher import Fisher, fisher_bytes, fisher_pass
-from stages.importance.tasks import build_task
-from stages.methods.search import Wish, costs_of, search, weights_of
+from stages.graphs.graph import Graph
+from stages.importance.fisher import Fisher, fisher_bytes
+from stages.measurement.room import Fit, fit
+from stages.methods.search import FisherPass, Wish, costs_of, inspect_task, search, weights_of
 from stages.models.deploy import Backbone, deploy
 from stages.operators import Op
 from stages.planning import problem as planning
@@ -28,6 +29,9 @@ from stages.planning.channels import ChannelEvidence, axis_of, channel_rule, top
 from stages.planning.knapsack import COMPARISON, knapsack
 from stages.planning.plans import Ranking, make_plan, parse_plan
 from stages.settings.scoring import Scoring as Scoring
+
+MICRO_BATCH = 16
+"""Most samples that are looked at together unless told otherwise: more would not be faster."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class _Job:
     config: Scoring
     rng: np.random.Generator
     on_step: Callable[[int], None]
+    on_fit: Callable[[Fit], None]
     backbone: Backbone
 
     @property
@@ -56,14 +61,17 @@ class _Job:
             raise UsageError("--support", "missing", "samples of the task", "or --plan with channels chosen by l2")
         return self.support
 
-    @property
-    def micro_batch(self) -> int:
-        """Samples of the Fisher pass looked at together."""
-        return self.config.micro_batch or 1
+    def micro_batch(self, graph: Graph, window: Sequence[str]) -> int:
+        """Samples of the Fisher pass looked at together: as many as fit this machine's memory, or as it was told."""
+        kept = fisher_bytes(graph, window, 1)
+        held = fit(kept, inference_peak_bytes(graph), MICRO_BATCH, wanted=self.config.micro_batch)
+        self.on_fit(held)
+        return held.samples
 
-    def facts(self, fisher: Fisher, window: Sequence[str]) -> dict[str, Any]:
+    def facts(self, found: FisherPass) -> dict[str, Any]:
         """What is worth keeping about a Fisher pass."""
-        kept = fisher_bytes(self.backbone.graph, window, min(self.micro_batch, fisher.samples))
+        fisher = found.fisher
+        kept = fisher_bytes(self.backbone.graph, found.window, min(found.micro_batch, fisher.samples))
         return {"samples": fisher.samples, "loss": fisher.loss, "fisher_pass_bytes": kept}
 
 
@@ -74,17 +82,18 @@ def score_layers(
     *,
     rng: np.random.Generator,
     on_step: Callable[[int], None] = lambda done: None,
+    on_fit: Callable[[Fit], None] = lambda fit: None,
     allow: str | None = None,
 ) -> Run:
     """The run with a plan, and with scores where they were searched for.
 
-    `on_step` gets the number of samples done; `allow` names user code that may be imported. The support may be None
-    for a given plan unless its channels are chosen by Fisher.
+    `on_step` gets the number of samples done, `on_fit` how many are in memory at once; `allow` names user code that may
+    be imported. The support may be None for a given plan unless its channels are chosen by Fisher.
 
     Raises `DataError` for a support that says nothing (empty, one class, not finite) or a plan of another model,
     `UsageError` for settings that do not fit the model, `BudgetError` when nothing fits.
     """
-    job = _Job(run, support, config, rng, on_step, deploy(run.model, allow=allow))
+    job = _Job(run, support, config, rng, on_step, on_fit, deploy(run.model, allow=allow))
     return _given(job) if config.given else _searched(job)
 
 
@@ -98,7 +107,7 @@ def _searched(job: _Job) -> Run:
     )  # fmt: skip
     how = job.wish.how
     optimum = found.choice if how.select == "knapsack" else knapsack(found.problem, COMPARISON)
-    facts = job.facts(found.fisher, found.scores.layer)
+    facts = job.facts(found.inspected)
     facts |= {"score": found.choice.score} | ({"optimum_score": optimum.score} if optimum.optimal else {})
     plan = _plan(how.select, found.problem, found.choice.updates, facts)
     return replace(job.run, scores=found.scores, plan=plan)
@@ -113,11 +122,12 @@ def _given(job: _Job) -> Run:
     name, updates = _read_plan(job, _ranking(job, "l2"))
     if rule == "fisher":
         window = [update.layer for update in updates]
-        task = build_task(job.head_kind, job.backbone, job.needed_support(), head, job.rng)
-        batches = task.batches(job.micro_batch)
-        fisher = fisher_pass(job.backbone, batches, task.loss, window, on_step=job.on_step)
-        head, facts = task.head, job.facts(fisher, window)
-        _, updates = _read_plan(job, _ranking(job, rule, fisher))
+        seen = inspect_task(
+            job.backbone, job.needed_support(), window, job.wish, job.rng,
+            kind=job.head_kind, head=head, on_step=job.on_step,
+        )  # fmt: skip
+        head, facts = seen.head, job.facts(seen)
+        _, updates = _read_plan(job, _ranking(job, rule, seen.fisher))
     elif rule != "l2":
         _, updates = _read_plan(job, _ranking(job, rule))
     costs = costs_of(job.backbone.graph, job.wish, head if job.head_kind == "linear" else None, job.run.profile)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 
@@ -18,10 +18,13 @@ import torch
 
 from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate, Model, Preparation, Run, check_labelled
+from stages.cost.model import inference_peak_bytes
+from stages.cost.training import saved_activation_bytes
 from stages.data.blocks import check_prepared
 from stages.engines.torch.net import SparseNet
 from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
 from stages.graphs.graph import Graph
+from stages.measurement.room import Fit, fit
 from stages.models import heads
 from stages.models.deploy import deploy, store
 from stages.models.inputs import adapt_block as model_input
@@ -51,7 +54,12 @@ class SupportTraining:
     plan: str | None = None
     """A named plan, such as `full` or `last-layer`; None takes the run's own."""
     adapting: Adapting = field(default_factory=Adapting)
+    fitting: bool = False
+    """Take as many samples at a time as fit into memory, at most `MICRO_BATCH`, instead of `adapting.micro_batch`."""
 
+
+MICRO_BATCH = 64
+"""Most samples that are in memory at once where nobody says otherwise."""
 
 STREAM_OPTIMIZING = Optimizing(optimizer="sgd", learning_rate=0.02, clip_norm=2.0)
 """Plain SGD, which Titan's theory is about. Titan states a rate of 0.1, at which a small CNN lost a third of its
@@ -65,11 +73,12 @@ class StreamTraining:
     plan: str | None = None
     """A named plan, such as `full` or `last-layer`; None takes the run's own."""
     optimizing: Optimizing = STREAM_OPTIMIZING
-    micro_batch: int = 64
-    """Samples of a block that are in memory at once in a pass; 0 is all of them. The update is the same."""
+    micro_batch: int | None = None
+    """Samples of a block that are in memory at once in a pass; 0 is all of them, None as many as fit, at most
+    `MICRO_BATCH`. The update is the same."""
 
     def __post_init__(self) -> None:
-        require(self.micro_batch >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
+        require((self.micro_batch or 0) >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +145,7 @@ def train_support(
     on_step: Callable[[int], None] = lambda done: None,
     stop: Callable[[], int] = lambda: 0,
     cache_file: PrefixFile | None = None,
+    on_fit: Callable[[Fit], None] = lambda fit: None,
     allow: str | None = None,
 ) -> Run:
     """The run adapted to a support set, with the class means of the adapted features as its head.
@@ -146,6 +156,7 @@ def train_support(
         on_step: gets the number of iterations done, those of the choice of the learning rate included.
         stop: asked before every iteration; not 0 ends training with the current weights.
         cache_file: where `adapting.cache_prefix` keeps the frozen layers' outputs for the next time.
+        on_fit: gets how many samples are in memory at once.
         allow: the user's model factory that may be imported, `package.module:factory`.
 
     Raises:
@@ -158,7 +169,10 @@ def train_support(
     updates = planned_updates(run, backbone.graph, config.plan)
     x = model_input(support, backbone.input)
     labels, ways = np.unique(support.y, return_inverse=True)
-    result = adapt(backbone, updates, x, torch.from_numpy(ways), config.adapting, rng, on_step, stop, cache_file)
+    held = _fit(backbone.graph, updates, None if config.fitting else config.adapting.micro_batch)
+    on_fit(held)
+    how = replace(config.adapting, micro_batch=held.samples) if config.fitting else config.adapting
+    result = adapt(backbone, updates, x, torch.from_numpy(ways), how, rng, on_step, stop, cache_file)
     head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=config.adapting.scale)
     model = _prepared(store(run.model, replace(backbone, tensors=result.net.tensors())), support.prepared)
     version = run.model.version + len(result.losses)
@@ -174,6 +188,11 @@ def train_support(
 def _prepared(model: Model, prepared: Preparation | None) -> Model:
     """The model with how the samples were prepared that it has learnt from."""
     return replace(model, input=replace(model.input, prepared=prepared))
+
+
+def _fit(graph: Graph, updates: Sequence[LayerUpdate], wanted: int | None) -> Fit:
+    kept = saved_activation_bytes(graph, updates)
+    return fit(kept, inference_peak_bytes(graph), max(MICRO_BATCH, wanted or 0), wanted=wanted)
 
 
 def planned_updates(run: Run, graph: Graph, plan: str | None) -> tuple[LayerUpdate, ...]:
@@ -207,6 +226,7 @@ def train_stream(
     holdout: Holdout | None = None,
     stop: Callable[[], int] = lambda: 0,
     on_step: Callable[[Update], None] = lambda update: None,
+    on_fit: Callable[[Fit], None] = lambda fit: None,
     allow: str | None = None,
 ) -> Run:
     """The run after one update per block; every block advances the version, an empty one too.
@@ -215,6 +235,7 @@ def train_stream(
         resume: a checkpoint of the same run to go on from.
         replayed: with `resume`, the stream begins anew: the blocks that were used already are passed over.
         publish: gets every version.
+        on_fit: gets how many samples are in memory at once.
         stop: asked after every update; not 0 ends training as if the stream had ended.
         allow: the user's model factory that may be imported, `package.module:factory`.
 
@@ -224,6 +245,7 @@ def train_stream(
             `run` is the run after the last good update.
     """
     trainer = _Trainer(run, config, resume, allow)
+    on_fit(trainer.held)
     if resume is not None and publish is not None and trainer.blocks:
         trainer.publish(publish)
     try:
@@ -264,12 +286,13 @@ class _Trainer:
         self.first_version = run.model.version
         self.backbone = deploy(self.base.model, allow=allow)
         updates = planned_updates(run, self.backbone.graph, config.plan)
+        self.held = _fit(self.backbone.graph, updates, config.micro_batch)
         self.learner = StreamLearner(
             self.backbone,
             updates,
             self.base.model.head,
             config.optimizing,
-            micro_batch=config.micro_batch,
+            micro_batch=self.held.samples if config.micro_batch is None else config.micro_batch,
             done=self.blocks,
         )
         if state is not None:

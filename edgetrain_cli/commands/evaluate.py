@@ -134,7 +134,6 @@ def _on_samples(
     from edgetrain_cli.samples import block_of, blocks_of
     from edgetrain_cli.tables.accuracy import accuracy_json, accuracy_table
     from stages.errors import UsageError
-    from stages.evaluation import MICRO_BATCH
     from stages.evaluation import evaluate as evaluate_run
 
     if samples:
@@ -148,8 +147,15 @@ def _on_samples(
     if samples:
         like = None if shown is None else shown.prepared
         blocks = chain.from_iterable(blocks_of(io, path, run, like=like) for path in samples)
-    chunk = settings.micro_batch or MICRO_BATCH
-    result = evaluate_run(run, blocks, support=shown, chunk=chunk, on_step=io.progress("evaluating"), allow=arch)
+    result = evaluate_run(
+        run,
+        blocks,
+        support=shown,
+        chunk=settings.micro_batch,
+        on_step=io.progress("evaluating"),
+        on_fit=io.holds,
+        allow=arch,
+    )
     if as_json:
         io.write_text(json.dumps(accuracy_json(result), indent=1) + "\n", out)
     else:
@@ -198,7 +204,16 @@ def _on_tasks(
         for name, block in sets.items():
             episodes = _task_list(io, block, config, seed, write_tasks, read_tasks)
             found += evaluate_tasks(
-                run, block, config, seed=seed, dataset=name, episodes=episodes, known=known, on_row=on_row, allow=arch
+                run,
+                block,
+                config,
+                seed=seed,
+                dataset=name,
+                episodes=episodes,
+                known=known,
+                on_row=on_row,
+                on_fit=io.holds,
+                allow=arch,
             )
     return found
 

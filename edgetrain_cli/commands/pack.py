@@ -42,9 +42,8 @@ def pack(
     from stages.randomness import generator
 
     packing, bad, rng = choosing.packing(), BadSamples(on_bad), generator(seed, "pack")
-    source = open_source(
-        [Path(path) for path in sources], reading.opening(skip_empty=on_bad == "skip", labelled=not choosing.unlabelled)
-    )
+    opening = reading.opening(skip_empty=on_bad == "skip", labelled=not choosing.unlabelled)
+    source = open_source([Path(path) for path in sources], opening)
     rows = choose(source, packing, rng)
     step = io.progress("packing", len(rows))
     with io.writer(out) as writer:

@@ -72,7 +72,9 @@ def score_layers(
         check_plot(run, Path(plot))
     samples = None if support is None else block_of(io, support, run)
     progress = io.progress("scoring layers", None if samples is None else len(samples))
-    run = score(run, samples, settings, rng=generator(seed, "score-layers"), on_step=progress, allow=arch)
+    run = score(
+        run, samples, settings, rng=generator(seed, "score-layers"), on_step=progress, on_fit=io.holds, allow=arch
+    )
     if run.plan is None:
         return
     if not io.text_only:

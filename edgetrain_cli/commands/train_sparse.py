@@ -125,11 +125,11 @@ def _on_stream(
     from stages.sparse_training import TrainingStopped, train_stream
 
     status = Status(io, None, "training", last=True)
-    config = settings.on_stream(MICRO_BATCH if settings.micro_batch is None else settings.micro_batch)
+    config = settings.on_stream()
     io.finish_on_signals()
     watched, report = status.watch(blocks), _reporter(status, metrics)
     try:
-        result = train_stream(start, watched, config, stop=io.stop_requested, on_step=report, **how)  # type: ignore[arg-type]
+        result = train_stream(start, watched, config, stop=io.stop_requested, on_step=report, on_fit=io.holds, **how)  # type: ignore[arg-type]
     except TrainingStopped as stopped:
         io.write(stopped.run, out)
         raise
@@ -139,10 +139,6 @@ def _on_stream(
         clear()
     if io.stop_requested():
         raise Stopped(io.stop_requested())
-
-
-MICRO_BATCH = 64
-"""Samples that are in memory at once where nobody says otherwise and memory is no worry."""
 
 
 def _on_support(
@@ -164,7 +160,7 @@ def _on_support(
     from stages.training.prefix_file import PrefixFile
 
     scale = 10.0 if run.model.head is None else run.model.head.scale
-    config = settings.on_support(MICRO_BATCH if settings.micro_batch is None else settings.micro_batch, scale)
+    config = settings.on_support(scale)
     io.finish_on_signals()
     result = train_support(
         run,
@@ -174,6 +170,7 @@ def _on_support(
         on_step=io.progress("adapting", total_iterations(config.adapting), "iterations"),
         stop=io.stop_requested,
         cache_file=None if cache_file is None else PrefixFile(Path(cache_file)),
+        on_fit=io.holds,
         allow=arch,
     )
     done = result.model.version - run.model.version

@@ -14,11 +14,13 @@ from __future__ import annotations
 import io
 import logging
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,11 +119,14 @@ def _exported(module: nn.Module, input_shape: Shape) -> Any:
 
 @contextmanager
 def _silently() -> Iterator[None]:
-    """What torch says of its own internals is not for users: what is wrong becomes one line of ours."""
+    """What torch says of its own internals is not for users: what is wrong becomes one line of ours.
+
+    It prints graphs on standard output, too, where a command's data may be.
+    """
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -168,12 +173,13 @@ def _unseen(node: Any) -> bool:
 
 
 def _not_captured(module: nn.Module, input_shape: Shape, error: Exception) -> UsageError:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(f"{type(error).__name__}: {error}".split()).replace(str(BATCH), "N")
     dependent = "data-dependent" in text or "GuardOnDataDependent" in text or "DataDependent" in text
-    at = next((line.strip() for line in str(error).splitlines() if line.strip().startswith('File "')), "")
+    place = re.search(r'File "(.+?)", line (\d+)', str(error))
     fix = "the forward must take one tensor of that shape and return tensors"
     if dependent:
-        text, fix = f"a branch or a size that depends on the input's values {at}".strip(), "use torch.where, or masks"
+        at = f" ({Path(place[1]).name}, line {place[2]})" if place else ""
+        text, fix = f"a branch or a size that depends on the input's values{at}", "use torch.where, or masks"
     shortened = text if len(text) <= 300 else text[:300].rsplit(" ", 1)[0] + " ..."
     return UsageError(type(module).__name__, f"cannot be captured for input {input_shape}: {shortened}", "", fix)
 

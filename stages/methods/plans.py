@@ -121,7 +121,7 @@ class TinyTrain:
     def __call__(self, backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Updates:
         """The plan for this task: a Fisher pass over its support, then layers and channels under the budgets."""
         size = how.micro_batch or len(task.support)
-        wish = Wish(self.how(), self.channels(), self.budget, self.blocks, size)
+        wish = Wish(self.how(), self.channels(), self.budget, self.blocks, lambda graph, window: size)
         return search(backbone, task.support, wish, rng).updates
 
     def how(self) -> Search:

@@ -6,7 +6,7 @@ a selector, under the budgets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from stages.cost.model import full_backward_macs
 from stages.cost.training import HEAD, whole_update, with_head
 from stages.graphs.graph import Graph
 from stages.importance.fisher import Fisher, fisher_pass
-from stages.importance.tasks import Task, build_task
+from stages.importance.tasks import build_task
 from stages.methods.layer_scores import Search, candidates, detached, scores_of
 from stages.models.deploy import Backbone
 from stages.planning.budget import Budget
@@ -35,8 +35,20 @@ class Wish:
     """MACs of a whole backward pass -> the limits in numbers."""
     blocks: int
     """Only the last so many blocks, and what follows them, are inspected."""
+    micro_batch: Callable[[Graph, Sequence[str]], int]
+    """Graph and inspected layers -> samples of the Fisher pass looked at together."""
+
+
+@dataclass(frozen=True)
+class FisherPass:
+    """One pass over a task's samples."""
+
+    fisher: Fisher
+    head: Head
+    """Whose loss counted."""
+    window: tuple[str, ...]
+    """The inspected layers."""
     micro_batch: int
-    """Samples of the Fisher pass looked at together."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,7 @@ class Found:
     scores: Scores
     problem: Problem
     choice: Choice
-    fisher: Fisher
-    task: Task
+    inspected: FisherPass
 
     @property
     def updates(self) -> tuple[LayerUpdate, ...]:
@@ -78,17 +89,34 @@ def search(
     """
     graph = backbone.graph
     window = candidates(graph, wish.blocks, wish.how.layers)
-    task = build_task(kind, backbone, support, head, rng)
-    fisher = fisher_pass(backbone, task.batches(wish.micro_batch), task.loss, window, on_step=on_step)
-    scores = scores_of(wish.how.criterion, backbone, fisher, window, rng)
-    costs = costs_of(graph, wish, task.head if kind == "linear" else None, profile)
+    seen = inspect_task(backbone, support, window, wish, rng, kind=kind, head=head, on_step=on_step)
+    scores = scores_of(wish.how.criterion, backbone, seen.fisher, window, rng)
+    costs = costs_of(graph, wish, seen.head if kind == "linear" else None, profile)
     # spawned, so that random channels leave the draws that follow (a support's views) as they are
     evidence = Evidence(weights_of(backbone), rng.spawn(1)[0])
     problem = pose(
         costs.graph, scores, costs.budget, wish.channels, evidence,
         fixed=costs.fixed, measured=costs.measured, detached=costs.detached,
     )  # fmt: skip
-    return Found(scores, problem, select_layers(problem, wish.how.select), fisher, task)
+    return Found(scores, problem, select_layers(problem, wish.how.select), seen)
+
+
+def inspect_task(
+    backbone: Backbone,
+    support: Block,
+    window: Sequence[str],
+    wish: Wish,
+    rng: np.random.Generator,
+    *,
+    kind: str,
+    head: Head | None,
+    on_step: Callable[[int], None] = lambda done: None,
+) -> FisherPass:
+    """The Fisher pass over a support for these layers. Arguments and errors as of `search`."""
+    size = wish.micro_batch(backbone.graph, window)
+    task = build_task(kind, backbone, support, head, rng)
+    fisher = fisher_pass(backbone, task.batches(size), task.loss, window, on_step=on_step)
+    return FisherPass(fisher, task.head, tuple(window), size)
 
 
 def costs_of(graph: Graph, wish: Wish, head: Head | None, profile: Profile | None) -> Problem:

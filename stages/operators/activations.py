@@ -318,6 +318,30 @@ def _silu_onnx(op: Op, w: Any) -> None:
     w.node("Mul", [*w.inputs(op), w.inner(op, "gate")], w.output(op))
 
 
+def _softplus_shape(op: Op) -> Shape:
+    if not op["beta"] > 0:
+        raise ValueError(f"softplus with beta {op['beta']}")
+    return op.in_shape
+
+
+def _softplus(op: Op, x: Tensor) -> Tensor:
+    from torch.nn import functional as F
+
+    return F.softplus(x, op["beta"])
+
+
+def _softplus_onnx(op: Op, w: Any) -> None:
+    w.node("Mul", [*w.inputs(op), w.number(op["beta"])], w.inner(op, "scaled"))
+    w.node("Softplus", [w.inner(op, "scaled")], w.inner(op, "soft"))
+    w.node("Mul", [w.inner(op, "soft"), w.number(1 / op["beta"])], w.output(op))
+
+
+def _aten_softplus(call: Any, x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    if threshold < 16:  # above 16 the line and the function are the same float32 number
+        call.refuse(f"a softplus that is a line from {threshold}", "a threshold of at least 16", "use the default, 20")
+    return call.emit("softplus", [call.value(x)], beta=float(beta))
+
+
 def _mish_onnx(op: Op, w: Any) -> None:
     w.node("Softplus", w.inputs(op), w.inner(op, "soft"))
     w.node("Tanh", [w.inner(op, "soft")], w.inner(op, "gate"))
@@ -424,6 +448,8 @@ register(
            _in_place("hardswish", _aten("hardswish"))),
     _unary("silu", "x * sigmoid(x), also called swish", _of_torch("silu"), _silu_onnx,
            _in_place("silu", _aten("silu"))),
+    _unary("softplus", "log(1 + exp(beta * x)) / beta", _softplus, _softplus_onnx, {"softplus.default": _aten_softplus},
+           args={"beta": float}, shape=_softplus_shape),
     _unary("mish", "x * tanh(log(1 + exp(x)))", _of_torch("mish"), _mish_onnx, _in_place("mish", _aten("mish"))),
     _unary("gelu", "x * Phi(x), exact or by tanh", _gelu, _gelu_onnx,
            _in_place("gelu", _aten("gelu", ("approximate", "none"))), args={"approximate": str}, shape=_gelu_shape),

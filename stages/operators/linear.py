@@ -102,6 +102,7 @@ def _matmul_shape(op: Op) -> Shape:
 
 
 def _matmul_macs(op: Op) -> int:
+    """Columns of the first per output element."""
     return op.elements * op.in_shape[-1]
 
 

@@ -168,33 +168,33 @@ Pull: TypeAlias = Callable[[Kept, Flow], Sequence[Flow]]
 
 
 def keeps_nothing(op: Op, wanted: Set[int]) -> Keep:
-    """A linear operator without data of its own: its gradient needs no value."""
+    """Nothing: the gradient needs no value."""
     return Keep()
 
 
 def keeps_input(op: Op, wanted: Set[int]) -> Keep:
-    """The gradient is a function of the input."""
+    """The input, of which the gradient is a function."""
     return Keep(inputs=(0,))
 
 
 def keeps_output(op: Op, wanted: Set[int]) -> Keep:
-    """The gradient is a function of the output."""
+    """The output, of which the gradient is a function."""
     return Keep(output=True)
 
 
 def keeps_bits(op: Op, wanted: Set[int]) -> Keep:
-    """The gradient takes one of two factors per element."""
+    """One bit per element: which of two factors the gradient takes."""
     return Keep(bits=True)
 
 
 def keeps_others(op: Op, wanted: Set[int]) -> Keep:
-    """A product: the gradient of each input that is wanted needs all the others."""
+    """Of each input whose gradient is needed the others, as a product has it."""
     needed = {i for i in range(len(op.inputs)) for w in wanted if i != w}
     return Keep(inputs=tuple(sorted(needed)))
 
 
 def keeps_all(op: Op, wanted: Set[int]) -> Keep:
-    """The gradient needs every input."""
+    """Every input."""
     return Keep(inputs=tuple(range(len(op.inputs))))
 
 

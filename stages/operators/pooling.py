@@ -58,7 +58,7 @@ def _index_dtype(positions: int) -> Any:
 
 
 def _keeps_window(op: Op, wanted: Set[int]) -> Keep:
-    """Which position of its window each maximum came from."""
+    """One byte per output, 2 or 4 for large windows: which position of the window the maximum came from."""
     return Keep(index_bytes=_index_bytes(prod(op.kernel)))
 
 
@@ -235,7 +235,7 @@ def adaptive_means(size: int, out: int) -> Any:
 
 
 def _keeps_positions(op: Op, wanted: Set[int]) -> Keep:
-    """Which position of the map each maximum came from."""
+    """1, 2 or 4 bytes per output: which position of the map the maximum came from."""
     return Keep(index_bytes=_index_bytes(prod(op.in_shape[1:])))
 
 
@@ -354,7 +354,7 @@ def _max(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
 
 
 def _keeps_place(op: Op, wanted: Set[int]) -> Keep:
-    """Which entry along the axis each maximum is."""
+    """1, 2 or 4 bytes per output: which entry along the axis the maximum is."""
     return Keep(index_bytes=_index_bytes(op.in_shape[op["axes"][0]]))
 
 

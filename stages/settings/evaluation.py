@@ -45,7 +45,9 @@ class Tasks:
     ways: int | None = setting(None, "Fixed number of classes; default Meta-Dataset's.", least=2)
     shots: int = setting(5, "With --ways: support samples per class.", least=1)
     queries: int = setting(10, "Queries per class, at most.", least=1)
-    group: str | None = setting(None, "No value of this column on both sides of a task.", metavar="COL")
+    max_ways: int | None = setting(None, "Most classes of a task that Meta-Dataset draws; 50.", least=2)
+    max_support: int | None = setting(None, "Most support samples of a task that Meta-Dataset draws; 500.", least=2)
+    group: str | None = setting(None, "No value on both sides of a task; class+COL: within classes.", metavar="COL")
     hierarchical: bool = setting(False, "Each task within one family of classes named family/class.")
     iterations: int = setting(40, "Of adaptation.", least=1)
     lr: float | None = setting(None, "Fixed; default: chosen inside each support set.", least=0)
@@ -74,6 +76,8 @@ class Tasks:
 
             for name in self.methods:
                 find_method(name)
+        capped = self.max_ways is not None or self.max_support is not None
+        require(not capped or self.ways is None, "--max-ways, --max-support", "together with --ways", "one of them")
         first, step = self.shard
         require(0 <= first < step, "--shard", f"{first}/{step}", "i/n with 0 <= i < n")
 
@@ -88,7 +92,11 @@ class Tasks:
         from stages.fsl.episodes import FixedShape, VariousShape
 
         if self.ways is None:
-            return VariousShape(most_queries=self.queries)
+            usual = VariousShape()
+            support = self.max_support or usual.most_support
+            ways = min(self.max_ways or usual.most_ways, support)
+            least = min(usual.least_ways, ways)
+            return VariousShape(least_ways=least, most_ways=ways, most_support=support, most_queries=self.queries)
         return FixedShape(ways=self.ways, shots=self.shots, queries=self.queries)
 
     def adapting(self, scale: float, micro_batch: int) -> Adapting:

@@ -58,7 +58,7 @@ class Training:
         """The named plan to train; None: the run's own."""
         return "full" if self.full else "last-layer" if self.last_layer else None
 
-    def on_stream(self, micro_batch: int) -> StreamTraining:
+    def on_stream(self) -> StreamTraining:
         """The configuration of training on a stream."""
         from stages.sparse_training import STREAM_OPTIMIZING, StreamTraining
 
@@ -66,9 +66,9 @@ class Training:
         rate = standard.learning_rate if self.lr is None else self.lr
         clip = standard.clip_norm if self.clip is None else self.clip
         optimizing = self._optimizing(self.optimizer or standard.optimizer, rate, clip, self.updates)
-        return StreamTraining(plan=self.plan, optimizing=optimizing, micro_batch=micro_batch)
+        return StreamTraining(plan=self.plan, optimizing=optimizing, micro_batch=self.micro_batch)
 
-    def on_support(self, micro_batch: int, scale: float) -> SupportTraining:
+    def on_support(self, scale: float) -> SupportTraining:
         """The configuration of adapting to a support set, for a head of this cosine scale."""
         from stages.sparse_training import STREAM_OPTIMIZING, SupportTraining
         from stages.training.adaptation import LEARNING_RATES, Adapting
@@ -83,9 +83,9 @@ class Training:
             cache_prefix=self.cache_prefix,
             detach_prototypes=self.detach_prototypes,
             scale=scale if self.scale is None else self.scale,
-            micro_batch=micro_batch,
+            micro_batch=self.micro_batch or 0,
         )
-        return SupportTraining(plan=self.plan, adapting=adapting)
+        return SupportTraining(plan=self.plan, adapting=adapting, fitting=self.micro_batch is None)
 
     def _optimizing(self, optimizer: str, rate: float, clip: float, updates: int) -> Optimizing:
         from stages.training.optimizers import Optimizing

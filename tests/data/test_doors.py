@@ -255,7 +255,7 @@ def test_the_commands_see_a_folder_as_they_see_what_pack_makes_of_it(
     assert tables[0][0][:2] == ("10/0.png", "10")
     train_command(at["base"], str(data / "train"), at["b"], last_layer=True, iterations=2, lr=0.001, quiet=True)
     (run,) = open_records(at["b"])
-    assert run.model.input.prepared == Preparation(of="pictures", size=(32, 32), colour="rgb")  # type: ignore[union-attr]
+    assert run.model.input.prepared == Preparation(of="pictures", size=(32, 32), colour="gray")  # type: ignore[union-attr]
     with pytest.raises(DataError, match="inverted pictures, expected as they are"):
         evaluate_command(at["b"], [at["te"]])
 
@@ -263,7 +263,8 @@ def test_the_commands_see_a_folder_as_they_see_what_pack_makes_of_it(
 def test_classes_that_are_numbers_meet_whatever_they_are_called(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    data, at = distinct(tmp_path / "data"), {name: str(tmp_path / f"{name}.h5") for name in ("base", "a", "tr", "te")}
+    data = distinct(tmp_path / "data")
+    at = {name: str(tmp_path / f"{name}.h5") for name in ("base", "a", "tr", "te")}
     import_command("cnn4", size=32, out=at["base"], quiet=True)
     pack_command([str(data / "train")], at["tr"], size="32", quiet=True)
     train_command(at["base"], at["tr"], at["a"], last_layer=True, iterations=1, lr=0.001, quiet=True)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from stages.models.tracing import trace, trace_module
 from torch import Tensor, nn
 
 from stages.engines.torch.reference import run

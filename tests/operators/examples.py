@@ -169,6 +169,8 @@ EXAMPLES: tuple[Example, ...] = (
     make("prelu", MAP, slopes=4),
     make("prelu", LINE, slopes=1),
     make("elu", MAP, alpha=1.0, scale=1.0),
+    make("softplus", MAP, beta=1.0),
+    make("softplus", VECTOR, beta=2.5),
     make("elu", VECTOR, alpha=1.67, scale=1.05),
     *(make(kind, MAP, axis=axis) for kind in ("softmax", "log_softmax") for axis in (0, 2)),
     *(make(kind, VECTOR, axis=0) for kind in ("softmax", "log_softmax")),

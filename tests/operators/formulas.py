@@ -200,6 +200,7 @@ FORMULAS: Mapping[str, Formula] = {
     "hardsigmoid": _plain(lambda x: (x + 3).clamp(0, 6) / 6),
     "sigmoid": _plain(lambda x: 1 / (1 + (-x).exp())),
     "tanh": _plain(lambda x: 1 - 2 / ((2 * x).exp() + 1)),
+    "softplus": _of(lambda op, x: torch.log1p(torch.exp(op["beta"] * x)) / op["beta"]),
     "elu": _of(lambda op, x: op["scale"] * torch.where(x > 0, x, op["alpha"] * (x.exp() - 1))),
     "exp": _plain(torch.exp),
     "softmax": _of(lambda op, x: _soft(x, op["axis"])),
