@@ -234,6 +234,8 @@ class Call:
             return self.b.fresh(base), ""
         if weight.origin is not None:
             base = _owner(weight.origin, weight.tensor, self.path, kind)
+        elif entry := _parametrized(weight.sources):
+            base = _owner(Origin(entry), weight.tensor, self.path, kind)
         elif not plain or kind == "scale":
             base = self.path or base
         key = (weight.tensor.data_ptr(), tuple(weight.tensor.shape), weight.tensor.stride())
@@ -536,8 +538,9 @@ FACTORIES = frozenset(f"{name}.default" for name in ("arange", "zeros", "ones", 
 
 
 def called(node: Any) -> str:
-    """`conv2d.default` of an ATen call."""
-    return str(node.target).removeprefix("aten.")
+    """`conv2d.default` of an ATen call; an in-place call (`relu_`) has the name of its twin."""
+    base, dot, overload = str(node.target).removeprefix("aten.").partition(".")
+    return f"{base.removesuffix('_') if node.target._schema.is_mutable else base}{dot}{overload}"
 
 
 def full_shape(node: Any) -> Shape | None:
@@ -576,6 +579,12 @@ def _owner(origin: Origin, tensor: Tensor, path: str, kind: str) -> str:
     else:
         base = f"{owner}.{attribute.removesuffix('_weight')}".lstrip(".")
     return base if origin.rows < 0 else f"{base}_{origin.start // max(origin.rows, 1)}"
+
+
+def _parametrized(sources: frozenset[str]) -> str:
+    """The entry of the state dict that torch's parametrisations stand for (`conv.weight`), if a weight is made so."""
+    parts = (name.partition(".parametrizations.") for name in sorted(sources))
+    return next((f"{owner}.{rest.partition('.')[0]}" for owner, _, rest in parts if rest), "")
 
 
 def _values_in(tree: Any) -> bool:

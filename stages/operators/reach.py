@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from stages.operators.op import Op
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Taps = tuple[slice, ...]
 """Per spatial axis, the kernel's taps that are needed."""

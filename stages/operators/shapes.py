@@ -638,10 +638,10 @@ register(
 
 DROPPED = {
     **dict.fromkeys(
-        ("clone.default", "contiguous.default", "alias.default", "detach.default", "detach_.default",
+        ("clone.default", "contiguous.default", "alias.default", "detach.default",
          "lift_fresh_copy.default", "_to_copy.default", "to.dtype", "to.dtype_layout", "to.device", "type_as.default",
          "feature_dropout.default", "alpha_dropout.default", "_assert_tensor_metadata.default"), _aten_drop,
     ),
-    "dropout.default": _aten_dropout, "dropout_.default": _aten_dropout, "feature_dropout.default": _aten_dropout,
+    "dropout.default": _aten_dropout, "feature_dropout.default": _aten_dropout,
 }  # fmt: skip
 """ATen calls that change nothing in evaluation."""
