@@ -186,7 +186,7 @@ class Stage(Manners):
             with AtomicFile(Path(out)) as file:
                 writer = Writer(self, file.write)
                 yield writer
-        self.written = f"{console.size(writer.bytes)} to {'stdout' if out == STDIO else out}"
+        self.written = f"{console.size(writer.bytes)} to {'stdout' if out == STDIO else os.path.basename(out)}"
 
     def stamped(self, run: Run) -> Run:
         """The run with this step in its history."""
