@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test check bench bench-engine bench-selection bench-pipeline bench-faults \
+.PHONY: setup demo test check docs bench bench-engine bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
 help:            ## list the targets
@@ -28,6 +28,9 @@ check: $(READY)  ## format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)   ## the generated pages: manual, library, schema
+	$(BIN)/python tests/test_docs.py
 
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
