@@ -323,6 +323,20 @@ def test_join_refuses_more_than_fits() -> None:
         join(blocks, max_bytes=39)
 
 
+def test_join_says_what_it_leaves_out() -> None:
+    one, other = (packed(source([0, 1], user=[1, 2]))[0] for _ in range(2))
+    notes: list[str] = []
+    plain = replace(other, columns={"index": other.columns["index"]}, facts={"day": 2})
+    joined = join([replace(one, facts={"day": 1}, per_class={"seen": np.ones(2)}, labels=np.arange(2)), plain],
+                  max_bytes=99, on_note=notes.append)  # fmt: skip
+    assert set(joined.columns) == {"index"}
+    assert notes == [
+        "left out columns that not all blocks share: user",
+        "left out facts that not all blocks share: day",
+        "left out counts per class that not all blocks share: seen",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------------ commands
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.artifacts.hdf5 import decode, encode
-from stages.artifacts.records import Block, Model, Run
+from stages.artifacts.records import Block, Model, Preparation, Run
 from stages.errors import DataError, PartMissing, UsageError
 from stages.fsl.episodes import FixedShape
 from stages.fsl.meta_training import Epoch, Learner, _gradients, train_epoch
@@ -299,3 +299,12 @@ def test_two_processes_train_as_one(tmp_path):
 def test_a_team_needs_a_fair_share():
     with pytest.raises(UsageError, match="a multiple of their number"):
         pretrain(random_run(), [squares()], CONFIG, seed=0, team=Team(0, 4))
+
+
+def test_the_run_keeps_how_all_its_samples_were_prepared():
+    config = replace(CONFIG, schedule=WarmCosine(epochs=1, rate=0.05, warmup_epochs=0), validation=Validation(tasks=0))
+    ink, paper = (Preparation(of="pictures", size=(16, 16), invert=invert) for invert in (True, False))
+    sets = [replace(squares(seed=seed), prepared=ink) for seed in (0, 1)]
+    assert pretrain(random_run(), sets, config, seed=0).model.input.prepared == ink
+    mixed = [sets[0], replace(sets[1], prepared=paper)]
+    assert pretrain(random_run(), mixed, config, seed=0).model.input.prepared is None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.artifacts.hdf5 import decode, encode
-from stages.artifacts.records import Array, Block, Group, Head, LayerUpdate, Model, Plan, Run
+from stages.artifacts.records import Array, Block, Group, Head, LayerUpdate, Model, Plan, Preparation, Run
 from stages.errors import DataError, StreamBroken, TransferError, UsageError
 from stages.fsl.augment import Augmentation
 from stages.models import heads, registry
@@ -540,3 +540,36 @@ def test_the_command_trains_on_a_stream_and_on_a_support(tmp_path: Path) -> None
     assert adapted.model.head is not None
     assert (adapted.model.head.kind, adapted.model.version) == ("prototypes", 2)
     assert adapted.history[-1].inputs.keys() == {"run.h5", "support.h5"}
+
+
+# ------------------------------------------------------------------------------------- how samples had been prepared
+
+PAPER = Preparation(of="pictures", size=(16, 16), fit="crop", invert=True)
+
+
+def test_the_run_keeps_how_the_samples_were_prepared_that_it_learnt_from() -> None:
+    adapted = train_support(new_run(), replace(block(6), prepared=PAPER), fixed(), rng=rng())
+    assert adapted.model.input.prepared == PAPER
+    (again,) = [decode(encode(adapted))]
+    assert isinstance(again, Run)
+    assert again.model.input.prepared == PAPER
+    assert train_support(adapted, block(6), fixed(), rng=rng()).model.input.prepared is None
+    trained = train_stream(new_run(), [block(6), replace(block(6), prepared=PAPER)], sgd())
+    assert trained.model.input.prepared == PAPER
+
+
+def test_a_stream_whose_samples_are_prepared_in_another_way_stops_it() -> None:
+    other = replace(block(6), prepared=replace(PAPER, invert=False))
+    with pytest.raises(
+        TrainingStopped, match=r"after 1 updates: stream: pictures as they are, expected inverted"
+    ) as stop:
+        train_stream(new_run(), [replace(block(6), prepared=PAPER), other], sgd())
+    assert stop.value.run.model.input.prepared == PAPER
+
+
+def test_samples_without_a_label_teach_nothing() -> None:
+    unlabelled = replace(block(6), y=np.array([0, 1, 2, 0, 1, -1]))
+    with pytest.raises(DataError, match="support: 1 of 6 samples have no label"):
+        train_support(new_run(), unlabelled, fixed(), rng=rng())
+    with pytest.raises(DataError, match="1 of 6 samples have no label"):
+        train_stream(new_run(), [unlabelled], sgd())

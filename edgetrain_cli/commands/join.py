@@ -33,6 +33,6 @@ def join(
 
     streams = [io.read_stream(source)[1] for source in sources or ["-"]]
     blocks = (block for stream in streams for block in stream)
-    joined = join_stream(blocks, by_name=by_name, max_bytes=io.max_record_bytes)
+    joined = join_stream(blocks, by_name=by_name, max_bytes=io.max_record_bytes, on_note=io.note)
     io.write(joined, out)
     io.note(f"{len(joined)} samples")

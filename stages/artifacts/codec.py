@@ -52,12 +52,12 @@ def from_tree(tree: Group, where: str = "") -> Record:
     """
     kind = tree.attrs.get("edgetrain")
     if kind is None:
-        if {"x", "y"} <= tree.arrays.keys():
+        if "x" in tree.arrays:
             return _block(_adopt(tree, where), where)
         raise SchemaError(
             where,
             f"HDF5 with {_names(tree)}",
-            "a record of EdgeTrain, or datasets x and y",
+            "a record of EdgeTrain, or datasets x and, where there are labels, y",
             "make one with `edgetrain pack` or `edgetrain import`",
         )
     if kind not in schema.SCHEMAS:
@@ -171,9 +171,9 @@ def _check_block(block: Block, where: str = "") -> None:
 
 
 def _adopt(tree: Group, where: str) -> Group:
-    """A user's own HDF5 with x and y, as a block: numbers of known names take the schema's dtypes."""
+    """A user's own HDF5 with x, and y unless it has no labels yet, as a block; numbers take the schema's dtypes."""
     arrays = dict(tree.arrays)
-    y = np.asarray(arrays["y"])
+    y = np.asarray(arrays["y"]) if "y" in arrays else np.full(arrays["x"].shape[:1], -1)
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise SchemaError(f"{where}/y", f"{y.dtype} {y.shape}", "integers (N)", "pack the data with `edgetrain pack`")
     arrays["y"] = y.astype(np.int64)

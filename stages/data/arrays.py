@@ -12,7 +12,7 @@ import numpy as np
 
 from stages.artifacts import hdf5
 from stages.artifacts.codec import guess_layout, text_array, text_tuple
-from stages.artifacts.records import Array, Block, Group, Preparation, Samples, check_layout
+from stages.artifacts.records import Array, Block, Group, Preparation, Run, Samples, check_layout
 from stages.artifacts.stream import SharedFile, open_records
 from stages.data.blocks import agreed, classes_of, preparation_of
 from stages.data.samples import ArrayReader, Chain, Classes, Notes, Source, class_numbers
@@ -201,7 +201,10 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _blocks(path: Path, notes: Notes | None) -> Source:
-    blocks = [record for record in open_records(path) if isinstance(record, Block)]
+    records = list(open_records(path))
+    blocks = [record for record in records if isinstance(record, Block)]
+    if notes is not None and any(isinstance(record, Run) for record in records):
+        notes.say("left out the run record that the stream begins with")
     if not blocks:
         raise DataError(str(path), "no sample blocks", "samples")
     layouts = {block.layout for block in blocks}

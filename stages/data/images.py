@@ -113,16 +113,18 @@ class ImageForm:
 
 
 def resolve_colour(paths: Sequence[Path], form: ImageForm) -> ImageForm:
-    """`auto` made definite by the first image that can be opened."""
+    """`auto` made definite by the first image that can be opened. Raises `DataError`, the first one's, if none can."""
     if form.colour != "auto":
         return form
+    first: DataError | None = None
     for path in paths:
         try:
             colour = "gray" if _open(path, _is_grey) else "rgb"
-        except DataError:
+        except DataError as error:
+            first = first or error
             continue
         return replace(form, colour=colour, strict=True)
-    raise DataError(str(paths[0].parent), f"none of {len(paths)} images can be read", ", ".join(FORMATS))
+    raise first or DataError("images", "none", "at least one")
 
 
 def read_image(
@@ -244,7 +246,12 @@ def _eight_bit(image: Image.Image, path: Path) -> Image.Image:
     if "A" in image.mode or "transparency" in image.info:
         layer = image.convert("RGBA")
         paper = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(paper, layer).convert(mode)
+        over = Image.alpha_composite(paper, layer).convert(mode)
+        low, high = layer.getchannel("A").getextrema()
+        if low != high and over.convert("L").getextrema() == (255, 255):
+            fix = "lay it over another colour first"
+            raise DataError(str(path), "white on transparent: nothing is left of it on white", "what can be seen", fix)
+        return over
     return image.convert(mode)
 
 

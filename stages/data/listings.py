@@ -39,7 +39,8 @@ class Listing:
     """Line of the table for each sample."""
 
     def path(self, row: int) -> Path:
-        return self.root / self.files[row]
+        """Where the file is: a name in a table is UTF-8, whatever encoding the system's own names have."""
+        return self.root / os.fsdecode(self.files[row].encode("utf-8", "surrogateescape"))
 
 
 SPLITS = frozenset(
@@ -50,6 +51,10 @@ CONTAINERS = SPLITS | frozenset(
     ["images", "image", "img", "imgs", "jpeg", "jpg", "png", "pictures", "photos", "data", "audio", "wav", "recordings"]
 )
 """Folders that only hold what lies in them: where all paths begin or end with one, it is no part of a class's name."""
+
+
+HOUSEKEEPING = frozenset(["__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information"])
+"""Folders that systems leave behind: as good as hidden."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,11 @@ def scan(root: Path, suffixes: frozenset[str]) -> Scan:
 
     for folder, inner, files in os.walk(root, followlinks=True, onerror=refuse):
         below = Path(folder).relative_to(root)
-        found.hidden.extend((below / name).as_posix() for name in sorted(inner) if name.startswith("."))
+        hidden = [name for name in inner if name.startswith(".") or name in HOUSEKEEPING]
+        found.hidden.extend((below / name).as_posix() for name in sorted(hidden))
         loops = [name for name in inner if _leads_up(Path(folder) / name, root)]
         found.odd.extend((below / name).as_posix() for name in loops)
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in loops)
+        inner[:] = sorted(name for name in inner if name not in {*hidden, *loops})
         before = len(found.files)
         for name in sorted(files):
             _sort(found, root, (below / name).as_posix(), suffixes)
@@ -282,6 +288,9 @@ def by_table(
     classes = [Path(name).parent.as_posix() for name in files] if place is None else table.at(place)
     kept = {name: column_of(table.column(name)) for name in columns.kept}
     found = [_with_suffix(base, name, suffixes) for name in files]
+    if not any(Path(name).suffix.lower() in suffixes for name in found):
+        fix = "state the column of file names with `--file-column`, the files' folder with `--base`"
+        raise DataError(f"{path}: column {form.name(file)}", repr(files[0]), "names of images or recordings", fix)
     corners = np.stack(boxes, axis=1) if boxes else None
     return Listing(base, found, *class_numbers(classes), kept, corners, lines=table.lines)
 
@@ -352,5 +361,9 @@ def _tell_left_out(content: Any, categories: Mapping[Any, str], classes: Sequenc
     for note in content["annotations"]:
         if note.get("iscrowd"):
             notes.count("left out {} crowds", f"annotation {note.get('id', '')}")
+    objects = {note["image_id"] for note in content["annotations"] if not note.get("iscrowd")}
+    for image in content["images"]:
+        if image["id"] not in objects:
+            notes.count("left out {} images without an object", str(image["file_name"]))
     for name in sorted(set(categories.values()) - set(classes)):
         notes.count("left out {} categories without an object", name)

@@ -97,8 +97,11 @@ def _load(path: Path, notes: Notes | None = None) -> tuple[Array, int]:
         raise DataError(str(path), found, "PCM or floats in a .wav file") from error
     if not data.size or rate_hz <= 0:
         raise DataError(str(path), f"{data.nbytes} bytes of sound at {rate_hz} Hz", "a recording")
-    sound = _sixteen_bit(data.reshape(len(data), -1), path, notes)
-    return np.rint(sound.mean(axis=1)).astype(np.int16), rate_hz
+    channels = _sixteen_bit(data.reshape(len(data), -1), path, notes)
+    sound = np.rint(channels.mean(axis=1)).astype(np.int16)
+    if channels.any() and not sound.any():
+        raise DataError(str(path), "channels that cancel each other out", "what can be heard in their mean", "keep one")
+    return sound, rate_hz
 
 
 def _check_whole(path: Path) -> None:

@@ -28,6 +28,8 @@ FILE_NAMES = ("filename", "file_name", "file", "path", "filepath", "file_path", 
 ID_NAMES = ("id", "index", "idx", "row", "row_id", "rowid")
 """Header names of numbers that count rows: kept beside the features, never among them."""
 DELIMITERS = (",", ";", "\t", "|")
+SPACES = " "
+"""Any white space parts fields, as in the columns of numbers that numpy and Fortran write."""
 LOOKED_AT = 20
 """Rows from which the delimiter is told."""
 
@@ -117,7 +119,12 @@ def rows(path: Path, delimiter: str | None) -> Iterator[Row]:
     """
     with path.open("rb") as file:
         lines = _Lines(path, file)
-        reader = _parted(lines) if delimiter is None else csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+        spaced = delimiter is None or delimiter == SPACES
+        reader = (
+            _parted(lines, delimiter)
+            if spaced
+            else csv.reader(lines, delimiter=delimiter or ",", skipinitialspace=True)
+        )
         number = start = 0
         while True:
             try:
@@ -126,15 +133,15 @@ def rows(path: Path, delimiter: str | None) -> Iterator[Row]:
                 raise DataError(f"{path}:{number + 1}", f"no table there ({error})", "rows of fields") from error
             if fields is None:
                 return
-            number = number + 1 if delimiter is None else reader.line_num  # type: ignore[attr-defined]
+            number = number + 1 if spaced else reader.line_num  # type: ignore[attr-defined]
             if len(fields) > 1 or any(text.strip() for text in fields):
                 yield Row(fields, start, lines.offset, number)
             start = lines.offset
 
 
-def _parted(lines: Iterator[str]) -> Iterator[list[str]]:
+def _parted(lines: Iterator[str], delimiter: str | None) -> Iterator[list[str]]:
     for line in lines:
-        yield line.strip().split(maxsplit=1)
+        yield line.split() if delimiter == SPACES else line.strip().split(maxsplit=1)
 
 
 @dataclass(frozen=True)
@@ -248,15 +255,16 @@ def _delimiter(path: Path) -> str | None:
 
     Raises `UsageError` where two do: `1,5;2,5;a` may be three columns with decimal commas or with semicolons in texts.
     """
-    head = {mark: _widths(path, mark) for mark in DELIMITERS}
-    even = [mark for mark, widths in head.items() if len(widths) == 1 and max(widths) > 1]
-    fitting = even or [mark for mark, widths in head.items() if max(widths, default=1) > 1]
+    widths_by = {mark: _widths(path, mark) for mark in DELIMITERS}
+    even = [mark for mark, widths in widths_by.items() if len(widths) == 1 and max(widths) > 1]
+    fitting = even or [mark for mark, widths in widths_by.items() if max(widths, default=1) > 1]
     if len(even) > 1:
         several = " and ".join(map(repr, even))
         raise UsageError(str(path), f"{several} both part its rows", "one of them", "state which with `--delimiter`")
     if path.suffix.lower() == ".txt" and not even:
-        return None
-    return max(fitting, key=lambda mark: max(head[mark]), default=",")
+        head = _first_rows(path, SPACES, LOOKED_AT)
+        return SPACES if len(set(map(len, head))) == 1 and all(map(_numeric, head[-1])) else None
+    return max(fitting, key=lambda mark: max(widths_by[mark]), default=",")
 
 
 def _widths(path: Path, mark: str) -> frozenset[int]:
@@ -326,12 +334,9 @@ class NumberRows:
         with self.path.open("rb") as file:
             file.seek(start)
             text = _text(file.read(stop - start), self.path, "utf-8" if start else "utf-8-sig")
-        fields = next(csv.reader(text.splitlines(keepends=True), delimiter=self._mark, skipinitialspace=True))
+        mark, lines = self.form.delimiter or SPACES, text.splitlines(keepends=True)
+        fields = text.split() if mark == SPACES else next(csv.reader(lines, delimiter=mark, skipinitialspace=True))
         return np.array([self._number(row, place, fields[place]) for place in self.places], np.float32)
-
-    @property
-    def _mark(self) -> str:
-        return self.form.delimiter or " "
 
     def _number(self, row: int, place: int, text: str) -> float:
         try:
@@ -404,6 +409,10 @@ def _index_columns(form: Form, found: Sequence[Sequence[str]], label: int | None
         if place == label:
             continue
         values = [row[at] for row in found]
+        if not any(values):
+            notes.say(f"column {place + 1}, without a name, is empty and left out")
+            left_out.append(place)
+            continue
         if values not in ([str(i + first) for i in range(len(values))] for first in (0, 1)):
             fix = "name it in the header, or keep it beside the features with `--column`"
             raise DataError(f"{form.where}: column {place + 1}", "no name", "a name for every column", fix)

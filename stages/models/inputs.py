@@ -30,6 +30,9 @@ DTYPES = ("uint8", "int16", "float32")
 INT16_FULL_SCALE = 32768.0
 LOUDEST = 2.0
 """Recordings of floats reach from -1 to 1, a little more where they were mixed; beyond they are no such floats."""
+BYTE = 255
+STANDARDISED = 16.0
+"""Values on both sides of 0 that reach no further have had a mean taken off and been divided."""
 BYTE_SCALE = 0.1
 """A model that multiplies pictures by less than this reads values from 0 to 255."""
 LOG_FLOOR = 1e-6
@@ -52,15 +55,17 @@ def adapt_block(block: Block, spec: InputSpec) -> Tensor:
 
 
 def _check_range(x: Array, spec: InputSpec) -> None:
-    """Refuse numbers that must mean something else than the model reads: fractions for bytes, integers for fractions."""
-    if not x.size or x.dtype == np.int16 or (x.dtype.kind == "f" and not np.isfinite(x).all()):
+    """Refuse numbers that must mean something else than the model reads: fractions for bytes, integers for shares."""
+    if not x.size or (x.dtype.kind == "f" and not np.isfinite(x).all()):
         return
     low, high = float(x.min()), float(x.max())
     peak = max(-low, high)
-    if spec.kind == "image" and x.dtype.kind == "f" and max(spec.scale) < BYTE_SCALE and 0 < peak <= 1:
+    of_bytes = spec.kind == "image" and max(spec.scale) < BYTE_SCALE
+    fractions = x.dtype.kind == "f" and 0 < peak <= 1
+    if of_bytes and (fractions or (low < 0 and peak <= STANDARDISED) or high > 2 * BYTE):
         fix = "bring them there, from 0 to 1 with `edgetrain pack --scale 255 --dtype uint8`"
         raise DataError("x", f"pictures of values from {low:g} to {high:g}", "0 to 255, as the model reads", fix)
-    if spec.kind == "sound" and peak > LOUDEST:
+    if spec.kind == "sound" and x.dtype != np.int16 and peak > LOUDEST:
         fix = "bring them there, 16-bit values with `edgetrain pack --dtype int16`"
         raise DataError("x", f"recordings of values from {low:g} to {high:g}", "-1 to 1, or int16", fix)
 

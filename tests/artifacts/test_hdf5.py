@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stages.artifacts import hdf5
-from stages.artifacts.records import Block, End, Group
+from stages.artifacts.records import PREPARED_FROM, Block, End, Group, Preparation
 from stages.artifacts.schema import VERSION
 from stages.errors import DataError, SchemaError
 
@@ -256,6 +256,50 @@ def test_malformed_blocks_say_what_is_wrong(datasets, attributes, words):
 
     with pytest.raises(DataError, match=words):
         hdf5.decode(image(fill))
+
+
+def test_samples_that_have_no_labels_yet_are_a_block():
+    def fill(file):
+        file["x"] = np.zeros((3, 4, 4), np.uint8)
+
+    found = hdf5.decode(image(fill))
+    assert found.y.tolist() == [-1, -1, -1]
+    assert hdf5.decode(hdf5.encode(found)).y.tolist() == [-1, -1, -1]
+
+
+def test_version_1_is_read_and_its_columns_keep_their_meaning():
+    def fill(file):
+        file["x"], file["y"], file["source"] = np.zeros((2, 3), "f4"), np.arange(2), np.array([7, 8])
+        file.attrs.update({"edgetrain": "block", "schema": 1, "layout": "ND", "prepared": 3, "sample_rate_hz": 8000})
+
+    found = hdf5.decode(image(fill))
+    assert found.columns["source_column"].tolist() == [7, 8]
+    assert (found.facts, found.prepared) == ({"prepared_fact": 3}, Preparation(sample_rate_hz=8000))
+    again = hdf5.decode(hdf5.encode(found))
+    assert (again.facts, again.prepared) == (found.facts, found.prepared)
+
+
+@given(
+    st.builds(
+        Preparation,
+        of=st.sampled_from(PREPARED_FROM),
+        size=st.none() | st.tuples(st.integers(1, 999), st.integers(1, 999)),
+        fit=st.sampled_from(["stretch", "crop", "pad"]),
+        colour=st.sampled_from(["", "gray", "rgb"]),
+        invert=st.booleans(),
+        dtype=st.sampled_from(["", "uint8"]),
+        scale=st.sampled_from([1.0, 15.9375]),
+        sample_rate_hz=st.sampled_from([0, 16000]),
+        seconds=st.sampled_from([0.0, 1.5]),
+        shape=st.none() | st.just((28, 28)),
+        layout=st.sampled_from(["", "NHW"]),
+    )
+)
+def test_how_samples_were_prepared_comes_back_as_it_was(prepared):
+    block = Block(np.zeros((1, 2), np.float32), np.zeros(1, np.int64), "ND", prepared=prepared)
+    found = hdf5.decode(hdf5.encode(block))
+    assert found.prepared == (None if prepared == Preparation() else prepared)
+    assert found.facts == {}
 
 
 def test_a_tree_of_any_kind_can_be_read(tmp_path):

@@ -83,7 +83,7 @@ def test_auto_takes_the_first_readable_image_and_never_loses_colour(tmp_path: Pa
         read_image(colour, form)
     assert read_image(grey, resolve_colour([colour], ImageForm())).shape == (2, 2, 3)
     assert read_image(colour, GRAY).shape == (2, 2)
-    with pytest.raises(DataError, match="none of 1 images"):
+    with pytest.raises(DataError, match=r"broken\.png: cannot be read as an image"):
         resolve_colour([tmp_path / "broken.png"], ImageForm())
 
 
@@ -205,6 +205,15 @@ def test_grey_with_transparency_is_grey(tmp_path: Path, kind: str) -> None:
     strict = ImageForm(colour="gray", strict=True)
     assert read_image(tmp_path / "t.png", strict).tolist() == [[255, 90], [180, 255]]
     assert resolve_colour([tmp_path / "t.png"], ImageForm()).colour == "gray"
+
+
+def test_white_on_transparent_does_not_become_an_empty_sheet(tmp_path: Path) -> None:
+    ink = np.full((4, 4, 4), 255, np.uint8)
+    ink[1:3, 1:3, 3] = 0
+    with pytest.raises(DataError, match="white on transparent: nothing is left"):
+        read_image(saved(tmp_path / "white.png", ink), RGB)
+    ink[..., 3] = 255
+    assert read_image(saved(tmp_path / "sheet.png", ink), RGB).min() == 255
 
 
 def test_a_palette_of_colours_is_no_grey(tmp_path: Path) -> None:

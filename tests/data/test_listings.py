@@ -74,13 +74,13 @@ def test_folders_that_say_too_little(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
-    touch(tmp_path, "a/1.png", "b/1.png", "b/notes.txt", "mean.npy", "a/._1.png", ".git/2.png")
+    touch(tmp_path, "a/1.png", "b/1.png", "b/notes.txt", "mean.npy", "a/._1.png", ".git/2.png", "__MACOSX/a/1.png")
     (tmp_path / "a/gone.png").symlink_to("nowhere.png")
     os.mkfifo(tmp_path / "b/pipe.png")
     notes = Notes()
     assert len(by_folder(tmp_path, SUFFIXES, notes=notes).files) == 2
     assert notes.lines() == [
-        "left out 2 hidden: .git, a/._1.png",
+        "left out 3 hidden: .git, __MACOSX, a/._1.png",
         "left out 2 of another kind: mean.npy, b/notes.txt",
         "left out 2 that are no files: a/gone.png, b/pipe.png",
     ]
@@ -247,7 +247,11 @@ def test_coco_says_what_it_leaves_out_and_what_pictures_it_speaks_of(tmp_path: P
     listing = by_coco(table(tmp_path, json.dumps(content), "i.json"), tmp_path, notes)
     assert listing.sizes is not None
     assert listing.sizes.tolist() == [[40, 24], [40, 24]]
-    assert notes.lines() == ["left out 1 crowds: annotation ", "left out 1 categories without an object: cat"]
+    assert notes.lines() == [
+        "left out 1 crowds: annotation ",
+        "left out 1 images without an object: 9.jpg",
+        "left out 1 categories without an object: cat",
+    ]
 
 
 def test_annotations_without_boxes_as_in_fungi(tmp_path: Path) -> None:

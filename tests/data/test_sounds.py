@@ -51,6 +51,13 @@ def test_channels_are_averaged(tmp_path: Path) -> None:
     assert sound.tolist() == [200, -32768, 32767]
 
 
+def test_channels_that_cancel_each_other_out_are_refused(tmp_path: Path) -> None:
+    both = np.array([[500, -500], [-300, 300]], "<i2")
+    with pytest.raises(DataError, match=r"a\.wav: channels that cancel each other out"):
+        read_sound(record(tmp_path / "a.wav", both.tobytes(), channels=2), FORM)
+    assert not read_sound(record(tmp_path / "b.wav", bytes(8), channels=2), FORM).any()
+
+
 def test_length_is_cut_or_filled_with_silence(tmp_path: Path) -> None:
     path = record(tmp_path / "a.wav", np.arange(1, 11, dtype="<i2").tobytes(), rate=10)
     assert read_sound(path, SoundForm(rate_hz=10, seconds=0.5)).tolist() == [1, 2, 3, 4, 5]

@@ -41,6 +41,8 @@ def write(tmp_path: Path, text: str, name: str = "t.csv") -> Path:
         ("t.csv", "a;b\n1,5;2,5\n", (), ";", ("a", "b")),
         ("t.csv", "a|b\n1|2\n", (), "|", ("a", "b")),
         ("t.csv", "a,b\r1,2\r", (), ",", ("a", "b")),
+        ("t.txt", "1.0  2.0 0\n 2.5 3.0 1\n", (), " ", None),
+        ("t.txt", "a b label\n1 2 0\n", (), " ", ("a", "b", "label")),
     ],
 )
 def test_form(
@@ -88,6 +90,15 @@ def test_index_columns_are_left_out_and_ids_kept_beside(tmp_path: Path) -> None:
     assert "'id' is kept beside the features" in notes.lines()[1]
     with pytest.raises(DataError, match="column 1: no name"):
         number_table(write(tmp_path, ",a,label\n5,1,0\n9,2,1\n"), None, [])
+
+
+def test_columns_between_white_space_and_an_empty_last_one(tmp_path: Path) -> None:
+    classes, _, rows = number_table(write(tmp_path, "1.0  2.0 0\n 2.5 3.0 1\n", "t.txt"), "-1", [])
+    assert (classes, rows(1).tolist()) == (["0", "1"], [2.5, 3.0])
+    notes = Notes()
+    _, _, rows = number_table(write(tmp_path, "a,label,\n1,x,\n2,y,\n"), None, [], notes=notes)
+    assert rows(1).tolist() == [2.0]
+    assert notes.lines() == ["column 3, without a name, is empty and left out"]
 
 
 def test_rows_over_several_lines_and_ends_of_every_kind(tmp_path: Path) -> None:

@@ -206,10 +206,19 @@ def test_pictures_of_fractions_are_not_read_as_bytes(low: float) -> None:
     block = Block(x, np.zeros(2, np.int64), "NHW")
     with pytest.raises(DataError, match=r"pictures of values from -?\d to 1, expected 0 to 255.*--scale 255"):
         adapt_block(block, BYTES)
-    assert adapt_block(replace(block, x=x * 255), BYTES).shape == (2, 1, 2, 2)
+    assert adapt_block(replace(block, x=np.abs(x) * 255), BYTES).shape == (2, 1, 2, 2)
     assert adapt_block(replace(block, x=x * 0), BYTES).max() == -1
     fractions = replace(BYTES, scale=(2.0,))
     assert torch.equal(adapt_block(block, fractions), adapt(x, "NHW", fractions))
+
+
+@pytest.mark.parametrize("values", [(-2.1, 2.6), (0, 65535), (-1, 0)])
+def test_standardised_and_sixteen_bit_pictures_are_not_read_as_bytes(values: tuple[float, float]) -> None:
+    block = Block(np.array([[values]], np.float32), np.zeros(1, np.int64), "NHW")
+    with pytest.raises(DataError, match="expected 0 to 255"):
+        adapt_block(block, BYTES)
+    noisy = np.array([[[-20.0, 270.0]]], np.float32)  # bytes with noise
+    assert torch.isfinite(adapt_block(replace(block, x=noisy), BYTES)).all()
 
 
 def test_recordings_of_integers_are_not_read_as_fractions() -> None:
@@ -224,5 +233,5 @@ def test_a_rate_that_is_known_must_be_the_models() -> None:
     block = Block(np.zeros((1, 640), np.int16), np.zeros(1, np.int64), "NT")
     for rate in (0, 8000):
         adapt_block(replace(block, prepared=Preparation(sample_rate_hz=rate)), SOUND)
-    with pytest.raises(DataError, match="44100 samples per second, expected 8000, the model's; .*--rate 8000"):
+    with pytest.raises(DataError, match=r"44100 samples per second, expected 8000, the model's; .*--rate 8000"):
         adapt_block(replace(block, prepared=Preparation(sample_rate_hz=44100)), SOUND)
