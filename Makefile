@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+LIBRARY := stages/engines/native/libedgetrain.so
 
-.PHONY: setup demo test check docs bench bench-engine bench-selection bench-pipeline bench-faults \
+.PHONY: setup demo test test-all test-isa mutants check docs native native-test bench bench-engine bench-native \
+        bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
 help:            ## list the targets
@@ -12,7 +14,7 @@ help:            ## list the targets
 
 setup: $(READY)  ## make the environment in .venv
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -21,8 +23,35 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)   ## the whole toolkit on real data, in about three minutes
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
-test: check      ## format, types and all tests
+test: check native native-test  ## format, types and tests, with ten architectures of the zoo
 	$(BIN)/python -m pytest -q
+
+test-all: check native native-test  ## the same with all architectures of the zoo
+	$(BIN)/python -m pytest -q -m ""
+
+# What torch and oneDNN take their kernels from; a processor that lacks one falls back to what it has.
+ISAS := SSE41:default AVX2:avx2 AVX512_CORE:avx512
+
+test-isa: $(READY)  ## the numerical tests under three instruction sets; TESTS=... for some of them
+	@for isa in $(ISAS); do \
+	    echo "== oneDNN $${isa%%:*}, ATen $${isa##*:}"; \
+	    ONEDNN_MAX_CPU_ISA=$${isa%%:*} ATEN_CPU_CAPABILITY=$${isa##*:} $(BIN)/python -m pytest -q $(TESTS) || exit 1; \
+	done
+
+TESTS ?= $(filter-out tests/pipes/ tests/contracts/ tests/data/ tests/test_docs.py tests/test_examples.py,\
+    $(wildcard tests/*/ tests/test_*.py))
+
+mutants: $(READY)  ## which changes to the core no test notices: hours; MODULES=stages/... for some of it
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mutants]"
+	$(BIN)/python tests/mutants.py $(MODULES)
+
+native: $(READY) $(LIBRARY)  ## the native engine's library, built again after a change of its sources
+
+$(LIBRARY): $(wildcard stages/engines/native/c/*) | $(READY)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+native-test: $(READY)  ## the C library alone: sanitizers, one buffer per value, damaged images
+	PATH="$(abspath $(BIN)):$$PATH" sh tests/native/run.sh build/native-test
 
 check: $(READY)  ## format and types
 	$(BIN)/ruff check .
@@ -36,13 +65,14 @@ format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-engine bench-selection bench-pipeline bench-faults  ## all benchmarks, written to docs/results
+bench: bench-engine bench-native bench-selection bench-pipeline bench-faults  ## all benchmarks, written to docs/results
 
 bench-engine:    ## what the sparse engine saves
+bench-native:    ## the native engine beside the sparse engine in PyTorch
 bench-selection: ## what choosing samples brings
 bench-pipeline:  ## what choosing beside training costs: throughput, transport, memory
 bench-faults:    ## 300 random faults in a live pipeline
-bench-engine bench-selection bench-pipeline bench-faults: bench-%: $(READY)
+bench-engine bench-native bench-selection bench-pipeline bench-faults: bench-%: $(READY)
 	$(BIN)/python examples/bench/$*.py
 
 reproduce-tinytrain-cost: $(READY)      ## every cell of TinyTrain's cost tables

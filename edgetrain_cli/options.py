@@ -18,6 +18,12 @@ class Recorded:
     """Marks an option outside the stages' settings that the history keeps, since it affects the result."""
 
 
+class Former:
+    """Marks an option that runs of today need no more; it says so and goes with the next version."""
+
+    note = "--arch: runs carry their graph and ignore it; only runs of an older version still need it"
+
+
 def check_output(path: str | None) -> None:
     """Refuse a file that cannot be written before anything is computed."""
     from stages.artifacts.files import check_writable
@@ -46,8 +52,9 @@ Arch = Annotated[
     typer.Option(
         "--arch",
         metavar="MODULE:FACTORY",
-        help="Your model's factory. Code named by an artifact is never imported, so name it here again.",
+        help="For a run that an older version wrote of your own model; newer ones carry their graph and ignore it.",
     ),
+    Former(),
 ]
 MaxRecord = Annotated[
     str, typer.Option("--max-record", metavar="SIZE", help="Largest record accepted from a pipe; larger is refused.")

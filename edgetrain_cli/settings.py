@@ -52,6 +52,8 @@ def command(name: str, *, writes: Kind = "records", history: bool = False) -> Ca
             for each in _of_type(body, options.Writes):
                 options.check_output(arguments[each])
             with Stage.of(name, recorded, out=arguments.get("out"), writes=kind, **manners) as io:
+                if any(arguments[each] is not None for each in _of_type(body, options.Former)):
+                    io.note(options.Former.note)
                 body(io, **_with_settings(body, arguments))
 
         run.__doc__, run.__name__, run.__module__ = body.__doc__, body.__name__, body.__module__

@@ -16,8 +16,8 @@ from stages.randomness import generator
 from stages.scoring import Scoring, score_layers
 from stages.selection import Selection
 from stages.settings.training import Training
-from stages.sparse.optimizers import Optimizing
 from stages.sparse_training import StreamTraining, train_support
+from stages.training.optimizers import Optimizing
 
 
 def bars(count: int, seed: int) -> Block:

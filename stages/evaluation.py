@@ -23,21 +23,19 @@ from stages.errors import DataError, UsageError
 from stages.fsl.episode_list import data_hash
 from stages.fsl.episodes import Episode, check_pool, draw_episodes, pool_of
 from stages.fsl.intervals import Interval, wilson
+from stages.graphs.graph import Graph
 from stages.measurement.room import Fit, fit
 from stages.methods.registry import find_method
 from stages.methods.results import Row
 from stages.methods.task import Answer, make_task, plan_cost
 from stages.models import heads
 from stages.models.deploy import Backbone, deploy
-from stages.models.graph import Graph
 from stages.models.inputs import adapt_block
 from stages.randomness import generator
 from stages.settings.evaluation import Tasks as Tasks
 
 CHUNK = 256
 """Most samples that are answered at once, unless told otherwise."""
-COSINE_SCALE = 10.0
-"""Of cosine logits, where the run has learned none."""
 
 # ------------------------------------------------------------------------------------------------ accuracy on samples
 
@@ -136,8 +134,7 @@ def _support_head(backbone: Backbone, known: Head | None, support: Block, chunk:
         raise DataError("support", "no samples", "at least one per class")
     parts = [adapt_block(part, backbone.input) for part in support.slices(chunk)]
     features = torch.cat([backbone.features(part) for part in parts])
-    scale = known.scale if known is not None and known.kind == "prototypes" else COSINE_SCALE
-    return heads.prototype_head(features, support.y, heads.class_names(support), scale=scale)
+    return heads.prototype_head(features, support.y, heads.class_names(support), scale=heads.cosine_scale(known))
 
 
 def _class_rows(head: Head, counts: Mapping[int, Array], names: Mapping[int, str]) -> Iterator[ClassAccuracy]:
@@ -180,7 +177,7 @@ def evaluate_tasks(
         BudgetError: a method's budget that nothing fits.
     """
     backbone = deploy(run.model, allow=allow)
-    scale = run.model.head.scale if run.model.head is not None else COSINE_SCALE
+    scale = heads.cosine_scale(run.model.head)
     kept = sum(row.saved_bytes for row in cost_table(backbone.graph))
     held = fit(kept, inference_peak_bytes(backbone.graph), MICRO_BATCH, wanted=config.micro_batch)
     on_fit(held)

@@ -22,8 +22,6 @@ from stages.models.inputs import adapt_block
 FORMATS = ("table", "csv", "jsonl", "hdf5")
 SUFFIX_FORMATS = {"": "table", ".txt": "table", ".csv": "csv", ".jsonl": "jsonl", ".h5": "hdf5", ".hdf5": "hdf5"}
 STDOUT = "-"
-LEARNED_SCALE = 10.0
-"""Cosine scale of class means where the record has learned none."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,7 @@ def head_for(model: Model, backbone: Backbone, support: Block | None, chunk: int
             )
         return model.head
     features = torch.cat([backbone.features(adapt_block(part, backbone.input)) for part in support.slices(chunk)])
-    learned = model.head is not None and model.head.kind == "prototypes"
-    scale = model.head.scale if model.head is not None and learned else LEARNED_SCALE
+    scale = heads.cosine_scale(model.head)
     return heads.prototype_head(features, support.y, heads.class_names(support), scale=scale)
 
 

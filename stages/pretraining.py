@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.artifacts.history import model_hash
-from stages.artifacts.records import Array, Block, Group, Head, Model, Run
+from stages.artifacts.records import Array, Block, Group, Head, Run
 from stages.errors import DataError, PartMissing, UsageError, require
 from stages.fsl.augment import HANDWRITING, PSEUDO_QUERY, Augmentation, augment
 from stages.fsl.episode_list import data_hash
@@ -29,9 +29,8 @@ from stages.fsl.episodes import Episode, Pool, check_pool, draw_episodes, pool_o
 from stages.fsl.meta_training import BatchUnits, DataSet, EpisodeUnits, Learner
 from stages.fsl.schedule import WarmCosine
 from stages.fsl.team import ALONE, Team
-from stages.fsl.trainer import Phase, Progress, Rhythm, Trainer, Weights
-from stages.models import execute
-from stages.models.deploy import Backbone, deploy, restore
+from stages.fsl.trainer import Phase, Progress, Rhythm, Trainer
+from stages.models.deploy import Backbone, Net, deploy, trainable, with_graph
 from stages.models.inputs import adapt_block
 from stages.randomness import generator, torch_generator
 from stages.settings.pretraining import Pretraining as Pretraining
@@ -80,9 +79,9 @@ def pretrain(
     """
     fits = config.per_step % team.size == 0
     require(fits, "--per-step", f"{config.per_step} for {team.size} processes", "a multiple of their number")
+    run = _learning_from(replace(run, model=with_graph(run.model, allow=allow)), data)
     identity = _identity(run, [*data, *([] if validation is None else [validation])], config, seed)
-    run = _learning_from(run, data)
-    backbone, module = deploy(run.model, allow=allow), trainable(run.model, allow=allow)
+    backbone, module = deploy(run.model), trainable(run.model)
     trainer = _trainer(run, data, validation, config, seed, backbone, module, _device(device), team)
     if resume is not None:
         trainer.load(_resumed(resume, identity))
@@ -107,7 +106,7 @@ def _trainer(
     config: Pretraining,
     seed: int,
     backbone: Backbone,
-    module: nn.Module,
+    module: Net,
     device: torch.device,
     team: Team,
 ) -> Trainer:
@@ -195,30 +194,11 @@ def _validation_tasks(sets: Sequence[DataSet], how: Pretraining, seed: int) -> l
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
-class Folded(nn.Module):
-    """A backbone in deploy form as a torch module whose folded weights and biases train: (N, *input) -> (N, D)."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.graph, self.names = backbone.graph, tuple(backbone.tensors)
-        self.values = nn.ParameterList(nn.Parameter(tensor.clone()) for tensor in backbone.tensors.values())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return execute.run(self.graph, dict(zip(self.names, self.values, strict=True)), x)
-
-
-def trainable(model: Model, *, allow: str | None = None) -> nn.Module:
-    """The record's backbone as a torch module, BatchNorm in place where the record has it."""
-    return Folded(deploy(model, allow=allow)) if model.form == "deploy" else restore(model, allow=allow)
-
-
-def _with_weights(run: Run, module: nn.Module, trainer: Trainer, backbone: Backbone) -> Run:
+def _with_weights(run: Run, module: Net, trainer: Trainer, backbone: Backbone) -> Run:
     """The run with the weights that training keeps, the scale in a head without classes, and the table of epochs."""
     own = "backbone."
     kept = {name.removeprefix(own): array for name, array in trainer.kept.weights.items() if name.startswith(own)}
-    tensors: Weights = kept
-    if isinstance(module, Folded):
-        tensors = {name: kept[f"values.{i}"] for i, name in enumerate(module.names)}
+    tensors = module.arrays(kept)
     dim = backbone.graph.feature_dim
     head = Head(
         "prototypes",

@@ -24,12 +24,12 @@ from stages.cost.model import (
     paper_peak_bytes,
 )
 from stages.cost.training import full_training_bytes
+from stages.engines.torch import reference
+from stages.graphs.graph import Graph
 from stages.measurement.energy import Meter, find_meter
 from stages.measurement.latency import LayerTimes, median_and_spread, repeat, time_layers
 from stages.measurement.process import process_memory
-from stages.models import execute
 from stages.models.deploy import Backbone, deploy, store
-from stages.models.graph import Graph
 from stages.settings.profiling import Profiling as Profiling
 
 ENERGY_PASSES = 50
@@ -128,7 +128,7 @@ def _training_step(backbone: Backbone, x: Tensor) -> Callable[[], None]:
 
     def step() -> None:
         with torch.enable_grad():
-            features = execute.run(backbone.graph, live, x)
+            features = reference.run(backbone.graph, live, x)
         torch.autograd.grad(features.sum(), list(live.values()))
 
     return step

@@ -12,23 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from stages.artifacts.records import Array, Block, Head, LayerUpdate, Plan, Run
-from stages.cost.latency import Durations, durations
+from stages.artifacts.records import Array, Block, LayerUpdate, Plan, Run
 from stages.cost.model import full_backward_macs, inference_peak_bytes
-from stages.cost.training import HEAD, live_values, whole_update, with_head
+from stages.cost.training import live_values
 from stages.errors import BudgetError, UsageError
-from stages.importance.fisher import Fisher, fisher_bytes, fisher_pass
-from stages.importance.tasks import build_task
+from stages.graphs.graph import Graph
+from stages.importance.fisher import Fisher, fisher_bytes
 from stages.measurement.room import Fit, fit
-from stages.methods.layer_scores import candidates, detached, scores_of
+from stages.methods.search import FisherPass, Wish, costs_of, inspect_task, search, weights_of
 from stages.models.deploy import Backbone, deploy
-from stages.models.graph import Graph, Op
+from stages.operators import Op
 from stages.planning import problem as planning
 from stages.planning.baselines import named_plan
 from stages.planning.budget import format_bytes
 from stages.planning.channels import ChannelEvidence, axis_of, channel_rule, top_channels
-from stages.planning.knapsack import knapsack
-from stages.planning.layers import select_layers
+from stages.planning.knapsack import COMPARISON, knapsack
 from stages.planning.plans import Ranking, make_plan, parse_plan
 from stages.settings.scoring import Scoring as Scoring
 
@@ -54,22 +52,27 @@ class _Job:
         return self.config.head or (head.kind if head is not None else "prototypes")
 
     @property
-    def weights(self) -> dict[str, Array]:
-        return {name: tensor.numpy() for name, tensor in self.backbone.tensors.items()}
+    def wish(self) -> Wish:
+        config = self.config
+        return Wish(config.how(), config.channel_choice(), config.budget, config.blocks, self.micro_batch)
 
-    def fisher(self, window: Sequence[str]) -> tuple[Fisher, Head, dict[str, Any]]:
-        """The Fisher pass over the support, the head whose loss it used, and what is worth keeping about the pass."""
+    def needed_support(self) -> Block:
         if self.support is None:
             raise UsageError("--support", "missing", "samples of the task", "or --plan with channels chosen by l2")
-        graph = self.backbone.graph
+        return self.support
+
+    def micro_batch(self, graph: Graph, window: Sequence[str]) -> int:
+        """Samples of the Fisher pass looked at together: as many as fit this machine's memory, or as it was told."""
         kept = fisher_bytes(graph, window, 1)
         held = fit(kept, inference_peak_bytes(graph), MICRO_BATCH, wanted=self.config.micro_batch)
         self.on_fit(held)
-        size = held.samples
-        task = build_task(self.head_kind, self.backbone, self.support, self.run.model.head, self.rng)
-        found = fisher_pass(self.backbone, task.batches(size), task.loss, window, on_step=self.on_step)
-        kept = fisher_bytes(self.backbone.graph, window, min(size, found.samples))
-        return found, task.head, {"samples": found.samples, "loss": found.loss, "fisher_pass_bytes": kept}
+        return held.samples
+
+    def facts(self, found: FisherPass) -> dict[str, Any]:
+        """What is worth keeping about a Fisher pass."""
+        fisher = found.fisher
+        kept = fisher_bytes(self.backbone.graph, found.window, min(found.micro_batch, fisher.samples))
+        return {"samples": fisher.samples, "loss": fisher.loss, "fisher_pass_bytes": kept}
 
 
 def score_layers(
@@ -98,19 +101,16 @@ def score_layers(
 
 
 def _searched(job: _Job) -> Run:
-    graph, config, how = job.backbone.graph, job.config, job.config.how()
-    window = candidates(graph, config.blocks, how.layers)
-    fisher, head, facts = job.fisher(window)
-    scores = scores_of(how.criterion, job.backbone, fisher, window, job.rng)
-    costs = _costs(job, head)
-    problem = planning.pose(
-        costs.graph, scores, costs.budget, config.channel_choice(), planning.Evidence(job.weights, job.rng),
-        fixed=costs.fixed, measured=costs.measured, detached=costs.detached,
+    found = search(
+        job.backbone, job.needed_support(), job.wish, job.rng,
+        kind=job.head_kind, head=job.run.model.head, profile=job.run.profile, on_step=job.on_step,
     )  # fmt: skip
-    found = select_layers(problem, how.select)
-    optimum = found if how.select == "knapsack" else knapsack(problem)
-    facts |= {"score": found.score, "optimum_score": optimum.score}
-    return replace(job.run, scores=scores, plan=_plan(how.select, problem, found.updates, facts))
+    how = job.wish.how
+    optimum = found.choice if how.select == "knapsack" else knapsack(found.problem, COMPARISON)
+    facts = job.facts(found.inspected)
+    facts |= {"score": found.choice.score} | ({"optimum_score": optimum.score} if optimum.optimal else {})
+    plan = _plan(how.select, found.problem, found.choice.updates, facts)
+    return replace(job.run, scores=found.scores, plan=plan)
 
 
 # ------------------------------------------------------------------------------------------------------ a plan given
@@ -121,11 +121,16 @@ def _given(job: _Job) -> Run:
     facts: dict[str, Any] = {}
     name, updates = _read_plan(job, _ranking(job, "l2"))
     if rule == "fisher":
-        fisher, head, facts = job.fisher([update.layer for update in updates])
-        _, updates = _read_plan(job, _ranking(job, rule, fisher))
+        window = [update.layer for update in updates]
+        seen = inspect_task(
+            job.backbone, job.needed_support(), window, job.wish, job.rng,
+            kind=job.head_kind, head=head, on_step=job.on_step,
+        )  # fmt: skip
+        head, facts = seen.head, job.facts(seen)
+        _, updates = _read_plan(job, _ranking(job, rule, seen.fisher))
     elif rule != "l2":
         _, updates = _read_plan(job, _ranking(job, rule))
-    costs = _costs(job, head)
+    costs = costs_of(job.backbone.graph, job.wish, head if job.head_kind == "linear" else None, job.run.profile)
     if not costs.fits(updates):
         memory, macs, _ = costs.usage(updates)
         found = f"{format_bytes(memory)} and {macs:,} backward MACs"
@@ -139,7 +144,7 @@ def _read_plan(job: _Job, ranking: Ranking) -> tuple[str, tuple[LayerUpdate, ...
     if config.plan_text is not None:
         return parse_plan(config.plan_text, config.plan_file, graph, ranking)
     name = config.plan or ""
-    updates = named_plan(name, graph, tensors_l2=job.weights)
+    updates = named_plan(name, graph, tensors_l2=weights_of(job.backbone))
     return name, tuple(_rechosen(graph[update.layer], update, ranking) for update in updates)
 
 
@@ -151,7 +156,7 @@ def _rechosen(op: Op, update: LayerUpdate, ranking: Ranking) -> LayerUpdate:
 
 
 def _ranking(job: _Job, rule: str, fisher: Fisher | None = None) -> Ranking:
-    weights = job.weights
+    weights = weights_of(job.backbone)
 
     def rank(op: Op, axis: str) -> Array:
         axis, channels = axis_of(op, axis)
@@ -162,27 +167,6 @@ def _ranking(job: _Job, rule: str, fisher: Fisher | None = None) -> Ranking:
 
 
 # -------------------------------------------------------------------------------------------------------------- costs
-
-
-def _costs(job: _Job, head: Head | None) -> planning.Problem:
-    """What plans are checked against, without candidates. A linear head always trains, so every plan pays for it."""
-    graph: Graph = job.backbone.graph
-    fixed: tuple[LayerUpdate, ...] = ()
-    if head is not None and job.head_kind == "linear":
-        graph = with_head(graph, len(head.labels))
-        fixed = (whole_update(graph[HEAD]),)
-    budget = job.config.budget(full_backward_macs(graph))
-    measured = _with_free_head(durations(job.run.profile)) if budget.latency_s is not None else None
-    return planning.Problem(graph, (), budget, fixed, measured, detached(graph, job.config.how().gradient))
-
-
-def _with_free_head(measured: Durations) -> Durations:
-    """The profile measures the backbone; a linear head's time is too small to matter beside it."""
-    return replace(
-        measured,
-        input_gradient_ns={**measured.input_gradient_ns, HEAD: 0},
-        weight_gradient_ns={**measured.weight_gradient_ns, HEAD: 0},
-    )
 
 
 def _plan(name: str, problem: planning.Problem, updates: Sequence[LayerUpdate], facts: Mapping[str, Any]) -> Plan:

@@ -14,8 +14,8 @@ from stages.artifacts.records import Array, Block, End, LayerUpdate
 from stages.cost.model import forward_macs
 from stages.cost.training import plan_backward_macs
 from stages.errors import require
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
 from stages.randomness import generator
 from stages.settings.selection import AUTO as AUTO
 from stages.settings.selection import Selection as Selection

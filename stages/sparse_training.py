@@ -21,21 +21,21 @@ from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate,
 from stages.cost.model import inference_peak_bytes
 from stages.cost.training import saved_activation_bytes
 from stages.data.blocks import check_prepared
+from stages.engines.choice import TrainedNet
 from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
+from stages.graphs.graph import Graph
 from stages.measurement.room import Fit, fit
 from stages.models import heads
 from stages.models.deploy import deploy, store
-from stages.models.graph import Graph
 from stages.models.inputs import adapt_block as model_input
 from stages.planning.baselines import named_plan
 from stages.planning.plans import check_plan
-from stages.sparse.adaptation import Adapting, adapt
-from stages.sparse.checkpoints import Checkpoint, read_checkpoint
-from stages.sparse.engine import SparseNet
-from stages.sparse.learner import Batch, StreamLearner
-from stages.sparse.optimizers import Optimizing, load_state, state_arrays
-from stages.sparse.prefix_file import PrefixFile
-from stages.sparse.updates import PrefixCache, Source
+from stages.training.adaptation import Adapting, adapt
+from stages.training.checkpoints import Checkpoint, read_checkpoint
+from stages.training.learner import Batch, StreamLearner
+from stages.training.optimizers import Optimizing, load_state, state_arrays
+from stages.training.prefix_file import PrefixFile
+from stages.training.updates import PrefixCache, Source
 
 STAGE = "train-sparse"
 """Name of the metrics' table in the run record."""
@@ -76,6 +76,8 @@ class StreamTraining:
     micro_batch: int | None = None
     """Samples of a block that are in memory at once in a pass; 0 is all of them, None as many as fit, at most
     `MICRO_BATCH`. The update is the same."""
+    engine: str = "torch"
+    """What runs and differentiates the graph: one of `engines.choice.ENGINES`."""
 
     def __post_init__(self) -> None:
         require((self.micro_batch or 0) >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
@@ -149,6 +151,8 @@ def train_support(
     allow: str | None = None,
 ) -> Run:
     """The run adapted to a support set, with the class means of the adapted features as its head.
+
+    A cosine scale that the run has learned takes the place of `config.adapting.scale`.
 
     Args:
         on_step: gets the number of iterations done, those of the choice of the learning rate included.
@@ -292,6 +296,7 @@ class _Trainer:
             config.optimizing,
             micro_batch=self.held.samples if config.micro_batch is None else config.micro_batch,
             done=self.blocks,
+            engine=config.engine,
         )
         if state is not None:
             load_state(self.learner.optimizer, state.optimizer)
@@ -346,7 +351,7 @@ class _Trainer:
         return hits / len(block)
 
 
-def _batch(block: Block, net: SparseNet, spec: InputSpec) -> Batch:
+def _batch(block: Block, net: TrainedNet, spec: InputSpec) -> Batch:
     """A block as model inputs, with its importance weights or else 1 / N."""
     size = len(block)
     weights = block.columns.get("weight")
@@ -357,7 +362,7 @@ def _batch(block: Block, net: SparseNet, spec: InputSpec) -> Batch:
     return Batch(_source(block, net, spec), np.asarray(block.y), np.asarray(weights), heads.class_names(block))
 
 
-def _source(block: Block, net: SparseNet, spec: InputSpec) -> Source:
+def _source(block: Block, net: TrainedNet, spec: InputSpec) -> Source:
     """Where training on a block starts: at the model's input, or behind the frozen layers where `select` ran them."""
     if not len(block):
         return torch.zeros(0, *spec.shape)

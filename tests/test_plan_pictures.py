@@ -92,6 +92,8 @@ def test_the_tree_of_a_plan_without_budgets_gives_its_cost_alone():
 def test_the_tree_compares_the_score_with_the_optimum():
     text = render(plan_tree(a_run(budgets={"score": 300.0, "optimum_score": 400.0}).plan), to_terminal=False)
     assert "75 % of what the best plan within the budgets has" in text
+    text = render(plan_tree(a_run(budgets={"score": 300.0}).plan), to_terminal=False)
+    assert "300; the search for the optimum was given up" in text
 
 
 # -------------------------------------------------------------------------------------------------------- the picture

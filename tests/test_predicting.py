@@ -181,6 +181,14 @@ def test_the_head_is_the_records_or_that_of_the_support(backbone: Backbone, head
     np.testing.assert_allclose(made.weight[0], features[torch.arange(7) % 3 == 0].mean(0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "scale"), [("prototypes", 25.0), ("linear", 10.0)])
+def test_a_supports_head_has_the_scale_that_the_record_has_learned(backbone, head, kind, scale) -> None:
+    """Meta-training learns it with the backbone: another one makes the same answers surer or less sure."""
+    model = replace(import_model(Importing(arch="cnn4", arch_args={"width": 8})).model, head=replace(head, kind=kind))
+    known = replace(model, head=replace(model.head, scale=25.0))
+    assert head_for(known, backbone, block(7), 2).scale == scale
+
+
 @pytest.mark.parametrize(
     ("out", "wanted", "expected"),
     [

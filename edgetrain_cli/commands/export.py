@@ -27,7 +27,8 @@ def export(
 
     As .safetensors, .pth (a state dict under the model's own names) or .onnx, by the name of the output.
 
-    The exported model is run once and compared with ours.
+    An .onnx model is run once and compared with ours. A state dict has every entry of the model that was imported,
+    so it loads with strict=True; the head lies in the layer that the model ends in.
 
     Example: edgetrain export adapted.h5 -o adapted.onnx
     """
@@ -36,5 +37,8 @@ def export(
 
     wanted = format or format_of(out)
     exported = export_model(io.read_run(source).model, wanted, head=head, allow=arch)
-    io.note(f"{exported.format}, {len(exported.data)} bytes; outputs agree to {exported.difference:.1e}")
+    for note in exported.notes:
+        io.note(note)
+    agree = f"outputs agree to {exported.difference:.1e}" if exported.difference else "read back bit for bit"
+    io.note(f"{exported.format}, {len(exported.data)} bytes; {agree}")
     io.write_bytes(exported.data, out)

@@ -40,7 +40,7 @@ def import_weights(
 
     Example: edgetrain import --arch mcunet-5fps weights.h5 -o base.h5
     """
-    from stages.importing import class_list, import_model, numbers, read_weights
+    from stages.importing import class_list, import_noting, numbers, read_weights
 
     importing = model.importing(
         arch,
@@ -50,6 +50,8 @@ def import_weights(
         classifier=settings.classifier or ("keep" if classes else "drop"),
         classes=class_list(io.named(classes)) if classes else None,
     )
-    run = import_model(importing, None if weights is None else read_weights(io.named(weights)))
-    io.note(f"{len(run.model.tensors)} tensors of {arch}, {run.model.form} form")
-    io.write(run, out)
+    imported = import_noting(importing, None if weights is None else read_weights(io.named(weights)))
+    for note in imported.notes:
+        io.note(note)
+    io.note(f"{len(imported.run.model.tensors)} tensors of {arch}, {imported.run.model.form} form")
+    io.write(imported.run, out)

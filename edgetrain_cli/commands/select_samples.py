@@ -169,7 +169,7 @@ def _directory(live: str, run: Run, passed: int | None) -> LiveDirectory:
 
 
 def _blocks_used(checkpoint: str) -> int:
-    from stages.sparse.checkpoints import blocks_used
+    from stages.training.checkpoints import blocks_used
 
     return blocks_used(read_checkpoint(checkpoint))
 

@@ -155,9 +155,9 @@ def _on_support(
     from pathlib import Path
 
     from stages.randomness import generator
-    from stages.sparse.adaptation import total_iterations
-    from stages.sparse.prefix_file import PrefixFile
     from stages.sparse_training import STAGE, train_support
+    from stages.training.adaptation import total_iterations
+    from stages.training.prefix_file import PrefixFile
 
     scale = 10.0 if run.model.head is None else run.model.head.scale
     config = settings.on_support(scale)

@@ -79,6 +79,8 @@ def _costs(plan: Plan, column: int) -> list[Text]:
     if facts.get("optimum_score"):
         share = 100 * facts["score"] / facts["optimum_score"]
         lines.append(Text(f"{'worth'.ljust(column)}  {share:.3g} % of what the best plan within the budgets has"))
+    elif "score" in facts:
+        lines.append(Text(f"{'worth'.ljust(column)}  {facts['score']:.3g}; the search for the optimum was given up"))
     if "fisher_pass_bytes" in facts:
         lines.append(Text(f"{'scoring'.ljust(column)}  held {facts['fisher_pass_bytes'] / 2**20:.3g} MiB"))
     return lines

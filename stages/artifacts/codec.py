@@ -325,19 +325,37 @@ def model_tree(model: Model) -> Group:
         attrs |= {name: getattr(spec, name) for name in ("sample_rate_hz", "window_samples", "hop_samples")}
     if spec.prepared is not None:
         attrs["prepared"] = json_text(preparation_json(spec.prepared))
-    tensors = {name: np.asarray(tensor) for name, tensor in model.tensors.items()}
-    groups = {
-        "input": Group(attrs),
-        "tensors": Group(
-            {n: t[()] for n, t in tensors.items() if t.ndim == 0}, {n: t for n, t in tensors.items() if t.ndim > 0}
-        ),
-    }
+    groups = {"input": Group(attrs), "tensors": _tensor_group(model.tensors)}
     if model.head is not None:
         groups["head"] = head_tree(model.head)
+    if model.graph is not None:
+        groups["graph"] = model.graph
+    if model.state:
+        rows = text_array([json.dumps(row, separators=(",", ":"), sort_keys=True) for row in model.state])
+        groups["state"] = Group(arrays={"entry": rows})
+    if model.rest:
+        groups["rest"] = _tensor_group(model.rest)
     return Group(
         {"arch": model.arch, "arch_args": json_text(model.arch_args), "form": model.form, "version": model.version},
         {},
         groups,
+    )
+
+
+def _tensor_group(tensors: Mapping[str, Any]) -> Group:
+    """Tensors as datasets; numbers without axes as attributes."""
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    scalars = {name: array[()] for name, array in arrays.items() if array.ndim == 0}
+    return Group(scalars, {name: array for name, array in arrays.items() if array.ndim > 0})
+
+
+def _tensors_of(group: Group) -> dict[str, Array]:
+    return {**{name: np.asarray(value) for name, value in group.attrs.items()}, **group.arrays}
+
+
+def _state_rows(group: Group, where: str) -> tuple[Any, ...]:
+    return tuple(
+        json_value(text, f"{where}/model/state/entry[{i}]") for i, text in enumerate(text_tuple(group.arrays["entry"]))
     )
 
 
@@ -360,9 +378,12 @@ def _model(group: Group, where: str) -> Model:
             **sound,
         ),
         form=form,
-        tensors={**{n: np.asarray(v) for n, v in tensors.attrs.items()}, **tensors.arrays},
+        tensors=_tensors_of(tensors),
         head=head_from_tree(group.groups["head"], where) if "head" in group.groups else None,
         version=int(group.attrs["version"]),
+        graph=group.groups.get("graph"),
+        state=_state_rows(group.groups["state"], where) if "state" in group.groups else (),
+        rest=_tensors_of(group.groups["rest"]) if "rest" in group.groups else {},
     )
 
 

@@ -169,11 +169,18 @@ class Model:
     arch_args: Mapping[str, Json]
     input: InputSpec
     form: str
-    """`batchnorm` (the architecture's own state dict) or `deploy` (BatchNorm folded, `<layer>.weight|bias`)."""
+    """`batchnorm` (as it was captured) or `deploy` (BatchNorm folded)."""
     tensors: Mapping[str, Array]
+    """`<operator>.<what>` of the graph; without a graph in batchnorm form (schema 1) the architecture's state dict."""
     head: Head | None = None
     version: int = 0
     """Number of updates since the run began; train-sparse counts it up."""
+    graph: Group | None = None
+    """The tree of `/model/graph` (`graphs.record`); None in records of schema 1."""
+    state: tuple[Json, ...] = ()
+    """How the user's own state dict is made of the tensors, one object per entry (`models.state`)."""
+    rest: Mapping[str, Array] = field(default_factory=dict)
+    """Entries of that state dict that the graph does not use, as they were loaded."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from stages.errors import SchemaError
 VERSION = 2
 """Written as attribute `schema`; a reader takes lower ones and refuses a higher one.
 
-2: blocks say how their samples were prepared and of which file each came (`prepared`, `source`), labels may be -1.
+2: runs carry their graph (`/model/graph`, `/model/state`, `/model/rest`); blocks say how their samples were prepared
+and of which file each came (`prepared`, `source`), labels may be -1.
 """
 
 
@@ -62,9 +63,9 @@ RUN: Mapping[str, Table] = {
     "": Table(_ROOT, required=True),
     "model": Table(
         {
-            "arch": Attr("str", "architecture: a registry name or package.module:factory"),
+            "arch": Attr("str", "where the graph came from: a registry name, package.module:factory or a file"),
             "arch_args": Attr("json", "arguments of the architecture"),
-            "form": Attr("str", "`batchnorm` (the architecture's state dict) or `deploy` (BatchNorm folded)"),
+            "form": Attr("str", "`batchnorm` (as captured) or `deploy` (BatchNorm folded)"),
             "version": Attr("int", "number of updates since the run began"),
         },
         required=True,
@@ -83,6 +84,18 @@ RUN: Mapping[str, Table] = {
         required=True,
     ),
     "model/tensors": Table(others=Column("f4|f8|i8", ("*",), "one tensor of the model"), required=True),
+    "model/graph": Table(
+        arrays={
+            "operator": Column("S", ("O",), "one JSON object per operator, in execution order"),
+            "block": Column("S", ("B",), "names of the blocks, in order", required=False),
+        }
+    ),
+    "model/state": Table(
+        arrays={"entry": Column("S", ("E",), "one JSON object per entry of the user's own state dict")}
+    ),
+    "model/rest": Table(
+        others=Column("f4|f8|f2|i8|i4|i2|i1|u1|b1", ("*",), "an entry of the state dict that the graph does not use")
+    ),
     "model/head": Table(
         {
             "kind": Attr("str", "`prototypes` (scale * cosine) or `linear`"),
@@ -221,7 +234,7 @@ def _unknown(tables: Mapping[str, Table], group: Group, path: str) -> Group:
     return Group(attrs, arrays, groups)
 
 
-FREE_ATTRS = frozenset({"profile", "plan", "model/tensors"})
+FREE_ATTRS = frozenset({"profile", "plan", "model/tensors", "model/rest"})
 """Groups whose further attributes are part of the record itself (totals, facts, 0-d tensors)."""
 
 _ATTR_TYPES: Mapping[str, tuple[type, ...]] = {

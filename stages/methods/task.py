@@ -12,10 +12,10 @@ from torch import Tensor
 from stages.artifacts.records import Block, LayerUpdate
 from stages.cost.training import live_values, memory_bytes, plan_backward_macs
 from stages.fsl.episodes import Episode
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
 from stages.models.inputs import adapt_block
-from stages.sparse.adaptation import Adapting
+from stages.training.adaptation import Adapting
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,14 @@ from stages.errors import DataError
 Names = Mapping[int, str]
 """Class label -> class name."""
 
+COSINE_SCALE = 10.0
+"""P>M>F's initial value (arXiv:2204.07305), where nothing has been learned."""
+
 
 def logits(head: Head, features: Tensor) -> Tensor:
     """Class scores (N, C) of features (N, D); their softmax are the probabilities.
 
-    A linear row that nobody has seen yet counts as probability 1 / C (design section 6): with u such rows its logit is
+    A linear row that nobody has seen yet counts as probability 1 / C: with u such rows its logit is
     logsumexp(known logits) - ln(C - u). Raises `DataError` for features of another width.
     """
     weight, bias = torch.tensor(head.weight), torch.tensor(head.bias)
@@ -86,7 +89,12 @@ def imprint(head: Head, features: Tensor, rows: Array, weights: Array) -> Head:
     return replace(head, weight=weight, bias=bias, known=known)
 
 
-def prototype_head(features: Tensor, labels: Array, names: Names | None, *, scale: float = 10.0) -> Head:
+def cosine_scale(head: Head | None, otherwise: float = COSINE_SCALE) -> float:
+    """The cosine scale that meta-training left in a run's head; `otherwise` where it has no head of prototypes."""
+    return head.scale if head is not None and head.kind == "prototypes" else otherwise
+
+
+def prototype_head(features: Tensor, labels: Array, names: Names | None, *, scale: float = COSINE_SCALE) -> Head:
     """Class means of features (N, D) as a `prototypes` head over the distinct class labels."""
     check_labelled(labels, "y")
     distinct, row = np.unique(np.asarray(labels, dtype=np.int64), return_inverse=True)

@@ -22,6 +22,7 @@ class NewModel:
     input: str | None = setting(
         None, "Input of your own model: 3x32x32, 9x128 (signals), 900 (features), 49x40@16000 (log-mel)."
     )
+    result: int | None = setting(None, "Which of several outputs of your own model counts: 0, 1, ...", least=0)
 
     def __post_init__(self) -> None:
         check(self)
@@ -31,7 +32,8 @@ class NewModel:
         from stages.importing import Importing, arguments, input_from_text
 
         spec = None if self.input is None else input_from_text(self.input)
-        return Importing(arch=arch, arch_args=arguments(self.arg, self.size), input=spec, seed=seed, **others)  # type: ignore[arg-type]
+        arch_args = arguments(self.arg, self.size)
+        return Importing(arch=arch, arch_args=arch_args, input=spec, seed=seed, result=self.result, **others)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SEARCHES = ("tinytrain", "shortcut")
 CRITERIA = ("score", "fisher", "fisher-memory", "fisher-compute", "l2", "random")
 SELECTORS = ("greedy", "strict-prefix", "knapsack", "exhaustive")
-LAYERS = ("all", "entries")
+LAYERS = ("filters", "all", "entries")
 GRADIENTS = ("exact", "shortcut")
 HEADS = ("prototypes", "linear")
 """The names of the tables that the search looks into; a test holds them equal."""

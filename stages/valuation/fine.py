@@ -281,9 +281,9 @@ def _checked(choose: Choose, name: str) -> Choose:
 
 
 def reference_variances(view: GradientView, places: int, epsilon: float) -> dict[str, float]:
-    """Closed-form variances of the pool for the two references: `variance_is` and `variance_random` (titan.md 1b).
+    """Closed-form variances of the pool for the two references: `variance_is` and `variance_random`.
 
-    The second is the paper's: drawing with replacement, by mass alone.
+    The second is Titan's (arXiv:2505.16563): drawing with replacement, by mass alone.
     """
     strata = view.whole
     return {

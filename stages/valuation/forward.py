@@ -13,11 +13,11 @@ from torch import Tensor
 
 from stages.artifacts.records import Array, Block, LayerUpdate
 from stages.cost.training import whole_update
+from stages.engines.torch.net import SparseNet
 from stages.errors import DataError, require
 from stages.models.deploy import Backbone
 from stages.models.inputs import adapt_block
-from stages.sparse.engine import SparseNet
-from stages.sparse.updates import PrefixCache
+from stages.training.updates import PrefixCache
 from stages.valuation.scoring import CHUNK, Weights
 
 ANYTIME_CHUNK = 8

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from stages.artifacts.records import Array, Block
+from stages.engines.torch.program import FROZEN_CHUNK
 from stages.errors import require
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.fused import FROZEN_CHUNK
-from stages.models.graph import Graph
 from stages.models.inputs import adapt_block
 from stages.valuation.buffer import Features
 

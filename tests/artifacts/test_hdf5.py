@@ -2,6 +2,7 @@
 
 import io
 import threading
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stages.artifacts import hdf5
-from stages.artifacts.records import PREPARED_FROM, Block, End, Group, Preparation
+from stages.artifacts.codec import to_tree
+from stages.artifacts.records import PREPARED_FROM, Block, End, Group, LayerUpdate, Preparation
 from stages.artifacts.schema import VERSION
 from stages.errors import DataError, SchemaError
 
@@ -256,6 +258,33 @@ def test_malformed_blocks_say_what_is_wrong(datasets, attributes, words):
 
     with pytest.raises(DataError, match=words):
         hdf5.decode(image(fill))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "values"),
+    [
+        ("channels", [2]),  # of 2 channels there are 0 and 1
+        ("channels", [-1]),
+        ("axis", [b"sideways"]),
+        ("bias", [-1, 1]),
+        ("axis_channels", [1]),
+        ("channel_count", [2]),
+    ],
+)
+def test_a_malformed_plan_is_refused_when_it_is_read(run, dataset, values):
+    tree = to_tree(run)
+    arrays = tree.groups["plan"].arrays
+    arrays[dataset] = np.array(values, np.asarray(arrays[dataset]).dtype if dataset != "axis" else "S8")
+    with pytest.raises(SchemaError, match="/plan"):
+        hdf5.decode(hdf5.encode_tree(tree))
+
+
+def test_channels_of_a_plan_ascend(run):
+    """Once each: training one twice would count its gradient twice."""
+    for channels in ((1, 0), (1, 1)):
+        plan = replace(run.plan, updates=(LayerUpdate("stem", "output", channels, 2),))
+        with pytest.raises(SchemaError, match="ascending channels from 0 to 1"):
+            hdf5.decode(hdf5.encode(replace(run, plan=plan)))
 
 
 def test_samples_that_have_no_labels_yet_are_a_block():

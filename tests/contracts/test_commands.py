@@ -32,7 +32,7 @@ from stages.settings import (
     training,
 )
 from stages.settings.declared import declared
-from stages.sparse.optimizers import OPTIMIZERS, SCHEDULES
+from stages.training.optimizers import OPTIMIZERS, SCHEDULES
 from stages.valuation.coarse import FILTERS
 from stages.valuation.fine import SELECTIONS
 from stages.valuation.scoring import IMPORTANCES

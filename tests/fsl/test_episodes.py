@@ -37,7 +37,7 @@ def check_episode(data, task):
 
 
 def test_sizes_by_hand():
-    # Meta-Dataset's formulas (papers: section 4)
+    # Meta-Dataset's formulas (Triantafillou et al., arXiv:1903.03096, appendix)
     assert query_size(np.array([30, 7, 100]), 10) == 3
     assert query_size(np.array([30, 40]), 10) == 10
     # floor(.5 * 20 + 1) + floor(.5 * 100 + 1) = 11 + 51, then the cap
@@ -72,7 +72,7 @@ def test_statistics_over_many_tasks_match_the_formulas():
     assert ways.max() == 20
     assert ways.mean() == pytest.approx(12.5, abs=4 * np.std(ways) / 100)
     assert all(len(task.query) == 10 * task.ways for task in tasks)
-    # an independent simulation of section 4, vectorised over tasks with plain numpy
+    # an independent simulation of them, vectorised over tasks with plain numpy
     rng = np.random.default_rng(1)
     expected = []
     for _ in range(10_000):

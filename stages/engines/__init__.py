@@ -1,0 +1,1 @@
+"""What executes graphs and trains plans: one protocol, several engines."""

@@ -1,0 +1,184 @@
+/* Program images: opening, checking, and saved live values. */
+#include "internal.h"
+
+uint32_t et_crc(uint32_t crc, const void *data, uint64_t bytes) { /* CRC-32 as zlib has it, four bits at a time */
+    static const uint32_t table[16] = {0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4,
+                                       0x4db26158, 0x5005713c, 0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c,
+                                       0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
+    const uint8_t *at = data;
+    crc = ~crc;
+    while (bytes--) {
+        crc = table[(crc ^ *at) & 15] ^ (crc >> 4);
+        crc = table[(crc ^ (*at++ >> 4)) & 15] ^ (crc >> 4);
+    }
+    return ~crc;
+}
+
+const char *et_message(int code) {
+    static const char *const messages[] = {"done", "not a program image", "a program image of another version",
+        "a truncated program image", "a damaged program image (its checksum differs)",
+        "a program image with impossible sizes", "a program image with a step that leaves its buffers",
+        "a program image that needs a newer library", "memory too small", "memory that is not aligned to 64 bytes",
+        "vectors of a width that this processor does not have", "an argument that makes no sense",
+        "saved live values of another plan, or damaged"};
+    return code >= 0 && code < (int)(sizeof messages / sizeof *messages) ? messages[code] : "an unknown error";
+}
+
+static int section(const struct et_header *h, uint64_t at, uint64_t bytes) {
+    return at % 4 == 0 && at >= h->header_bytes && at + bytes <= h->image_bytes;
+}
+
+static int parts_fit(const struct et_header *h, const struct et_part *parts) {
+    uint64_t boundary = 0, kept = 0;
+    const uint64_t count = (uint64_t)h->boundaries + h->kept_parts;
+    for (uint64_t i = 0; i < count; i++) {
+        if ((uint64_t)parts[i].at + parts[i].length > h->arena) return 0;
+        *(i < h->boundaries ? &boundary : &kept) += parts[i].length;
+    }
+    return boundary == h->boundary && kept == h->kept;
+}
+
+static int header_fits(const struct et_header *h) {
+    const uint64_t most = (uint64_t)1 << 30;
+    if (h->header_bytes != sizeof *h || h->flags) return h->flags ? ET_UNSUPPORTED : ET_BAD_HEADER;
+    if (h->arena > most || h->constants > most || h->live > most || h->kept > most || h->zeros > h->constants)
+        return ET_BAD_HEADER;
+    if (!h->input_channels || !h->input_height || !h->input_width || !h->features) return ET_BAD_HEADER;
+    if (h->input_channels > most || h->input_height > most || h->input_width > most) return ET_BAD_HEADER;
+    if ((uint64_t)h->prefix + h->suffix + h->backward != h->steps || h->constants_at % ET_ALIGN) return ET_BAD_HEADER;
+    if (!section(h, h->steps_at, (uint64_t)h->steps * sizeof(struct et_step)) ||
+        !section(h, h->constants_at, (uint64_t)h->constants * 4) || !section(h, h->live_at, (uint64_t)h->live * 4) ||
+        !section(h, h->parts_at, ((uint64_t)h->boundaries + h->kept_parts) * sizeof(struct et_part)))
+        return ET_TRUNCATED;
+    return ET_OK;
+}
+
+int et_inspect(const void *image, uint64_t bytes, struct et_sizes *sizes) {
+    const struct et_header *h = image;
+    const uint8_t *base = image;
+    int code;
+    if (!image || (uintptr_t)image % ET_ALIGN) return image ? ET_UNALIGNED : ET_BAD_ARGUMENT;
+    if (bytes < sizeof *h) return ET_TRUNCATED;
+    if (h->magic != ET_MAGIC) return ET_BAD_MAGIC;
+    if (h->version != ET_VERSION) return ET_BAD_VERSION;
+    if (h->image_bytes > bytes || h->image_bytes < sizeof *h) return ET_TRUNCATED;
+    if (et_crc(0, base + 16, h->image_bytes - 16) != h->checksum) return ET_BAD_CHECKSUM;
+    if ((code = header_fits(h))) return code;
+    const float *constants = (const float *)(const void *)(base + h->constants_at);
+    for (uint32_t i = 0; i < h->zeros; i++)
+        if (constants[i] != 0) return ET_BAD_HEADER;
+    if (!parts_fit(h, (const struct et_part *)(const void *)(base + h->parts_at))) return ET_BAD_HEADER;
+    if ((code = et_check_steps(h, (const struct et_step *)(const void *)(base + h->steps_at), constants))) return code;
+    if (sizes) {
+        sizes->context_bytes = sizeof(struct et_net), sizes->arena_bytes = (uint64_t)h->arena * 4;
+        sizes->kept_bytes = (uint64_t)h->kept * 4, sizes->constant_bytes = (uint64_t)h->constants * 4;
+        sizes->image_bytes = h->image_bytes;
+        sizes->input = h->input_channels * h->input_height * h->input_width, sizes->boundary = h->boundary;
+        sizes->features = h->features, sizes->live = h->live, sizes->steps = h->steps, sizes->plan = h->plan;
+    }
+    return ET_OK;
+}
+
+static const struct et_kernels *kernels_of(int width) {
+#ifdef ET_X86
+    __builtin_cpu_init();
+    if (width == 16)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? &et_kernels_16 : 0;
+    if (width == 8) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &et_kernels_8 : 0;
+#endif
+#ifdef ET_HAS_4
+    if (width == 4) return &et_kernels_4;
+#endif
+    return width == 1 ? &et_kernels_1 : 0;
+}
+
+int et_width(void) {
+    int width = 16;
+    while (!kernels_of(width)) width /= 2;
+    return width;
+}
+
+int et_same_bits(void) {
+#ifdef ET_SAME_BITS
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+int et_open(struct et_net **result, const void *image, uint64_t bytes, void *context, uint64_t context_bytes,
+            void *arena, uint64_t arena_bytes, float *live, float *gradient, int width) {
+    struct et_sizes sizes;
+    const struct et_kernels *kernels = kernels_of(width ? width : et_width());
+    const uint8_t *base = image;
+    struct et_net *net = context;
+    const int code = et_inspect(image, bytes, &sizes);
+    if (code) return code;
+    if (!result || !context || !arena || (sizes.live && !live)) return ET_BAD_ARGUMENT;
+    if (context_bytes < sizes.context_bytes || arena_bytes < sizes.arena_bytes) return ET_SMALL;
+    if (((uintptr_t)context | (uintptr_t)arena | (uintptr_t)live | (uintptr_t)gradient) % ET_ALIGN) return ET_UNALIGNED;
+    if (!kernels) return ET_NO_WIDTH;
+    memset(net, 0, sizeof *net);
+    net->header = image, net->kernels = kernels;
+    net->steps = (const struct et_step *)(const void *)(base + net->header->steps_at);
+    net->parts = (const struct et_part *)(const void *)(base + net->header->parts_at);
+    net->space[ET_ARENA] = arena;
+    net->space[ET_CONSTANT] = (float *)(uintptr_t)(base + net->header->constants_at); /* never written: check.c */
+    net->space[ET_LIVE] = live, net->space[ET_GRADIENT] = gradient;
+    *result = net;
+    return ET_OK;
+}
+
+void et_reset(struct et_net *net) {
+    const struct et_header *h = net->header;
+    if (h->live) memcpy(net->space[ET_LIVE], (const uint8_t *)h + h->live_at, (size_t)h->live * 4);
+    if (h->live && net->space[ET_GRADIENT]) memset(net->space[ET_GRADIENT], 0, (size_t)h->live * 4);
+}
+
+int et_set_input(struct et_net *net, int input, const float *scale, const float *offset) {
+    if (input < ET_FLOAT_CHW || input > ET_BYTES_HWC || (input == ET_BYTES_HWC && (!scale || !offset)))
+        return ET_BAD_ARGUMENT;
+    net->input = input, net->scale = scale, net->offset = offset;
+    return ET_OK;
+}
+
+void et_keep(struct et_net *net, void *kept) {
+    const struct et_header *h = net->header;
+    uint8_t *to = kept;
+    for (uint32_t i = h->boundaries; i < h->boundaries + h->kept_parts; i++) {
+        memcpy(to, net->space[ET_ARENA] + net->parts[i].at, (size_t)net->parts[i].length * 4);
+        to += (size_t)net->parts[i].length * 4;
+    }
+}
+
+void et_restore(struct et_net *net, const void *kept) {
+    const struct et_header *h = net->header;
+    const uint8_t *from = kept;
+    for (uint32_t i = h->boundaries; i < h->boundaries + h->kept_parts; i++) {
+        memcpy(net->space[ET_ARENA] + net->parts[i].at, from, (size_t)net->parts[i].length * 4);
+        from += (size_t)net->parts[i].length * 4;
+    }
+}
+
+/* Saved live values: magic, plan, number of values, their checksum, the values. */
+void et_save_live(const struct et_net *net, void *saved) {
+    const struct et_header *h = net->header;
+    const size_t bytes = (size_t)h->live * 4;
+    const uint32_t head[4] = {ET_MAGIC ^ 0xffffffffu, h->plan, h->live, et_crc(h->plan, net->space[ET_LIVE], bytes)};
+    memcpy(saved, head, sizeof head);
+    if (bytes) memcpy((uint8_t *)saved + sizeof head, net->space[ET_LIVE], bytes);
+}
+
+int et_load_live(struct et_net *net, const void *saved, uint64_t bytes) {
+    const struct et_header *h = net->header;
+    uint32_t head[4];
+    if (bytes != sizeof head + (uint64_t)h->live * 4) return ET_BAD_LIVE;
+    memcpy(head, saved, sizeof head);
+    const uint8_t *values = (const uint8_t *)saved + sizeof head;
+    if (head[0] != (ET_MAGIC ^ 0xffffffffu) || head[1] != h->plan || head[2] != h->live ||
+        head[3] != et_crc(h->plan, values, (uint64_t)h->live * 4))
+        return ET_BAD_LIVE;
+    if (h->live) memcpy(net->space[ET_LIVE], values, (size_t)h->live * 4);
+    return ET_OK;
+}

@@ -1,0 +1,12 @@
+/* All kernels of one vector width: included by width_*.c, which say which. */
+#include "conv.c"
+#include "depthwise.c"
+#include "pool.c"
+#include "elementwise.c"
+
+#define ET_TABLE_(width) et_kernels_##width
+#define ET_TABLE(width) ET_TABLE_(width)
+const struct et_kernels ET_TABLE(ET_VL) = {
+    pointwise, conv_row, depthwise_row, max_pool_row, avg_pool_row, add_row, unary, mean, mask, mask_back, conv_dx,
+    conv_dw, depthwise_dx, depthwise_dw, bias_dw, max_pool_dx, avg_pool_dx, mean_dx, unary_dx, ET_VL,
+};

@@ -1,0 +1,109 @@
+/* Pooling of windows and of whole maps, and its gradients. */
+#include "vector.h"
+
+/* One output row of maxima; index (may be 0) gets the position of each inside its window, the first where several are
+ * equal. */
+KERNEL max_pool_row(const struct et_step *s, et_rows rows, float *y, uint8_t *index) {
+    for (int ox = 0; ox < s->wo; ox++, y += s->ldy) {
+        const int left = ox * s->sw - s->pw;
+        int seen = 0;
+        for (int ky = 0; ky < s->kh; ky++)
+            if (rows[ky])
+                for (int kx = 0; kx < s->kw; kx++) {
+                    const int ix = left + kx * s->dw, at = ky * s->kw + kx;
+                    if (ix < 0 || ix >= s->wi) continue;
+                    const float *xp = rows[ky] + (ptrdiff_t)ix * s->ldx;
+                    if (!seen) {
+                        memcpy(y, xp, sizeof(float) * (size_t)s->ci);
+                        if (index) memset(index, at, (size_t)s->ci);
+                    } else if (index)
+                        for (int c = 0; c < s->ci; c++) {
+                            const int more = !(xp[c] <= y[c]) && y[c] == y[c];
+                            y[c] = more ? xp[c] : y[c], index[c] = more ? (uint8_t)at : index[c];
+                        }
+                    else
+                        for (int c = 0; c < s->ci; c++) y[c] = !(xp[c] <= y[c]) && y[c] == y[c] ? xp[c] : y[c];
+                    seen = 1;
+                }
+        if (!seen) memset(y, 0, sizeof(float) * (size_t)s->ci);
+        if (index) index += s->ci;
+    }
+}
+
+INL void start_from(const struct et_step *s, const float *add, float *dx) {
+    if (add == dx) return;
+    for (ptrdiff_t p = 0; p < (ptrdiff_t)s->hi * s->wi; p++)
+        if (add) memcpy(dx + p * s->ldx, add + p * s->ldr, sizeof(float) * (size_t)s->ci);
+        else memset(dx + p * s->ldx, 0, sizeof(float) * (size_t)s->ci);
+}
+
+KERNEL max_pool_dx(const struct et_step *s, const float *g, const uint8_t *index, const float *add, float *dx) {
+    start_from(s, add, dx);
+    for (int oy = 0; oy < s->ho; oy++)
+        for (int ox = 0; ox < s->wo; ox++, g += s->ldy)
+            for (int c = 0; c < s->ci; c++) {
+                const int at = *index++, iy = oy * s->sh - s->ph + at / s->kw * s->dh;
+                const int ix = ox * s->sw - s->pw + at % s->kw * s->dw;
+                if (iy >= 0 && iy < s->hi && ix >= 0 && ix < s->wi) /* also where the index is not this step's */
+                    dx[((ptrdiff_t)iy * s->wi + ix) * s->ldx + c] += g[c];
+            }
+}
+
+/* The window of output o along one axis, cut to the map, and by how much it counts. */
+INL void window(const struct et_step *s, int o, int k, int step, int pad, int in, int out, int *from, int *to, int *count) {
+    int start = o * step - pad, end = start + k;
+    if (s->flags & ET_ADAPTIVE) start = (int)((int64_t)o * in / out), end = (int)(((int64_t)(o + 1) * in + out - 1) / out);
+    else end = MIN(end, in + pad);
+    *count = end - start;
+    *from = MAX(start, 0), *to = MIN(end, in);
+    if (!(s->flags & ET_COUNT_PAD)) *count = *to - *from;
+}
+
+/* One output row of means; rows[k] is the window's k-th row. */
+KERNEL avg_pool_row(const struct et_step *s, et_rows rows, float *y, int oy) {
+    int y0, y1, rows_counted, x0, x1, columns;
+    window(s, oy, s->kh, s->sh, s->ph, s->hi, s->ho, &y0, &y1, &rows_counted);
+    for (int ox = 0; ox < s->wo; ox++, y += s->ldy) {
+        window(s, ox, s->kw, s->sw, s->pw, s->wi, s->wo, &x0, &x1, &columns);
+        for (int c = 0; c < s->ci; c++) y[c] = 0;
+        for (int ky = 0; ky < s->kh; ky++)
+            if (rows[ky])
+                for (int ix = x0; ix < x1; ix++) {
+                    const float *xp = rows[ky] + (ptrdiff_t)ix * s->ldx;
+                    for (int c = 0; c < s->ci; c++) y[c] += xp[c];
+                }
+        const float count = (float)rows_counted * (float)columns;
+        for (int c = 0; c < s->ci; c++) y[c] /= count;
+    }
+}
+
+KERNEL avg_pool_dx(const struct et_step *s, const float *g, const float *add, float *dx) {
+    start_from(s, add, dx);
+    for (int oy = 0; oy < s->ho; oy++)
+        for (int ox = 0; ox < s->wo; ox++, g += s->ldy) {
+            int y0, y1, rows, x0, x1, columns;
+            window(s, oy, s->kh, s->sh, s->ph, s->hi, s->ho, &y0, &y1, &rows);
+            window(s, ox, s->kw, s->sw, s->pw, s->wi, s->wo, &x0, &x1, &columns);
+            const float count = (float)rows * (float)columns;
+            for (int iy = y0; iy < y1; iy++)
+                for (int ix = x0; ix < x1; ix++) {
+                    float *o = dx + ((ptrdiff_t)iy * s->wi + ix) * s->ldx;
+                    for (int c = 0; c < s->ci; c++) o[c] += g[c] / count;
+                }
+        }
+}
+
+/* Mean over all positions: (hi * wi, ci) -> (ci). */
+KERNEL mean(const struct et_step *s, const float *x, float *y) {
+    const int pixels = s->hi * s->wi;
+    for (int c = 0; c < s->ci; c++) y[c] = 0;
+    for (int p = 0; p < pixels; p++)
+        for (int c = 0; c < s->ci; c++) y[c] += x[(ptrdiff_t)p * s->ldx + c];
+    for (int c = 0; c < s->ci; c++) y[c] /= (float)pixels;
+}
+KERNEL mean_dx(const struct et_step *s, const float *g, const float *add, float *dx) {
+    const int pixels = s->hi * s->wi;
+    for (int p = 0; p < pixels; p++)
+        for (int c = 0; c < s->ci; c++)
+            dx[(ptrdiff_t)p * s->ldx + c] = g[c] / (float)pixels + (add ? add[(ptrdiff_t)p * s->ldr + c] : 0.0f);
+}

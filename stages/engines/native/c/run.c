@@ -1,0 +1,178 @@
+/* Executes the steps of an image: whole maps, or chains of steps row by row through rings. */
+#include "internal.h"
+
+static void input_row(const struct et_net *net, const struct et_step *s, int row, float *y) {
+    const size_t plane = (size_t)s->hi * (size_t)s->wi, width = (size_t)s->wi, channels = (size_t)s->ci;
+    const size_t first = (size_t)row * width;
+    if (net->input == ET_FLOAT_CHW) {
+        const float *x = (const float *)net->sample + first;
+        if (channels == 3)
+            for (size_t i = 0; i < width; i++, y += s->ldy) y[0] = x[i], y[1] = x[i + plane], y[2] = x[i + 2 * plane];
+        else
+            for (size_t c = 0; c < channels; c++)
+                for (size_t i = 0; i < width; i++) y[i * (size_t)s->ldy + c] = x[c * plane + i];
+    } else if (net->input == ET_FLOAT_HWC) {
+        const float *x = (const float *)net->sample + first * channels;
+        for (size_t i = 0; i < width; i++) memcpy(y + i * (size_t)s->ldy, x + i * channels, channels * sizeof *x);
+    } else {
+        const uint8_t *x = (const uint8_t *)net->sample + first * channels;
+        for (size_t i = 0; i < width; i++)
+            for (size_t c = 0; c < channels; c++)
+                y[i * (size_t)s->ldy + c] = (float)x[i * channels + c] * net->scale[c] + net->offset[c];
+    }
+}
+
+/* Output row oy of a step, from the rows that its input holds. */
+static void run_row(const struct et_net *net, const struct et_step *s, int oy) {
+    const struct et_kernels *k = net->kernels;
+    const float *x = et_at(net, s->x), *w = et_at(net, s->w), *b = et_at(net, s->b), *r = et_at(net, s->r);
+    const float *rows[ET_MAX_ROWS];
+    float *y = et_at(net, s->y) + (ptrdiff_t)(oy % s->yr) * s->wo * s->ldy;
+    const int first = s->flags & ET_ADAPTIVE ? (int)((int64_t)oy * s->hi / s->ho) : oy * s->sh - s->ph;
+    if (r) r += (ptrdiff_t)oy * s->wo * s->ldr;
+    if (s->kind != ET_INPUT)
+        for (int i = 0; i < s->kh; i++) {
+            const int iy = first + i * s->dh;
+            rows[i] = iy >= 0 && iy < s->hi ? x + (ptrdiff_t)(iy % s->xr) * s->wi * s->ldx : 0;
+        }
+    switch (s->kind) {
+    case ET_INPUT: input_row(net, s, oy, y); break;
+    case ET_CONV:
+        if (s->n == 1) k->pointwise(s, rows[0], w, b, y, r, s->wo);
+        else k->conv_row(s, rows, w, b, y, r, net->space[ET_CONSTANT]);
+        break;
+    case ET_DEPTHWISE: k->depthwise_row(s, rows, w, b, y); break;
+    case ET_MAX_POOL: {
+        uint8_t *index = (uint8_t *)et_at(net, s->m);
+        if (index && net->saving) index += (ptrdiff_t)oy * s->wo * s->ci;
+        else index = 0;
+        k->max_pool_row(s, rows, y, index);
+        break;
+    }
+    case ET_AVG_POOL: {
+        const int end = s->flags & ET_ADAPTIVE ? (int)(((int64_t)(oy + 1) * s->hi + s->ho - 1) / s->ho) : s->hi;
+        for (int i = 0; i < s->kh; i++)
+            if (first + i >= end) rows[i] = 0;
+        k->avg_pool_row(s, rows, y, oy);
+        break;
+    }
+    case ET_UNARY: k->unary(s, rows[0], y, s->wo); break;
+    case ET_ADD: k->add_row(s, rows[0], r, y, s->wo); break;
+    case ET_COPY:
+        for (int p = 0; p < s->wo; p++)
+            memmove(y + (ptrdiff_t)p * s->ldy, rows[0] + (ptrdiff_t)p * s->ldx, sizeof(float) * (size_t)s->ci);
+        break;
+    default: break;
+    }
+}
+
+/* Row oy of the last of `count` steps, and before it whatever rows of the others it needs. */
+static void make_row(const struct et_net *net, const struct et_step *steps, int count, int *next, int oy) {
+    const struct et_step *s = steps + count - 1;
+    if (count > 1) {
+        const int need = MIN(s->hi, oy * s->sh - s->ph + (s->kh - 1) * s->dh + 1);
+        for (; next[count - 2] < need; next[count - 2]++) make_row(net, steps, count - 1, next, next[count - 2]);
+    }
+    run_row(net, s, oy);
+}
+
+static void run_chain(const struct et_net *net, const struct et_step *steps, int count) {
+    int next[ET_MAX_STAGES] = {0};
+    for (int oy = 0; oy < steps[count - 1].ho; oy++) make_row(net, steps, count, next, oy);
+}
+
+static void transpose(const struct et_step *s, const float *x, const float *r, float *y) {
+    const ptrdiff_t pixels = (ptrdiff_t)s->hi * s->wi;
+    for (ptrdiff_t p = 0; p < pixels; p++)
+        for (int c = 0; c < s->ci; c++)
+            if (s->n) y[p * s->ldy + c] = x[c * pixels + p] + (r ? r[p * s->ldr + c] : 0.0f);
+            else y[c * pixels + p] = x[p * s->ldx + c];
+}
+
+static void merge(const struct et_step *s, const float *fixed, const float *live, const int32_t *index, float *y) {
+    const size_t padded = ((size_t)s->co + 15) / 16 * 16;
+    if (fixed) memcpy(y, fixed, padded * sizeof *y);
+    else memset(y, 0, padded * sizeof *y);
+    for (int i = 0; i < s->n; i++) y[index[i]] = live[i];
+}
+
+static void run_step(const struct et_net *net, const struct et_step *s) {
+    const struct et_kernels *k = net->kernels;
+    const float *x = et_at(net, s->x), *w = et_at(net, s->w), *b = et_at(net, s->b), *r = et_at(net, s->r);
+    float *y = et_at(net, s->y), *m = et_at(net, s->m);
+    const int32_t *index = (const int32_t *)(const void *)m;
+    switch (s->kind) {
+    case ET_CONV:
+        if (s->n == 1) {
+            k->pointwise(s, x, w, b, y, r, s->hi * s->wi);
+            break;
+        } /* fall through */
+    case ET_INPUT: case ET_DEPTHWISE: case ET_MAX_POOL: case ET_AVG_POOL: case ET_COPY:
+        for (int oy = 0; oy < s->ho; oy++) run_row(net, s, oy);
+        break;
+    case ET_UNARY: k->unary(s, x, y, s->hi * s->wi); break;
+    case ET_ADD: k->add_row(s, x, r, y, s->hi * s->wi); break;
+    case ET_MEAN: k->mean(s, x, y); break;
+    case ET_TRANSPOSE: transpose(s, x, r, y); break;
+    case ET_MERGE: merge(s, w, b, index, y); break;
+    case ET_MASK: k->mask(x, (size_t)s->n, s->act, (uint32_t *)(void *)m); break;
+    case ET_FEATURES: for (int i = 0; i < s->n; i++) net->features[i] = x[index[i]]; break;
+    case ET_GRADIENT_IN: for (int i = 0; i < s->n; i++) y[index[i]] = net->gradient[i]; break;
+    case ET_MASK_BACK: k->mask_back(x, (size_t)s->n, (const uint32_t *)(const void *)m, y); break;
+    case ET_CONV_DX: k->conv_dx(s, x, w, r, y, et_at(net, s->b)); break;
+    case ET_CONV_DW: k->conv_dw(s, x, r, y); break;
+    case ET_DEPTHWISE_DX: k->depthwise_dx(s, x, w, r, y); break;
+    case ET_DEPTHWISE_DW: k->depthwise_dw(s, x, r, y); break;
+    case ET_BIAS_DW: k->bias_dw(s, x, index, y); break;
+    case ET_MAX_POOL_DX: k->max_pool_dx(s, x, (const uint8_t *)m, r, y); break;
+    case ET_AVG_POOL_DX: k->avg_pool_dx(s, x, r, y); break;
+    case ET_MEAN_DX: k->mean_dx(s, x, r, y); break;
+    case ET_UNARY_DX: k->unary_dx(s, x, w, r, y); break;
+    default: break;
+    }
+}
+
+static void run(const struct et_net *net, uint32_t first, uint32_t count) {
+    for (uint32_t i = first; i < first + count; i++) {
+        const struct et_step *s = net->steps + i;
+        if (s->kind == ET_CHAIN) {
+            run_chain(net, s + 1, s->n);
+            i += (uint32_t)s->n;
+        } else if (net->saving || !(s->flags & ET_SAVING))
+            run_step(net, s);
+    }
+}
+
+/* The boundary's values, between the arena and one array behind the other. */
+static void carry_boundary(const struct et_net *net, const float *in, float *out) {
+    for (uint32_t i = 0; i < net->header->boundaries; i++) {
+        const struct et_part *part = net->parts + i;
+        if (in) memcpy(net->space[ET_ARENA] + part->at, in, (size_t)part->length * 4), in += part->length;
+        if (out) memcpy(out, net->space[ET_ARENA] + part->at, (size_t)part->length * 4), out += part->length;
+    }
+}
+
+int et_prefix(struct et_net *net, const void *sample, float *boundary) {
+    if (!sample) return ET_BAD_ARGUMENT;
+    net->sample = sample, net->saving = 0;
+    run(net, 0, net->header->prefix);
+    carry_boundary(net, 0, boundary);
+    return ET_OK;
+}
+
+static int suffix(struct et_net *net, const float *boundary, float *features, int saving) {
+    if (!features) return ET_BAD_ARGUMENT;
+    net->features = features, net->saving = saving;
+    carry_boundary(net, boundary, 0);
+    run(net, net->header->prefix, net->header->suffix);
+    return ET_OK;
+}
+int et_suffix(struct et_net *net, const float *boundary, float *features) { return suffix(net, boundary, features, 0); }
+int et_forward(struct et_net *net, const float *boundary, float *features) { return suffix(net, boundary, features, 1); }
+
+int et_backward(struct et_net *net, const float *gradient) {
+    if (!gradient || (net->header->live && !net->space[ET_GRADIENT])) return ET_BAD_ARGUMENT;
+    net->gradient = gradient, net->saving = 1;
+    run(net, net->header->prefix + net->header->suffix, net->header->backward);
+    return ET_OK;
+}

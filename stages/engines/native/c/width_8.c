@@ -1,0 +1,14 @@
+/* Eight floats: AVX2 with fused multiply-add. Nothing of this file runs where the processor has none. */
+#include "internal.h"
+#ifdef ET_X86
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define ET_VL 8
+#include "kernels.c"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

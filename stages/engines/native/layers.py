@@ -1,0 +1,284 @@
+"""Convolutions and linear layers as steps: the parts of their weights, frozen and live, and where each lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.artifacts.records import LayerUpdate
+from stages.engines.native.builder import Builder, geometry, is_plain, map_of, padded, panels, taps
+from stages.engines.native.channels import Run
+from stages.engines.native.program import (
+    ACCUMULATE,
+    ACTIVATIONS,
+    CHUNK,
+    GRADIENT,
+    Buffer,
+    Parameter,
+    Ref,
+    Step,
+    Tensors,
+)
+from stages.engines.native.units import Unit
+from stages.operators import Op
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A block of a layer's weight: input channels i0..i1 of the value it reads, output channels o0..o1 of its own."""
+
+    i0: int
+    i1: int
+    o0: int
+    o1: int
+    live: bool
+    weight: Ref
+
+    @property
+    def gradient(self) -> Ref:
+        return replace(self.weight, space=GRADIENT)
+
+
+class Layer:
+    """A layer's weights and biases in the image, made once for its forward and backward steps."""
+
+    def __init__(self, builder: Builder, op: Op, update: LayerUpdate | None) -> None:
+        self.builder, self.op, self.update = builder, op, update
+        self.by_input = update is not None and update.axis == "input" and not op.is_depthwise
+        channels = builder.channels
+        self.rows, self.columns = channels.of[op.name], channels.of[op.inputs[0]]
+        self.ids = np.arange(op.weights).reshape(op.weight_shape)
+        self.place = np.full(op.weights, -1, np.int64)
+        self.parts = [self._part(*block) for block in self._blocks()]
+        self.bias = self._bias() if op.bias else None
+        self.live_bias = self._live_bias()
+        if update is not None:
+            builder.program.parameters += self._parameters(update)
+
+    # ------------------------------------------------------------------------------------------------------ weights
+
+    def _blocks(self) -> list[tuple[int, int, int, int, bool]]:
+        op, live = self.op, self.update.channels if self.update else ()
+        inside, outside = op.in_channels // op.groups, op.out_channels // op.groups
+        if op.is_depthwise:
+            return [(low, high, low, high, on) for low, high, on in self.builder.channels.runs(op.name, live)]
+        runs = self.builder.channels.runs(op.inputs[0] if self.by_input else op.name, live)
+        blocks = []
+        for group in range(op.groups):
+            i0, i1, o0, o1 = group * inside, (group + 1) * inside, group * outside, (group + 1) * outside
+            for low, high, on in _clipped(runs, i0, i1) if self.by_input else _clipped(runs, o0, o1):
+                blocks.append((low, high, o0, o1, on) if self.by_input else (i0, i1, low, high, on))
+        return blocks
+
+    def _part(self, i0: int, i1: int, o0: int, o1: int, on: bool) -> Part:
+        def cut(weight: Array) -> Array:
+            return self._packed(weight, i0, i1, o0, o1, 0)
+
+        name = f"{self.op.name}.weight"
+        ids = self._packed(self.ids, i0, i1, o0, o1, -1).reshape(-1)
+        if not on:
+            return Part(i0, i1, o0, o1, on, self.builder.constant(lambda tensors: cut(tensors[name]), ids.size))
+        weight = self.builder.live(lambda tensors: cut(tensors[name]), ids.size)
+        mine: NDArray[np.bool_] = np.greater_equal(ids, 0)
+        self.place[ids[mine]] = weight.offset + np.flatnonzero(mine)
+        return Part(i0, i1, o0, o1, on, weight)
+
+    def _packed(self, weight: Array, i0: int, i1: int, o0: int, o1: int, fill: int) -> Array:
+        """A block of the whole weight in the kernels' layout."""
+        op = self.op
+        kernel = (1, 1, *op.kernel)[-2:]
+        if op.is_depthwise:
+            return taps(weight.reshape(op.out_channels, 1, *kernel)[self.rows[o0:o1]])
+        first = o0 // (op.out_channels // op.groups) * (op.in_channels // op.groups)
+        whole = weight.reshape(op.out_channels, op.in_channels // op.groups, *kernel)
+        return panels(whole[np.ix_(self.rows[o0:o1], self.columns[i0:i1] - first)], fill)
+
+    # ------------------------------------------------------------------------------------------------------- biases
+
+    def _bias(self) -> Ref:
+        name, rows, count = f"{self.op.name}.bias", self.rows, self.op.out_channels
+        return self.builder.constant(lambda tensors: tensors[name][rows], padded(count) + 16)
+
+    def _live_bias(self) -> tuple[Ref, Ref] | None:
+        """The live biases and their places among the layer's output channels."""
+        if self.update is None or not self.update.bias:
+            return None
+        name, chosen = f"{self.op.name}.bias", np.array(self.update.bias)
+        values = self.builder.live(lambda tensors: tensors[name][chosen], len(chosen))
+        return values, self.builder.indices(self.builder.channels.position[self.op.name][chosen])
+
+    def merged_bias(self, into: list[Step]) -> Ref | None:
+        """The layer's bias, the live entries put among the frozen ones by a step."""
+        if self.bias is None or self.live_bias is None or self.update is None:
+            return self.bias
+        values, index = self.live_bias
+        count = self.op.out_channels
+        merged = self.builder.buffer(f"bias {self.op.name}", padded(count) + 16)
+        self.builder.emit(
+            into, "merge", w=self.bias, b=values, m=index, y=merged[0], ci=1, co=count + 16, ldx=1, ldy=1,
+            n=len(self.update.bias), hi=1, wi=1, ho=1, wo=1,
+        )  # fmt: skip
+        return merged[0]
+
+    def _parameters(self, update: LayerUpdate) -> list[Parameter]:
+        name, found = self.op.name, []
+        if update.channels:
+            ids = live_window(self.op, update, self.ids)
+            found.append(Parameter(f"{name}.weight", self.place[ids], ids))
+        if self.live_bias is not None:
+            at = self.live_bias[0].offset
+            chosen = np.array(update.bias, np.int64)
+            found.append(Parameter(f"{name}.bias", at + np.arange(len(chosen)), chosen))
+        return found
+
+
+def live_window(op: Op, update: LayerUpdate, weight: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The live slice of a whole weight: (live, in / groups, *kernel), or (live, out / groups, *kernel) by input."""
+    channels = np.array(update.channels, np.int64)
+    if update.axis == "output" or op.is_depthwise:
+        return weight[channels]
+    out, inside, *kernel = op.weight_shape
+    by_group = weight.reshape(op.groups, out // op.groups, inside, *kernel)
+    return by_group[channels // inside, :, channels % inside]
+
+
+def _clipped(runs: Sequence[Run], low: int, high: int) -> list[Run]:
+    return [(max(a, low), min(b, high), on) for a, b, on in runs if a < high and b > low]
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+def forward(layer: Layer, unit: Unit, x: Buffer, y: Buffer, residual: Buffer | None, into: list[Step]) -> None:
+    """The steps of one layer with what is fused behind it, on whole maps."""
+    op, builder = layer.op, layer.builder
+    bias = layer.merged_bias(into)
+    words = _sizes(op)
+    if op.is_depthwise:
+        for part in layer.parts:
+            builder.emit(
+                into, "depthwise", **words, x=x[part.i0], y=y[part.o0], w=part.weight, b=moved(bias, part.o0),
+                ci=part.i1 - part.i0, co=part.o1 - part.o0, act=ACTIVATIONS[unit.act],
+            )  # fmt: skip
+        return
+    for number, part in enumerate(layer.parts):
+        begins = number == 0 or layer.parts[number - 1].o0 != part.o0
+        ends = number + 1 == len(layer.parts) or layer.parts[number + 1].o0 != part.o0
+        last: dict[str, int | Ref] = {"act": ACTIVATIONS[unit.act], "act2": ACTIVATIONS[unit.act2]} if ends else {}
+        if ends and residual is not None:
+            last |= {"r": residual[part.o0], "ldr": op.out_channels}
+        builder.emit(
+            into, "conv", **words, **last, x=x[part.i0], y=y[part.o0], w=part.weight, n=int(is_plain(op)),
+            b=moved(bias, part.o0) if begins else None, flags=0 if begins else ACCUMULATE,
+            ci=part.i1 - part.i0, co=part.o1 - part.o0,
+        )  # fmt: skip
+
+
+def _sizes(op: Op) -> dict[str, int | Ref]:
+    return geometry(op) | {"ldx": op.in_channels, "ldy": op.out_channels}
+
+
+def moved(ref: Ref | None, by: int) -> Ref | None:
+    """The same reference so many floats further."""
+    return None if ref is None else replace(ref, offset=ref.offset + by)
+
+
+# ------------------------------------------------------------------------------------------------------------ backward
+
+
+def saves(layer: Layer, x: Buffer, into: list[Step]) -> tuple[Buffer, int] | None:
+    """What of its input the weight gradient needs: the buffer that holds it and its floats a pixel; a step copies the
+    live channels where they are a part."""
+    op, update = layer.op, layer.update
+    if update is None or not update.channels:
+        return None
+    if (update.axis == "output" and not op.is_depthwise) or update.ratio == 1:
+        return x, op.in_channels
+    shape, runs = map_of(op.in_shape), [part for part in _distinct(layer) if part.live]
+    count = len(update.channels)
+    kept = layer.builder.buffer(f"slice {op.name}", shape.pixels * count)
+    at = 0
+    for part in runs:
+        layer.builder.emit(
+            into, "copy", x=x[part.i0], y=kept[at], ci=part.i1 - part.i0, co=part.i1 - part.i0, ldx=op.in_channels,
+            ldy=count, hi=shape.height, wi=shape.width, ho=shape.height, wo=shape.width, flags=1,
+        )  # fmt: skip
+        at += part.i1 - part.i0
+    return kept, count
+
+
+def _distinct(layer: Layer) -> list[Part]:
+    """The parts, one for each range of input channels, in their order."""
+    return sorted({(part.i0, part.i1): part for part in layer.parts}.values(), key=lambda part: part.i0)
+
+
+def live_gradients(layer: Layer, kept: tuple[Buffer, int] | None, g: Buffer, into: list[Step]) -> None:
+    """Steps that add to the gradients of the layer's live weights and biases, from that of its output."""
+    op, builder = layer.op, layer.builder
+    if kept is not None:
+        buffer, apart = kept
+        offsets = _offsets(layer, buffer, apart)
+        for part in layer.parts:
+            if part.live:
+                builder.emit(
+                    into, "depthwise_dw" if op.is_depthwise else "conv_dw", **geometry(op), x=buffer[offsets[part.i0]],
+                    r=g[part.o0], y=part.gradient, ldx=apart, ldy=op.out_channels, ci=part.i1 - part.i0,
+                    co=part.o1 - part.o0,
+                )  # fmt: skip
+    if layer.live_bias is not None and layer.update is not None:
+        values, index = layer.live_bias
+        shape = map_of(op.shape)
+        builder.emit(
+            into, "bias_dw", x=g[0], y=replace(values, space=GRADIENT), m=index, n=len(layer.update.bias), ci=1,
+            co=op.out_channels, ldx=1, ldy=op.out_channels, hi=shape.height, wi=shape.width, ho=shape.height,
+            wo=shape.width,
+        )  # fmt: skip
+
+
+def _offsets(layer: Layer, buffer: Buffer, apart: int) -> Mapping[int, int]:
+    """Where each part's first input channel lies in what was kept."""
+    if apart == layer.op.in_channels:
+        return {part.i0: part.i0 for part in layer.parts}
+    found, at = {}, 0
+    for part in _distinct(layer):
+        if part.live:
+            found[part.i0] = at
+            at += part.i1 - part.i0
+    return found
+
+
+def input_gradient(layer: Layer, g: Buffer, add: Buffer | None, dx: Buffer, into: list[Step]) -> None:
+    """Steps for dx = add + the gradient of the layer's input."""
+    op, builder = layer.op, layer.builder
+    words = geometry(op) | {"ldx": op.in_channels, "ldy": op.out_channels, "ldr": op.in_channels}
+    if op.is_depthwise:
+        for part in layer.parts:
+            builder.emit(
+                into, "depthwise_dx", **words, x=g[part.o0], y=dx[part.i0], w=part.weight,
+                r=None if add is None else add[part.i0], ci=part.i1 - part.i0, co=part.o1 - part.o0,
+            )  # fmt: skip
+        return
+    scratch = builder.buffer(f"scratch {op.name}", CHUNK * op.out_channels)
+    begun: set[int] = set()
+    for part in layer.parts:
+        more = dx if part.i0 in begun else add
+        begun.add(part.i0)
+        builder.emit(
+            into, "conv_dx", **words, x=g[part.o0], y=dx[part.i0], w=part.weight, b=scratch[0],
+            r=None if more is None else more[part.i0], n=int(is_plain(op)), ci=part.i1 - part.i0,
+            co=part.o1 - part.o0,
+        )  # fmt: skip
+
+
+def macs_of(op: Op) -> int:
+    """Multiplications of one forward pass."""
+    return op.weights * prod(op.shape[1:])
+
+
+__all__ = ["Layer", "Part", "Tensors", "forward", "input_gradient", "live_gradients", "live_window", "saves"]

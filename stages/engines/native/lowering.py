@@ -1,0 +1,253 @@
+"""Graph and plan -> program: which steps, in which buffers, with what kept between forward and backward.
+
+The frozen prefix runs in chains of rows. The trained part runs on whole maps: forward, with one bit per ReLU, one byte
+per maximum and the inputs of live layers kept; backward in reverse, into live slices only. A gradient is a value like
+any other: whoever adds to it makes a new one, in the place of the old where nothing else reads that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from math import prod
+
+from stages.artifacts.records import LayerUpdate, detached_layers
+from stages.engines.native import arena, layers
+from stages.engines.native.builder import Builder, map_of, mark_of
+from stages.engines.native.chains import Chain, Cuts, ring_rows, sources
+from stages.engines.native.channels import Channels
+from stages.engines.native.plan import check_plan
+from stages.engines.native.program import Buffer, Lowering, Step
+from stages.engines.native.rules import RULES, Node, apply_bits, in_place, keep_bits, plus
+from stages.engines.native.units import BITS, Unit, units_of
+from stages.errors import UsageError
+from stages.graphs.graph import Graph
+
+
+class NotCovered(UsageError):
+    """The native engine has no kernel for an operator."""
+
+
+def uncovered(graph: Graph) -> str:
+    """Why the native engine cannot run a graph: the first operator that it lacks, in words; empty where it can."""
+    for op in graph.ops:
+        if op.kind not in RULES:
+            return f"operator {op.name}: kind {op.kind!r}"
+        if reason := RULES[op.kind].refuses(op):
+            return f"operator {op.name}: {reason}"
+    return ""
+
+
+def lower(graph: Graph, updates: Sequence[LayerUpdate], *, separate: bool = False, chains: bool = True) -> Lowering:
+    """The program that runs `graph` and trains what `updates` name.
+
+    `separate` gives every buffer a place of its own and `chains=False` runs whole maps, so that tests can tell whether
+    sharing memory changes anything.
+
+    Raises:
+        NotCovered: an operator has no kernel; it is named.
+        DataError: the updates are not a plan for this graph.
+    """
+    if reason := uncovered(graph):
+        where, _, what = reason.partition(": ")
+        raise NotCovered(where, what, "what the native engine has", "use --engine torch")
+    check_plan(graph, updates)
+    return _Lower(graph, updates, chains).run(separate=separate)
+
+
+def arena_bytes(graph: Graph, updates: Sequence[LayerUpdate]) -> int:
+    """Bytes of the arena in which one worker trains `updates`, or runs the graph where there are none."""
+    return lower(graph, updates).arena_bytes
+
+
+class _Lower:
+    def __init__(self, graph: Graph, updates: Sequence[LayerUpdate], chains: bool) -> None:
+        self.graph, self.chains = graph, chains
+        self.live = {update.layer: update for update in updates if update.trains}
+        self.detached = detached_layers(updates)
+        flows = {kind: rule.channels for kind, rule in RULES.items()}
+        self.builder = Builder(graph, Channels(graph, self.live.values(), flows))
+        self.trained = graph.downstream(set(self.live))
+        self.flow = graph.gradient_flow(set(self.live), self.detached)
+        self.output = graph.ops[-1].name
+        read = {source for name in self.trained for source in graph[name].inputs} - self.trained
+        self.boundary = [op.name for op in graph.ops if op.name in read] if self.trained else [self.output]
+        self.values: dict[str, Buffer] = {}
+
+    def run(self, *, separate: bool) -> Lowering:
+        program = self.builder.program
+        for name in self.boundary:
+            shape = map_of(self.graph[name].shape)
+            self.values[name] = self._value(name)
+            program.boundary.append(self.values[name])
+            program.boundary_shapes.append((shape.height, shape.width, shape.channels))
+        nodes = self._trained_part()
+        self._backward(nodes)
+        self.builder.set_times()
+        self.builder.grant()
+        floor = arena.place([buffer for buffer in program.buffers if buffer.first >= 0])
+        self._prefix(floor)
+        program.parameters.sort(key=lambda parameter: self.graph.position[parameter.name.rpartition(".")[0]])
+        program.plan_mark = mark_of(self.graph, program.parameters)
+        return self.builder.finish(separate=separate)
+
+    def _value(self, name: str, *, over: Buffer | None = None, chained: bool = False) -> Buffer:
+        return self.builder.buffer(name, prod(self.graph[name].shape), over=over, chained=chained)
+
+    # -------------------------------------------------------------------------------------------------- trained part
+
+    def _trained_part(self) -> list[Node]:
+        program, builder = self.builder.program, self.builder
+        nodes = []
+        for unit in units_of(self.graph, self.trained, [self.output]):
+            node = self._node(unit, program.suffix)
+            nodes.append(node)
+        order = builder.channels.position[self.output]
+        size = len(order)
+        builder.emit(
+            program.suffix, "features", x=self.values[self.output][0], m=builder.indices(order), n=size, ci=size,
+            co=size, ldx=size, ldy=size, hi=1, wi=1, ho=1, wo=1,
+        )  # fmt: skip
+        return nodes
+
+    def _node(self, unit: Unit, into: list[Step]) -> Node:
+        op, rule = unit.op, RULES[unit.op.kind]
+        inputs = [self.values[name] for name in op.inputs]
+        layer = layers.Layer(self.builder, op, self.live.get(op.name)) if op.is_layer else None
+        residual = self.values.get(unit.residual)
+        y = self._value(unit.out, over=inputs[0] if in_place(op) else residual)
+        node = Node(unit, inputs, y, layer, residual)
+        node.pulls = unit.out in self.flow and op.name not in self.detached and not self.flow.isdisjoint(op.inputs)
+        rule.forward(self.builder, node, into)
+        self.values[unit.out] = y
+        return node
+
+    def _backward(self, nodes: Sequence[Node]) -> None:
+        if not self.live:
+            return
+        program, builder = self.builder.program, self.builder
+        bits: dict[str, Buffer] = {}
+        slices: dict[str, tuple[Buffer, int]] = {}
+        self._saves(nodes, bits, slices)
+        size = prod(self.graph[self.output].shape)
+        gradient = builder.buffer(f"gradient {self.output}", size)
+        order = builder.channels.position[self.output]
+        builder.emit(
+            program.backward, "gradient", y=gradient[0], m=builder.indices(order), n=size, ci=size, co=size, ldx=size,
+            ldy=size, hi=1, wi=1, ho=1, wo=1,
+        )  # fmt: skip
+        pending = {self.output: gradient}
+        for node in reversed(nodes):
+            g = pending.pop(node.unit.out, None)
+            if g is not None:
+                self._pull(node, g, pending, bits, slices)
+
+    def _saves(self, nodes: Sequence[Node], bits: dict[str, Buffer], slices: dict[str, tuple[Buffer, int]]) -> None:
+        """Insert the steps that keep what the backward pass needs, each right behind the step that makes it."""
+        program = self.builder.program
+        forward, program.suffix = program.suffix, []
+        ends = {id(node.y): node for node in nodes}
+        last_write: dict[int, int] = {}
+        for number, step in enumerate(forward):
+            target = step.words.get("y")
+            if target is not None and not isinstance(target, int) and target.buffer is not None:
+                last_write[id(target.buffer)] = number
+        for number, step in enumerate(forward):
+            program.suffix.append(step)
+            target = step.words.get("y")
+            buffer = None if target is None or isinstance(target, int) else target.buffer
+            if buffer is None or id(buffer) not in ends or last_write[id(buffer)] != number:
+                continue
+            node = ends[id(buffer)]
+            if node.unit.out not in self.flow:
+                continue
+            if node.layer is not None and (kept := layers.saves(node.layer, node.inputs[0], program.suffix)):
+                slices[node.op.name] = kept
+            if activation := activation_of(node.unit):
+                bits[node.unit.out] = keep_bits(self.builder, activation, node.unit.out, node.y, program.suffix)
+
+    def _pull(
+        self,
+        node: Node,
+        g: Buffer,
+        pending: dict[str, Buffer],
+        bits: dict[str, Buffer],
+        slices: dict[str, tuple[Buffer, int]],
+    ) -> None:
+        """Backward through one unit."""
+        into, unit, op = self.builder.program.backward, node.unit, node.op
+        if unit.out in bits:
+            g = apply_bits(self.builder, activation_of(unit), unit.out, bits[unit.out], g, into)
+        if unit.residual in self.flow:
+            shape = self.graph[unit.residual].shape
+            pending[unit.residual] = plus(self.builder, unit.residual, shape, g, pending.get(unit.residual), into)
+        if node.layer is not None and node.layer.update is not None:
+            layers.live_gradients(node.layer, slices.get(op.name), g, into)
+        if not node.pulls:
+            return
+        for which, name in enumerate(op.inputs):
+            if name in self.flow:
+                rule = RULES[op.kind]
+                pending[name] = rule.backward(self.builder, node, which, g, pending.get(name), into)
+
+    # -------------------------------------------------------------------------------------------------------- prefix
+
+    def _prefix(self, floor: int) -> None:
+        units = units_of(self.graph, _ancestors(self.graph, self.boundary), self.boundary)
+        cuts = Cuts(self.graph, units, self.boundary, floor)
+        plan = cuts.best() if self.chains else [Chain(i, i, over=False) for i in range(len(units))]
+        for chain in plan:
+            self._chain(units[chain.first : chain.last + 1], over=chain.over)
+
+    def _chain(self, units: Sequence[Unit], *, over: bool) -> None:
+        into, builder = self.builder.program.prefix, self.builder
+        if len(units) > 1:
+            builder.emit(into, "chain", n=len(units), ci=1, ldx=1, ldy=1, hi=1, wi=1, ho=1, wo=1)
+        source = self.values[units[0].op.inputs[0]] if units[0].op.inputs else None
+        rows = 0
+        for number, unit in enumerate(units):
+            last = number + 1 == len(units)
+            inputs = [self.values[name] for name in unit.op.inputs]
+            if last and len(units) > 1:
+                y = self._made(unit.out, over=source if over else None, chained=True)
+            elif last:
+                y = self._made(unit.out, over=inputs[0] if in_place(unit.op) else None)
+            else:
+                held = ring_rows(unit, units[number + 1])
+                shape = map_of(self.graph[unit.out].shape)
+                y = builder.buffer(f"ring {unit.out}", held * shape.width * shape.channels)
+            layer = layers.Layer(builder, unit.op, None) if unit.op.is_layer else None
+            RULES[unit.op.kind].forward(builder, Node(unit, inputs, y, layer, self.values.get(unit.residual)), into)
+            if rows:
+                into[-1].words["xr"] = rows
+            rows = 0 if last else ring_rows(unit, units[number + 1])
+            if rows:
+                into[-1].words["yr"] = rows
+            self.values[unit.out] = y
+
+    def _made(self, name: str, *, over: Buffer | None, chained: bool = False) -> Buffer:
+        """The buffer of a prefix value: the boundary's are there already."""
+        if name not in self.boundary:
+            return self._value(name, over=over, chained=chained)
+        buffer = self.values[name]
+        if over is not None:
+            self.builder.wish(buffer, over, chained=chained)
+        return buffer
+
+
+def activation_of(unit: Unit) -> str:
+    """The activation whose bits the unit keeps, or none: that behind the addition where there is one."""
+    if unit.residual:
+        return unit.act2
+    return unit.act or (unit.op.kind if unit.op.kind in BITS else "")
+
+
+def _ancestors(graph: Graph, names: Collection[str]) -> set[str]:
+    """The named operators and all that they are computed from."""
+    found = set(names)
+    for op in reversed(graph.ops):
+        if op.name in found:
+            found.update(op.inputs)
+    return found
+
+
+__all__ = ["NotCovered", "arena_bytes", "lower", "sources", "uncovered"]

@@ -1,0 +1,302 @@
+"""A backbone of which only a plan trains, executed by the C library: arrays in, arrays out, no torch.
+
+Samples go through one by one, each worker in an arena of its own. Gradients are summed over lots of `LOT` samples and the
+lots' sums in their order, so the result does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.artifacts.records import LayerUpdate
+from stages.engines.native.library import Sizes, aligned, check, inspect, library
+from stages.engines.native.lowering import lower
+from stages.engines.native.program import Lowering, encode
+from stages.errors import DataError
+from stages.graphs.graph import Graph
+
+Floats = NDArray[np.float32]
+Boundary = tuple[Floats, ...]
+"""What crosses from the frozen into the trained part: values (N, height, width, channels), the channels in the engine's
+order."""
+LOT = 8
+"""Samples whose gradients are summed before they join the others'."""
+
+
+class Worker:
+    """One arena with a context of the library."""
+
+    def __init__(self, image: NDArray[np.uint8], sizes: Sizes, live: Floats, *, width: int, same_bits: bool) -> None:
+        self.arena = aligned(sizes.arena_bytes, np.uint8)
+        self.gradient = aligned(sizes.live)
+        self._context = aligned(sizes.context_bytes, np.uint8)
+        self._keep_alive = image, live
+        self._library = library(same_bits)
+        handle = ctypes.c_void_p()
+        code = self._library.et_open(
+            ctypes.byref(handle), image.ctypes.data, image.nbytes, self._context.ctypes.data, self._context.nbytes,
+            self.arena.ctypes.data, self.arena.nbytes, live.ctypes.data, self.gradient.ctypes.data, width,
+        )  # fmt: skip
+        check(code, "native engine", same_bits)
+        self.handle = handle
+
+
+class NativeNet:
+    """A graph in deploy form with its tensors, of which only what `updates` name trains.
+
+    Args:
+        graph: in deploy form.
+        tensors: `<layer>.weight` and `<layer>.bias`, float32 in PyTorch's shapes; copied where they train.
+        threads: workers, each with an arena.
+        same_bits: round products and sums one by one, so that every machine gives the same bits; slower.
+        width: floats of a vector (1, 4, 8, 16); 0 for the widest that the processor has.
+
+    Raises:
+        NotCovered: an operator has no kernel.
+        DataError: the updates do not fit the graph.
+        PartMissing: the library was not built on this machine.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        tensors: Mapping[str, Floats],
+        updates: Sequence[LayerUpdate],
+        *,
+        threads: int = 1,
+        same_bits: bool = False,
+        width: int = 0,
+        lowering: Lowering | None = None,
+    ) -> None:
+        self.graph = graph
+        self.lowering = lower(graph, updates) if lowering is None else lowering
+        self._tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+        self.image = _aligned_copy(encode(self.lowering, self._tensors))
+        self.sizes = inspect(self.image, same_bits)
+        self._library = library(same_bits)
+        self.live: Floats = aligned(self.sizes.live)
+        self.gradient: Floats = aligned(self.sizes.live)
+        """Sums of the live values' gradients, in the engine's layout: where `live` has the values."""
+        self._workers = [
+            Worker(self.image, self.sizes, self.live, width=width, same_bits=same_bits) for _ in range(max(1, threads))
+        ]
+        self._pool = ThreadPoolExecutor(len(self._workers)) if len(self._workers) > 1 else None
+        self._library.et_reset(self._workers[0].handle)
+        self._kept = np.empty((0, self.sizes.kept_bytes), np.uint8)
+        self._scale: Floats | None = None
+        self._offset: Floats | None = None
+
+    # -------------------------------------------------------------------------------------------------- execution
+
+    @property
+    def boundary(self) -> tuple[str, ...]:
+        """The operators whose outputs `prefix` gives, in its order."""
+        return tuple(buffer.name for buffer in self.lowering.boundary)
+
+    def prepare_bytes(self, scale: Sequence[float], offset: Sequence[float]) -> None:
+        """Let `prefix` take images as bytes (N, H, W, C): value * scale[c] + offset[c] is computed on the way in."""
+        channels = self.graph.input_shape[0]
+        self._scale = np.resize(np.asarray(scale, np.float32), channels)
+        self._offset = np.resize(np.asarray(offset, np.float32), channels)
+
+    def prefix(self, x: NDArray[Any]) -> Boundary:
+        """Model input (N, *input) float32, or bytes (N, H, W, C) after `prepare_bytes` -> what enters the trained part.
+
+        It never changes while training. Raises `DataError` for an input of another shape.
+        """
+        x, kind = self._input(x)
+        flat = np.empty((len(x), self.sizes.boundary), np.float32)
+        scale = None if self._scale is None else self._scale.ctypes.data
+        offset = None if self._offset is None else self._offset.ctypes.data
+        for worker in self._workers:
+            check(self._library.et_set_input(worker.handle, kind, scale, offset), "native engine")
+        call, source, target = self._library.et_prefix, _rows(x), _rows(flat)
+        self._each(lambda worker, i: call(worker.handle, source[i], target[i]), len(x))
+        return self._split(flat)
+
+    def suffix(self, boundary: Boundary) -> Floats:
+        """What `prefix` gave -> features (N, D), nothing kept."""
+        flat = self._joined(boundary)
+        features = np.empty((len(flat), self.sizes.features), np.float32)
+        call, source, target = self._library.et_suffix, _rows(flat), _rows(features)
+        self._each(lambda worker, i: call(worker.handle, source[i], target[i]), len(flat))
+        return features
+
+    def features(self, x: NDArray[Any]) -> Floats:
+        """Model input (N, *input) -> features (N, D)."""
+        return self.suffix(self.prefix(x))
+
+    def forward(self, boundary: Boundary) -> tuple[Floats, NDArray[np.uint8]]:
+        """What `prefix` gave -> features (N, D) and what the backward pass needs, (N, bytes).
+
+        The latter is the net's own, and good until the next call: fresh memory for every step costs more time than
+        filling it.
+        """
+        flat = self._joined(boundary)
+        features = np.empty((len(flat), self.sizes.features), np.float32)
+        if len(self._kept) < len(flat):
+            self._kept = np.empty((len(flat), self.sizes.kept_bytes), np.uint8)
+        kept = self._kept[: len(flat)]
+        call, keep, source, target, keeps = (
+            self._library.et_forward, self._library.et_keep, _rows(flat), _rows(features), _rows(kept)
+        )  # fmt: skip
+
+        def one(worker: Worker, sample: int) -> None:
+            call(worker.handle, source[sample], target[sample])
+            keep(worker.handle, keeps[sample])
+
+        self._each(one, len(flat))
+        return features, kept
+
+    def backward(self, kept: NDArray[np.uint8], gradient: Floats) -> None:
+        """Add to `gradient` of the net, from what `forward` kept and the gradient at the features (N, D)."""
+        gradient = np.ascontiguousarray(gradient, np.float32)
+        call, restore, source, keeps = (
+            self._library.et_backward, self._library.et_restore, _rows(gradient), _rows(kept)
+        )  # fmt: skip
+
+        def one(worker: Worker, sample: int) -> None:
+            restore(worker.handle, keeps[sample])
+            call(worker.handle, source[sample])
+
+        self._summed(one, len(gradient))
+
+    def again(self, boundary: Boundary, gradient: Floats) -> None:
+        """`forward` and `backward` in one, sample by sample: nothing is kept for more than one of them."""
+        flat = self._joined(boundary)
+        gradient = np.ascontiguousarray(gradient, np.float32)
+        waste = np.empty((len(self._workers), self.sizes.features), np.float32)
+        wastes = dict(zip(self._workers, _rows(waste), strict=True))
+        forward, backward, source, pulls = (
+            self._library.et_forward, self._library.et_backward, _rows(flat), _rows(gradient)
+        )  # fmt: skip
+
+        def one(worker: Worker, sample: int) -> None:
+            forward(worker.handle, source[sample], wastes[worker])
+            backward(worker.handle, pulls[sample])
+
+        self._summed(one, len(gradient))
+
+    def _input(self, x: NDArray[Any]) -> tuple[NDArray[Any], int]:
+        if x.dtype == np.uint8 and self._scale is not None:
+            channels, *sizes = self.graph.input_shape
+            if x.shape[1:] != (*sizes, channels):
+                raise DataError("model input", f"bytes {x.shape}", f"(N, {', '.join(map(str, (*sizes, channels)))})")
+            return np.ascontiguousarray(x), 2
+        self.graph.check_input(x.shape)
+        return np.ascontiguousarray(x, np.float32), 0
+
+    def _split(self, flat: Floats) -> Boundary:
+        values, at = [], 0
+        for shape in self.lowering.boundary_shapes:
+            count = int(np.prod(shape))
+            values.append(flat[:, at : at + count].reshape(len(flat), *shape))
+            at += count
+        return tuple(values)
+
+    def _joined(self, boundary: Boundary) -> Floats:
+        shapes = tuple(value.shape[1:] for value in boundary)
+        if shapes != tuple(self.lowering.boundary_shapes):
+            raise DataError("boundary", f"{shapes}", f"{tuple(self.lowering.boundary_shapes)}", "run `prefix` again")
+        if len(boundary) == 1:
+            return np.ascontiguousarray(boundary[0], np.float32).reshape(len(boundary[0]), -1)
+        return np.concatenate([value.reshape(len(value), -1) for value in boundary], 1, dtype=np.float32)
+
+    # ---------------------------------------------------------------------------------------------------- workers
+
+    def _each(self, one: Callable[[Worker, int], None], samples: int) -> None:
+        """Every sample on any worker."""
+        lots = [range(start, min(start + LOT, samples)) for start in range(0, samples, LOT)]
+        self._share(lots, lambda worker, lot: [one(worker, sample) for sample in lot])
+
+    def _summed(self, one: Callable[[Worker, int], None], samples: int) -> None:
+        """Every sample on any worker; the lots' gradients added in their order."""
+        lots = [range(start, min(start + LOT, samples)) for start in range(0, samples, LOT)]
+
+        def work(worker: Worker, lot: range) -> None:
+            worker.gradient[:] = 0
+            for sample in lot:
+                one(worker, sample)
+
+        for first in range(0, len(lots), len(self._workers)):
+            wave = lots[first : first + len(self._workers)]
+            self._share(wave, work)
+            for worker, _ in zip(self._workers, wave, strict=False):
+                self.gradient += worker.gradient
+
+    def _share(self, lots: Sequence[range], work: Callable[[Worker, range], Any]) -> None:
+        """Give the lots to the workers in turn."""
+        if self._pool is None or len(lots) == 1:
+            for lot in lots:
+                work(self._workers[0], lot)
+            return
+
+        def all_of(number: int) -> None:
+            for lot in lots[number :: len(self._workers)]:
+                work(self._workers[number], lot)
+
+        list(self._pool.map(all_of, range(len(self._workers))))
+
+    # ----------------------------------------------------------------------------------------------------- values
+
+    def gradients(self) -> dict[str, Floats]:
+        """The gradients of the live slices by name, in the shapes of `live_tensors`."""
+        return {each.name: self.gradient[each.place] for each in self.lowering.parameters}
+
+    def clear_gradients(self) -> None:
+        """Set all gradients to 0."""
+        self.gradient[:] = 0
+
+    def live_tensors(self) -> dict[str, Floats]:
+        """Copies of the live slices by name: `<layer>.weight` (live, ...), `<layer>.bias` (live,)."""
+        return {each.name: self.live[each.place] for each in self.lowering.parameters}
+
+    def load_live(self, tensors: Mapping[str, Floats]) -> None:
+        """Set the live slices to what `live_tensors` of a net with the same plan gave.
+
+        Raises `DataError` when names or shapes differ.
+        """
+        mine = {each.name: each for each in self.lowering.parameters}
+        if tensors.keys() != mine.keys():
+            raise DataError("live slices", f"of {sorted(tensors)}", f"{sorted(mine)}", "use those of the same plan")
+        for name, each in mine.items():
+            if tensors[name].shape != each.place.shape:
+                raise DataError(f"live slice {name}", f"{tensors[name].shape}", f"{each.place.shape}")
+        for name, each in mine.items():
+            self.live[each.place] = tensors[name]
+
+    def load_whole(self, tensors: Mapping[str, Floats]) -> None:
+        """Set the live slices to those of whole tensors by name, as `changed_tensors` gives them."""
+        for each in self.lowering.parameters:
+            self.live[each.place] = np.asarray(tensors[each.name]).reshape(-1)[each.ids]
+
+    def changed_tensors(self) -> dict[str, Floats]:
+        """The whole tensors that hold live values, by name; frozen values bit-equal to the backbone's."""
+        found = {}
+        for each in self.lowering.parameters:
+            whole = self._tensors[each.name].copy()
+            whole.reshape(-1)[each.ids] = self.live[each.place]
+            found[each.name] = whole
+        return found
+
+    def tensors(self) -> dict[str, Floats]:
+        """The whole backbone's tensors with the live values merged in."""
+        return {**self._tensors, **self.changed_tensors()}
+
+
+def _rows(array: NDArray[Any]) -> range:
+    """The address of each sample's row."""
+    start, step = array.ctypes.data, array.strides[0]
+    return range(start, start + step * len(array), step) if step else range(start, start + len(array))
+
+
+def _aligned_copy(data: bytes) -> NDArray[np.uint8]:
+    image: NDArray[np.uint8] = aligned(len(data), np.uint8)
+    image[:] = np.frombuffer(data, np.uint8)
+    return image

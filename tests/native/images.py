@@ -1,0 +1,115 @@
+"""Writes program images of small nets for the tests of the C library alone: `python -m tests.native.images FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from stages.artifacts.records import LayerUpdate
+from stages.engines.native.lowering import lower
+from stages.engines.native.program import encode
+from stages.graphs.graph import Graph
+from stages.operators import Op
+
+
+def conv(name: str, source: str, before: tuple[int, ...], after: tuple[int, ...], kernel: int, **facts) -> Op:
+    axes = len(before) - 1
+    facts = {"stride": 1, "padding": kernel // 2, "dilation": 1} | facts
+    per_axis = {key: (facts.pop(key),) * axes for key in ("stride", "padding", "dilation")}
+    return Op(
+        name, "conv", (source,), after, in_shape=before, kernel=(kernel,) * axes, bias=True, **per_axis, **facts
+    )  # fmt: skip
+
+
+def plain(name: str, kind: str, sources: tuple[str, ...], shape: tuple[int, ...], before=None, **facts) -> Op:
+    return Op(name, kind, sources, shape, in_shape=shape if before is None else before, **facts)
+
+
+def blocks() -> Graph:
+    """A stem and three inverted residual blocks, one with a shortcut: rings, chains and overlays."""
+    ops = [Op("input", "input", (), (3, 19, 17)), conv("stem", "input", (3, 19, 17), (12, 10, 9), 3, stride=2)]
+    ops.append(plain("stem.act", "relu6", ("stem",), (12, 10, 9)))
+    value, shape = "stem.act", (12, 10, 9)
+    for number, (wide, out, kernel, stride) in enumerate(((20, 9, 5, 1), (36, 9, 3, 1), (27, 21, 7, 2))):
+        name = f"block{number}"
+        middle, after = (wide, *shape[1:]), (wide, *(-(-size // stride) for size in shape[1:]))
+        end = (out, *after[1:])
+        ops += [
+            conv(f"{name}.expand", value, shape, middle, 1),
+            plain(f"{name}.expand.act", "relu6", (f"{name}.expand",), middle),
+            conv(f"{name}.depthwise", f"{name}.expand.act", middle, after, kernel, stride=stride, groups=wide),
+            plain(f"{name}.depthwise.act", "relu", (f"{name}.depthwise",), after),
+            conv(f"{name}.project", f"{name}.depthwise.act", after, end, 1),
+        ]
+        if end == shape:
+            ops.append(plain(f"{name}.add", "add", (f"{name}.project", value), end))
+        value, shape = ops[-1].name, end
+    ops.append(plain("mean", "global_pool", (value,), shape[:1], shape))
+    return Graph(tuple(ops))
+
+
+def mixed() -> Graph:
+    """Dense, grouped and dilated layers, every pooling, a concatenation, a flattening and linear layers."""
+    window = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
+    ops = (
+        Op("input", "input", (), (4, 11, 13)),
+        conv("dense", "input", (4, 11, 13), (18, 11, 13), 3),
+        plain("dense.act", "relu", ("dense",), (18, 11, 13)),
+        plain("most", "max_pool", ("dense.act",), (18, 6, 7), (18, 11, 13), **window),
+        conv("grouped", "most", (18, 6, 7), (12, 6, 7), 3, groups=3, dilation=2, padding=2),
+        conv("narrow", "most", (18, 6, 7), (5, 6, 7), 1),
+        plain("both", "concat", ("grouped", "narrow"), (17, 6, 7), (12, 6, 7)),
+        plain("even", "avg_pool", ("both",), (17, 3, 4), (17, 6, 7), **window),
+        plain("flat", "flatten", ("even",), (204,), (17, 3, 4)),
+        Op("linear", "linear", ("flat",), (70,), in_shape=(204,), bias=True),
+        plain("linear.act", "relu6", ("linear",), (70,)),
+        Op("last", "linear", ("linear.act",), (19,), in_shape=(70,), bias=True),
+    )
+    return Graph(ops)
+
+
+def tensors(graph: Graph) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(7)
+    made = {}
+    for op in graph.layers:
+        scale = 1.5 / np.sqrt(np.prod(op.weight_shape[1:]))
+        made[f"{op.name}.weight"] = (rng.standard_normal(op.weight_shape) * scale).astype(np.float32)
+        made[f"{op.name}.bias"] = rng.standard_normal(op.out_channels).astype(np.float32)
+    return made
+
+
+def part(graph: Graph, layer: str, axis: str, every: int, *, bias: bool = False, detached: bool = False) -> LayerUpdate:
+    op = graph[layer]
+    count = op.out_channels if axis == "output" else op.in_channels
+    biases = tuple(range(0, op.out_channels, 2)) if bias else ()
+    return LayerUpdate(layer, axis, tuple(range(0, count, every)), count, biases, detached)
+
+
+def cases() -> Iterator[tuple[str, Graph, list[LayerUpdate]]]:
+    graph, other = blocks(), mixed()
+    yield "blocks-none", graph, []
+    yield "blocks-part", graph, [
+        part(graph, "block1.expand", "output", 2), part(graph, "block1.depthwise", "output", 3),
+        part(graph, "block2.depthwise", "output", 2, bias=True), part(graph, "block2.project", "input", 2),
+    ]  # fmt: skip
+    yield "blocks-all", graph, [part(graph, op.name, "output", 1, bias=True) for op in graph.layers]
+    yield "mixed-part", other, [
+        part(other, "grouped", "input", 2, bias=True), part(other, "dense", "output", 4),
+        part(other, "linear", "output", 3), part(other, "narrow", "input", 5, detached=True),
+    ]  # fmt: skip
+    yield "mixed-all", other, [part(other, op.name, "output", 1, bias=True) for op in other.layers]
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, graph, updates in cases():
+        for suffix, separate in (("shared", False), ("separate", True)):
+            lowering = lower(graph, updates, separate=separate)
+            (folder / f"{name}.{suffix}.image").write_bytes(encode(lowering, tensors(graph)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
