@@ -22,9 +22,9 @@ from edgetrain_cli.commands.predict import predict as predict_command
 from edgetrain_cli.commands.train_sparse import train_sparse as train_command
 from stages.artifacts.hdf5 import encode
 from stages.artifacts.records import Block, InputSpec, Preparation
-from stages.artifacts.stream import open_records
+from stages.artifacts.stream import is_stream, open_records
 from stages.data.blocks import join_blocks
-from stages.data.doors import blocks_for_model, is_stream
+from stages.data.doors import blocks_for_model
 from stages.data.images import FITS, ImageForm
 from stages.data.reading import Form
 from stages.data.samples import Notes
