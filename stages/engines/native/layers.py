@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from stages.artifacts.records import LayerUpdate
 from stages.engines.native.builder import Builder, geometry, is_plain, map_of, padded, panels, taps
 from stages.engines.native.channels import Run
-from stages.engines.native.program import ACCUMULATE, ACTIVATIONS, CHUNK, GRADIENT, Buffer, Parameter, Ref, Step, Tensors
+from stages.engines.native.program import (
+    ACCUMULATE,
+    ACTIVATIONS,
+    CHUNK,
+    GRADIENT,
+    Buffer,
+    Parameter,
+    Ref,
+    Step,
+    Tensors,
+)
 from stages.engines.native.units import Unit
 from stages.models.graph import Op
 
@@ -71,7 +81,7 @@ class Layer:
             return self._packed(weight, i0, i1, o0, o1, 0)
 
         name = f"{self.op.name}.weight"
-        ids = self._packed(self.ids, i0, i1, o0, o1, -1).reshape(-1)
+        ids = self._packed(self.ids, i0, i1, o0, o1, -1).astype(np.int64).reshape(-1)
         if not on:
             return Part(i0, i1, o0, o1, on, self.builder.constant(lambda tensors: cut(tensors[name]), ids.size))
         weight = self.builder.live(lambda tensors: cut(tensors[name]), ids.size)

@@ -73,7 +73,9 @@ def library(same_bits: bool = False) -> Any:
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        raise PartMissing("native engine", f"{path.name} cannot be loaded ({error})", "one of this machine", MISSING) from None
+        raise PartMissing(
+            "native engine", f"{path.name} cannot be loaded ({error})", "one of this machine", MISSING
+        ) from None
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

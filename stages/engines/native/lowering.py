@@ -163,9 +163,7 @@ class _Lower:
             if node.layer is not None and (kept := layers.saves(node.layer, node.inputs[0], program.suffix)):
                 slices[node.op.name] = kept
             if activation := activation_of(node.unit):
-                bits[node.unit.out] = keep_bits(
-                    self.builder, activation, node.unit.out, node.y, program.suffix
-                )
+                bits[node.unit.out] = keep_bits(self.builder, activation, node.unit.out, node.y, program.suffix)
 
     def _pull(
         self,
@@ -181,9 +179,7 @@ class _Lower:
             g = apply_bits(self.builder, activation_of(unit), unit.out, bits[unit.out], g, into)
         if unit.residual in self.flow:
             shape = self.graph[unit.residual].shape
-            pending[unit.residual] = plus(
-                self.builder, unit.residual, shape, g, pending.get(unit.residual), into
-            )
+            pending[unit.residual] = plus(self.builder, unit.residual, shape, g, pending.get(unit.residual), into)
         if node.layer is not None and node.layer.update is not None:
             layers.live_gradients(node.layer, slices.get(op.name), g, into)
         if not node.pulls:

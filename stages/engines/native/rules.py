@@ -34,7 +34,7 @@ class Node:
 
 Forward = Callable[[Builder, Node, list[Step]], None]
 Backward = Callable[[Builder, Node, int, Buffer, Buffer | None, list[Step]], Buffer]
-"""(builder, node, which input, gradient of the output, what other readers gave or None, steps) -> that input's gradient."""
+"""(builder, node, which input, gradient of the output, what other readers gave, steps) -> that input's gradient."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ def _layer(builder: Builder, node: Node, into: list[Step]) -> None:
     layers.forward(node.layer, node.unit, node.inputs[0], node.y, node.residual, into)
 
 
-def _layer_back(
-    builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]
-) -> Buffer:
+def _layer_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
     assert node.layer is not None
     dx = builder.buffer(f"gradient {node.op.inputs[0]}", prod(node.op.in_shape), over=add)
     layers.input_gradient(node.layer, g, add, dx, into)
@@ -95,9 +93,7 @@ def _bits_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer 
     return plus(builder, node.op.inputs[0], node.op.in_shape, g, add, into)
 
 
-def plus(
-    builder: Builder, name: str, shape: Sequence[int], g: Buffer, add: Buffer | None, into: list[Step]
-) -> Buffer:
+def plus(builder: Builder, name: str, shape: Sequence[int], g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
     """g where nothing is to be added, else a new buffer with the sum."""
     if add is None:
         return g
@@ -239,9 +235,7 @@ def _input(builder: Builder, node: Node, into: list[Step]) -> None:
     builder.emit(into, "input", **_flat(node.op), y=node.y[0])
 
 
-def _no_gradient(
-    builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]
-) -> Buffer:
+def _no_gradient(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
     raise AssertionError(node.op.kind)
 
 
@@ -259,6 +253,7 @@ RULES: dict[str, Rule] = {
     "global_pool": Rule("same", _mean, _mean_back),
 }
 """One row per kind."""
+
 
 def in_place(op: Op) -> bool:
     """Whether an operator's output may take the place of its first input."""
