@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 LIBRARY := stages/engines/native/libedgetrain.so
 
-.PHONY: setup demo test check native native-test bench bench-engine bench-native bench-selection bench-pipeline bench-faults \
+.PHONY: setup demo test test-all test-isa mutants check native native-test bench bench-engine bench-native \
+        bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
 help:            ## list the targets
@@ -22,8 +23,27 @@ $(READY): pyproject.toml constraints.txt setup.py
 demo: $(READY)   ## the whole toolkit on real data, in about three minutes
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
-test: check native native-test  ## format, types and all tests
+test: check native native-test  ## format, types and tests, with ten architectures of the zoo
 	$(BIN)/python -m pytest -q
+
+test-all: check native native-test  ## the same with all architectures of the zoo
+	$(BIN)/python -m pytest -q -m ""
+
+# What torch and oneDNN take their kernels from; a processor that lacks one falls back to what it has.
+ISAS := SSE41:default AVX2:avx2 AVX512_CORE:avx512
+
+test-isa: $(READY)  ## the numerical tests under three instruction sets; TESTS=... for some of them
+	@for isa in $(ISAS); do \
+	    echo "== oneDNN $${isa%%:*}, ATen $${isa##*:}"; \
+	    ONEDNN_MAX_CPU_ISA=$${isa%%:*} ATEN_CPU_CAPABILITY=$${isa##*:} $(BIN)/python -m pytest -q $(TESTS) || exit 1; \
+	done
+
+TESTS ?= $(filter-out tests/pipes/ tests/contracts/ tests/data/ tests/test_docs.py tests/test_examples.py,\
+    $(wildcard tests/*/ tests/test_*.py))
+
+mutants: $(READY)  ## which changes to the core no test notices: hours; MODULES=stages/... for some of it
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mutants]"
+	$(BIN)/python tests/mutants.py $(MODULES)
 
 native: $(READY) $(LIBRARY)  ## the native engine's library, built again after a change of its sources
 

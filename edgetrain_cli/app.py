@@ -10,32 +10,43 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 
 from edgetrain_cli import __version__
 from edgetrain_cli.allocator import keep_freed_memory
-from edgetrain_cli.pipe import NoInput, Stopped
+from edgetrain_cli.manners import NoInput, Stopped
+from edgetrain_cli.settings import for_typer
 from stages.errors import EdgeTrainError, TransferError
 
-COMMANDS: dict[str, str] = {
-    "pretrain-fsl": "pretrain_fsl:pretrain_fsl",
-    "profile": "profile:profile",
-    "score-layers": "score_layers:score_layers",
-    "filter": "filter_samples:filter_samples",
-    "select": "select_samples:select_samples",
-    "train-sparse": "train_sparse:train_sparse",
-    "evaluate": "evaluate:evaluate",
-    "predict": "predict:predict",
-    "pack": "pack:pack",
-    "import": "import_weights:import_weights",
-    "export": "export:export",
-    "inspect": "inspect_artifact:inspect_artifact",
-    "join": "join:join",
-    "run": "run:run",
+
+class Listed(NamedTuple):
+    """A command as the list of commands has it."""
+
+    target: str
+    """`module:function` in `edgetrain_cli.commands`."""
+    summary: str
+    """The first line of its help text (a test holds them equal): a list of commands imports none of them."""
+
+
+COMMANDS: dict[str, Listed] = {
+    "pretrain-fsl": Listed("pretrain_fsl:pretrain_fsl", "Meta-train a backbone for few-shot learning."),
+    "profile": Listed("profile:profile", "Measure what a model costs on this device."),
+    "score-layers": Listed("score_layers:score_layers", "Choose the layers and channels that train."),
+    "filter": Listed("filter_samples:filter_samples", "Keep the candidates of a stream worth scoring."),
+    "select": Listed("select_samples:select_samples", "Choose the batches worth training on."),
+    "train-sparse": Listed("train_sparse:train_sparse", "Train exactly the live channels of a plan."),
+    "adapt": Listed("adapt:adapt", "From photos to a model: profile, plan, train and check."),
+    "evaluate": Listed("evaluate:evaluate", "Accuracy with its 95 % interval."),
+    "predict": Listed("predict:predict", "Label samples, a folder of pictures or a single one."),
+    "pack": Listed("pack:pack", "Turn your data into sample blocks."),
+    "import": Listed("import_weights:import_weights", "Make a run record from weights."),
+    "export": Listed("export:export", "Write the trained model for other tools."),
+    "inspect": Listed("inspect_artifact:inspect_artifact", "Show what is in an artifact or a stream."),
+    "join": Listed("join:join", "Join blocks into one."),
+    "run": Listed("run:run", "Run a pipeline of stages as one command."),
 }
-"""Command -> `module:function` in `edgetrain_cli.commands`."""
 
 STAGES = ("pretrain-fsl", "profile", "score-layers", "filter", "select", "train-sparse")
 """The six stages; the other commands are their companions."""
@@ -44,7 +55,7 @@ STAGES = ("pretrain-fsl", "profile", "score-layers", "filter", "select", "train-
 def application(wanted: str | None = None) -> typer.Typer:
     """The command line with the command `wanted`, or with every one; the others only have their names and first lines.
 
-    Reading the options of fourteen commands takes as long as importing typer, and every start of a stage would do it.
+    Importing fifteen commands and reading their options takes longer than importing typer.
     """
     app = typer.Typer(
         name="edgetrain",
@@ -55,14 +66,19 @@ def application(wanted: str | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
         help="Train neural networks on edge devices: which samples, which layers, which channels.\n\n"
         "Stages exchange HDF5 artifacts through files or pipes:\n\n"
-        "  edgetrain filter < stream.h5 | edgetrain select | edgetrain train-sparse -o adapted.h5",
+        "\b\n  edgetrain filter < stream.h5 | edgetrain select |\n      edgetrain train-sparse -o adapted.h5",
     )
     app.callback()(_options)
-    for command, target in COMMANDS.items():
-        module, function = target.split(":")  # modules of commands import nothing heavy at the top
-        body = getattr(importlib.import_module(f"edgetrain_cli.commands.{module}"), function)
-        app.command(command)(guarded(command, body) if wanted in (None, command) else _only_listed(body))
+    for name, listed in COMMANDS.items():
+        app.command(name)(guarded(name, body_of(name)) if wanted in (None, name) else _only_listed(listed))
     return app
+
+
+def body_of(command: str) -> Callable[..., None]:
+    """A command's function. Modules of commands import nothing heavy at the top."""
+    module, function = COMMANDS[command].target.split(":")
+    body: Callable[..., None] = getattr(importlib.import_module(f"edgetrain_cli.commands.{module}"), function)
+    return body
 
 
 def _version(wanted: bool) -> None:
@@ -77,12 +93,12 @@ def _options(
     pass
 
 
-def _only_listed(body: Callable[..., None]) -> Callable[[], None]:
+def _only_listed(listed: Listed) -> Callable[[], None]:
     """What a list of commands shows of one."""
 
     def command() -> None: ...
 
-    command.__doc__ = body.__doc__
+    command.__doc__ = listed.summary
     return command
 
 
@@ -92,6 +108,8 @@ signals: list[int] = []
 
 def guarded(command: str, body: Callable[..., None]) -> Callable[..., None]:
     """The command's function with every error turned into one line on stderr and its exit code."""
+
+    body = for_typer(body) if hasattr(body, "parameters") else body
 
     @functools.wraps(body)
     def run(*args: Any, **arguments: Any) -> None:
@@ -165,7 +183,7 @@ def main() -> None:
     completes = any(name.startswith("_") and name.endswith("_COMPLETE") for name in os.environ)
     named = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
-        application(None if completes else named)()
+        application(None if completes else named)(prog_name="edgetrain")
     except Stopped as stop:  # before a command's body began, or after it ended
         say("edgetrain: interrupted")
         sys.exit(128 + stop.signal)

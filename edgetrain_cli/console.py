@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+PLAIN_WIDTH = 100
+"""Least width of a table that no terminal limits."""
+
 
 def note(text: str) -> None:
-    """One line on stderr."""
+    """One line on stderr; characters that the locale cannot write are escaped."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -22,10 +25,17 @@ def render(renderable: RenderableType, *, to_terminal: bool) -> str:
 
     from rich.console import Console
 
-    width = None if to_terminal else max(100, int(os.environ.get("COLUMNS", 100)))
+    width = shutil.get_terminal_size().columns if to_terminal else max(PLAIN_WIDTH, _columns())
     file = StringIO()
-    Console(file=file, force_terminal=to_terminal, width=width, highlight=False).print(renderable)
-    return file.getvalue()
+    console = Console(file=file, force_terminal=to_terminal, width=width, highlight=False, markup=False, emoji=False)
+    console.print(renderable)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def _columns() -> int:
+    """The width that COLUMNS states; 0 where that is no number."""
+    stated = os.environ.get("COLUMNS", "")
+    return int(stated) if stated.isdecimal() else 0
 
 
 def note_table(renderable: RenderableType) -> None:
@@ -34,20 +44,40 @@ def note_table(renderable: RenderableType) -> None:
     sys.stderr.flush()
 
 
-def progress(label: str, total: int | None) -> Callable[..., None]:
-    """A progress bar: call it with the number done so far and, if you like, figures to show beside it."""
-    from tqdm import tqdm
+class Progress:
+    """One line on stderr that says what is being done, how far it is and how long it will take; it leaves no trace."""
 
-    bar = tqdm(total=total, desc=label, file=sys.stderr, leave=True, dynamic_ncols=True)
+    def __init__(self, doing: str, total: int | None, unit: str) -> None:
+        from tqdm import tqdm
 
-    def report(done: int, **figures: Any) -> None:
+        self._bar = tqdm(
+            total=total, desc=doing, unit=f" {unit}", unit_scale=True, file=sys.stderr, leave=False, dynamic_ncols=True
+        )
+
+    def __call__(self, done: int, **figures: Any) -> None:
         if figures:
-            bar.set_postfix(figures, refresh=False)
-        bar.update(done - bar.n)
-        if total is not None and done >= total:
-            bar.close()
+            self._bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in figures.items()), refresh=False)
+        self._bar.update(done - self._bar.n)
 
-    return report
+    def clear(self) -> None:
+        """Take the line away until it is drawn again."""
+        self._bar.clear()
+
+    def close(self) -> None:
+        """Take the line away for good."""
+        self._bar.close()
+
+
+def size(count: float) -> str:
+    """Bytes in binary units.
+
+    >>> size(900), size(1536), size(5 * 2**20)
+    ('900 B', '1.5 KiB', '5 MiB')
+    """
+    names = ["B", "KiB", "MiB", "GiB"]
+    while count >= 1024 and len(names) > 1:
+        count, names = count / 1024, names[1:]
+    return f"{count:.4g} {names[0]}"
 
 
 def silent(done: int, **figures: Any) -> None:

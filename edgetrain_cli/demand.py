@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from edgetrain_cli.pipe import STDIO, Writer
+from edgetrain_cli.options import STDIO
+from edgetrain_cli.streams import Writer
 from stages.errors import UsageError
 
 if TYPE_CHECKING:

@@ -10,19 +10,21 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgetrain_cli.pipe import Stage
+    from edgetrain_cli.streams import Stage
     from stages.artifacts.records import Block
 
 
 class Status:
     """Reports rounds as they pass. A stage that writes into a pipe leaves the line to the stage behind it."""
 
-    def __init__(self, io: Stage, metrics: str | None, *, last: bool = False) -> None:
-        self._metrics = metrics
-        self._line = io.progress("rounds") if last or not stat.S_ISFIFO(os.fstat(1).st_mode) else None
+    def __init__(self, io: Stage, metrics: str | None, doing: str, *, last: bool = False) -> None:
+        self._io, self._metrics = io, metrics
+        alone = last or not stat.S_ISFIFO(os.fstat(1).st_mode)
+        self._line = io.progress(doing, unit="rounds") if alone else None
         self._start_s = perf_counter()
         self._rounds = self._seen = 0
         self._latest: dict[str, Any] = {}
+        self._shown: dict[str, Any] = {}
 
     def passed(self, block: Block) -> None:
         """A round has been written."""
@@ -39,15 +41,25 @@ class Status:
 
     def show(self, **figures: Any) -> None:
         """The line, with further figures."""
-        if self._line is None:
-            return
+        self._shown = figures
+        if self._line is not None:
+            self._line(self._rounds, **self._figures(), **figures)
+
+    def close(self) -> None:
+        """The figures of the whole go to the closing line, where this stage is the one that speaks."""
+        if self._line is not None:
+            figures = {**self._figures(), **self._shown}
+            self._io.did(f"{self._rounds:,} rounds", *(f"{value} {name}" if name == "samples/s" else f"{name} {value}"
+                                                       for name, value in figures.items()))  # fmt: skip
+
+    def _figures(self) -> dict[str, Any]:
         rate = self._seen / max(perf_counter() - self._start_s, 1e-9)
-        shown = {"samples/s": f"{rate:.0f}"} if self._seen else {}
+        shown = {"samples/s": f"{rate:,.0f}"} if self._seen else {}
         if "dropped" in self._latest:
             shown["dropped"] = f"{100 * self._latest['dropped'] / self._latest['seen']:.0f} %"
         if "variance_gain" in self._latest:
-            shown["gain"] = f"{self._latest['variance_gain']:.2f}x"
-        self._line(self._rounds, **shown, **figures)
+            shown["noise"] = f"1/{self._latest['variance_gain']:.3g} of random choice's"
+        return shown
 
     def _take(self, block: Block) -> dict[str, Any]:
         self._rounds += 1

@@ -13,8 +13,8 @@ from stages.pipeline import Pipeline, simulate
 from stages.randomness import generator
 from stages.scoring import Scoring, score_layers
 from stages.selection import Selection
-from stages.sparse.optimizers import Optimizing
 from stages.sparse_training import StreamTraining
+from stages.training.optimizers import Optimizing
 
 
 def bars(count: int, seed: int) -> Block:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from time import perf_counter
 
@@ -17,19 +17,25 @@ import torch
 
 from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Head, Run
-from stages.errors import DataError, UsageError, require
+from stages.cost.model import cost_table, inference_peak_bytes
+from stages.data.blocks import check_prepared
+from stages.errors import DataError, UsageError
 from stages.fsl.episode_list import data_hash
-from stages.fsl.episodes import Episode, Shape, VariousShape, check_pool, draw_episodes, pool_of
+from stages.fsl.episodes import Episode, check_pool, draw_episodes, pool_of
 from stages.fsl.intervals import Interval, wilson
+from stages.graphs.graph import Graph
+from stages.measurement.room import Fit, fit
 from stages.methods.registry import find_method
 from stages.methods.results import Row
 from stages.methods.task import Answer, make_task, plan_cost
 from stages.models import heads
 from stages.models.deploy import Backbone, deploy
-from stages.models.graph import Graph
-from stages.models.inputs import adapt
+from stages.models.inputs import adapt_block
 from stages.randomness import generator
-from stages.sparse.adaptation import Adapting
+from stages.settings.evaluation import Tasks as Tasks
+
+CHUNK = 256
+"""Most samples that are answered at once, unless told otherwise."""
 
 # ------------------------------------------------------------------------------------------------ accuracy on samples
 
@@ -75,11 +81,14 @@ def evaluate(
     blocks: Iterable[Block],
     *,
     support: Block | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
     on_step: Callable[[int], None] = lambda done: None,
+    on_fit: Callable[[Fit], None] = lambda fit: None,
     allow: str | None = None,
 ) -> Accuracy:
-    """Accuracy on labelled samples, `chunk` of them in memory at a time; `on_step` gets the number done.
+    """Accuracy on labelled samples, `chunk` of them in memory at a time (None: as many as fit).
+
+    `on_step` gets the number done, `on_fit` how many are in memory at once.
 
     With `support` its class means answer, instead of the record's head.
 
@@ -88,14 +97,19 @@ def evaluate(
         UsageError: no head and no support.
     """
     backbone = deploy(run.model, allow=allow)
+    held = fit(0, inference_peak_bytes(backbone.graph), chunk or CHUNK, wanted=chunk)
+    on_fit(held)
+    chunk = held.samples
     head = _support_head(backbone, run.model.head, support, chunk) if support is not None else run.model.head
     if head is None or not len(head.labels):
         fix = "adapt it with `edgetrain train-sparse`, or name labelled samples with --support"
         raise UsageError("/model/head", "the model knows no class", "classes to tell apart", fix)
+    learnt = backbone.input.prepared if support is None else support.prepared
     counts = {int(label): np.zeros(2, np.int64) for label in head.labels}
     names: dict[int, str] = {}
     loss, done = 0.0, 0
     for block in (part for whole in blocks for part in whole.slices(chunk)):
+        check_prepared(block.prepared, learnt, "samples", "those that the model learnt from")
         rows, scores = _scores(backbone, head, block)
         loss += float(torch.nn.functional.cross_entropy(scores, rows, reduction="sum"))
         for row, right in zip(rows.tolist(), (scores.argmax(dim=1) == rows).tolist(), strict=True):
@@ -110,7 +124,7 @@ def evaluate(
 
 def _scores(backbone: Backbone, head: Head, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     """Head rows (N,) of the samples' classes, and class scores (N, C)."""
-    features = backbone.features(adapt(np.asarray(block.x), block.layout, backbone.input))
+    features = backbone.features(adapt_block(block, backbone.input))
     return torch.from_numpy(heads.rows(head, block.y, heads.class_names(block))), heads.logits(head, features)
 
 
@@ -118,10 +132,9 @@ def _support_head(backbone: Backbone, known: Head | None, support: Block, chunk:
     """Class means of a support set, with the cosine scale that the record has learned."""
     if not len(support):
         raise DataError("support", "no samples", "at least one per class")
-    parts = [adapt(np.asarray(part.x), part.layout, backbone.input) for part in support.slices(chunk)]
+    parts = [adapt_block(part, backbone.input) for part in support.slices(chunk)]
     features = torch.cat([backbone.features(part) for part in parts])
-    scale = known.scale if known is not None and known.kind == "prototypes" else 10.0
-    return heads.prototype_head(features, support.y, heads.class_names(support), scale=scale)
+    return heads.prototype_head(features, support.y, heads.class_names(support), scale=heads.cosine_scale(known))
 
 
 def _class_rows(head: Head, counts: Mapping[int, Array], names: Mapping[int, str]) -> Iterator[ClassAccuracy]:
@@ -134,38 +147,8 @@ def _class_rows(head: Head, counts: Mapping[int, Array], names: Mapping[int, str
 # ---------------------------------------------------------------------------------------------------- methods on tasks
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tasks:
-    """Which tasks, which methods, and how they adapt."""
-
-    tasks: int = 200
-    methods: tuple[str, ...] = ("none", "last-layer", "full", "tinytrain")
-    shape: Shape = field(default_factory=VariousShape)
-    group: str | None = None
-    """Column whose groups never stand on both sides of a task."""
-    hierarchical: bool = False
-    """Draw each task from one family of classes (names alphabet/character)."""
-    skip_small: bool = False
-    """Leave classes with too few samples out, instead of refusing them."""
-    adapting: Adapting = field(default_factory=lambda: Adapting(micro_batch=100))
-    shard: tuple[int, int] = (0, 1)
-    """This run does every n-th task from the i-th on, of (i, n)."""
-    measure: bool = True
-    """Record seconds per task; the rows of two runs are equal only without."""
-
-    def __post_init__(self) -> None:
-        require(self.tasks > 0, "--tasks", str(self.tasks), "at least 1")
-        require(len(self.methods) > 0, "--methods", "none", "at least one")
-        require(len(set(self.methods)) == len(self.methods), "--methods", "a method twice", "each once")
-        first, step = self.shard
-        require(0 <= first < step, "--shard", f"{first}/{step}", "i/n with 0 <= i < n")
-        for name in self.methods:
-            find_method(name)
-
-    @property
-    def numbers(self) -> range:
-        """The tasks of this shard."""
-        return range(self.tasks)[self.shard[0] :: self.shard[1]]
+MICRO_BATCH = 100
+"""Most samples of a task that are in memory at once, unless told otherwise."""
 
 
 def evaluate_tasks(
@@ -178,6 +161,7 @@ def evaluate_tasks(
     episodes: Sequence[Episode] | None = None,
     known: Iterable[Row] = (),
     on_row: Callable[[Row], None] = lambda row: None,
+    on_fit: Callable[[Fit], None] = lambda fit: None,
     allow: str | None = None,
 ) -> list[Row]:
     """Every method on every task of the shard; `on_row` gets each row as it is done.
@@ -193,8 +177,11 @@ def evaluate_tasks(
         BudgetError: a method's budget that nothing fits.
     """
     backbone = deploy(run.model, allow=allow)
-    scale = run.model.head.scale if run.model.head is not None else config.adapting.scale
-    config = replace(config, adapting=replace(config.adapting, scale=scale))
+    scale = heads.cosine_scale(run.model.head)
+    kept = sum(row.saved_bytes for row in cost_table(backbone.graph))
+    held = fit(kept, inference_peak_bytes(backbone.graph), MICRO_BATCH, wanted=config.micro_batch)
+    on_fit(held)
+    adapting = config.adapting(scale, held.samples)
     methods = {name: find_method(name) for name in config.methods}
     drawn = draw_tasks(block, config, seed) if episodes is None else (episodes[i] for i in config.numbers)
     have = {(row.task, row.method): row for row in known if row.dataset == dataset}
@@ -207,7 +194,7 @@ def evaluate_tasks(
                 continue
             task = task or make_task(block, episode, backbone)
             started = perf_counter()
-            answer = method(backbone, task, config.adapting, generator(seed, "adapt", number))
+            answer = method(backbone, task, adapting, generator(seed, "adapt", number))
             seconds = perf_counter() - started if config.measure else 0.0
             row = _row(backbone.graph, dataset, number, name, episode, answer, seconds)
             rows.append(row)
@@ -218,7 +205,7 @@ def evaluate_tasks(
 def identity(run: Run, sets: Mapping[str, Block], config: Tasks, seed: int) -> dict[str, object]:
     """What says which results can stand side by side: model, samples, tasks, settings, seed; and the methods, which
     parts of one evaluation may differ in."""
-    common = asdict(replace(config, shard=(0, 1), measure=True))
+    common = asdict(replace(config, shard=(0, 1), measure=True, micro_batch=None))
     del common["methods"]
     return {
         "model": model_hash(run),
@@ -233,7 +220,7 @@ def identity(run: Run, sets: Mapping[str, Block], config: Tasks, seed: int) -> d
 def draw_tasks(block: Block, config: Tasks, seed: int) -> Iterator[Episode]:
     """The tasks of the shard. Raises `DataError` where the samples do not suffice."""
     pool = pool_of(block, group=config.group, hierarchical=config.hierarchical)
-    pool, _ = check_pool(pool, config.shape, skip=config.skip_small)
+    pool, _ = check_pool(pool, config.shape, skip=config.on_bad == "skip")
     return draw_episodes(pool, config.shape, seed, config.numbers)
 
 

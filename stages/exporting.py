@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.artifacts.records import Array, Head, Model
 from stages.errors import DataError, PartMissing, UsageError, require
+from stages.graphs.onnx_writer import onnx_model, unit_rows
 from stages.models import heads
-from stages.models.deploy import Backbone, Code, deploy_code, open_code
-from stages.models.onnx_graph import onnx_model
-from stages.models.unfold import unfold
+from stages.models.deploy import Backbone, deploy, with_graph
+from stages.models.state import user_state
 from stages.randomness import generator
 
 FORMATS = {".safetensors": "safetensors", ".pth": "pth", ".pt": "pth", ".onnx": "onnx"}
@@ -35,7 +35,9 @@ class Exported:
     data: bytes
     format: str
     difference: float
-    """Largest absolute difference of features and logits on a few random inputs."""
+    """ONNX: largest absolute difference of features and logits on a few random inputs; state dicts are bit-equal."""
+    notes: tuple[str, ...] = ()
+    """What a user should know."""
 
 
 def format_of(name: str) -> str:
@@ -46,28 +48,26 @@ def format_of(name: str) -> str:
 
 
 def export(model: Model, format: str, *, head: bool = True, allow: str | None = None) -> Exported:
-    """The model in one of the formats, run once and compared with ours.
+    """The model in one of the formats, read back and compared with ours.
 
-    State dicts (`pth`, `safetensors`) have the names of the model's own code and load into it with strict=True; a
-    linear head lies in the layer that the code ends in, else under `classifier.weight|bias`; prototypes lie under
-    `prototypes.weight|scale`. `head=False` leaves it out. Raises `UsageError` for what a format cannot express,
-    `PartMissing` without onnx, `DataError` when the exported model computes something else.
+    State dicts (`pth`, `safetensors`) have the names of the model that was imported and load into it with strict=True.
+    The head lies in the layer that the model ends in, prototypes as rows of a linear layer that decides alike; where
+    the model ends in its features, the head stands beside them as `classifier.weight|bias`. Without a head that layer
+    holds what was loaded. Raises `UsageError` for what a format cannot express, `PartMissing` without onnx,
+    `DataError` when the exported model computes something else.
     """
     require(format in FORMATS.values(), "--format", repr(format), ", ".join(sorted(set(FORMATS.values()))))
-    model = model if head else replace(model, head=None)
+    model = with_graph(model if head else replace(model, head=None), allow=allow)
     _check_head(model.head)
-    code = open_code(model, allow=allow)
-    backbone = deploy_code(model, code)
-    x = _trial(backbone)
-    ours = _outputs(backbone.features(x), model.head)
-    if format == "onnx":
-        data = onnx_model(backbone, model.head, _metadata(model))
-        theirs = _run_onnx(data, x)
-    else:
-        state = state_dict(model, code, backbone)
+    backbone = deploy(model)
+    if format != "onnx":
+        state, notes = state_dict(model)
         data = _pth(state) if format == "pth" else safetensors.torch.save(state, _metadata(model))
-        theirs = _run_state(model, code, _read(data, format), x)
-    return Exported(data, format, _compare(ours, theirs))
+        return Exported(data, format, _compare_states(state, _read(data, format)), notes)
+    x = _trial(backbone)
+    arrays = {name: tensor.numpy() for name, tensor in backbone.tensors.items()}
+    data = onnx_model(backbone.graph, arrays, model.head, _metadata(model))
+    return Exported(data, format, _compare(_outputs(backbone.features(x), model.head), _run_onnx(data, x)))
 
 
 def _check_head(head: Head | None) -> None:
@@ -99,27 +99,59 @@ def _metadata(model: Model) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------- state dicts
 
 
-def state_dict(model: Model, code: Code, backbone: Backbone) -> dict[str, Tensor]:
-    """The model's weights and head under the names of its own code; BatchNorm layers included (see `unfold`)."""
-    if model.form == "batchnorm":
-        state = {name: value.detach().clone() for name, value in code.module.state_dict().items()}
-    else:
-        state = unfold(code.module, code.traced, backbone.graph, backbone.tensors)
-    state = {name: value for name, value in state.items() if not code.cut or name.rpartition(".")[0] != code.cut}
-    return state if model.head is None else state | _head_tensors(model.head, code)
+def state_dict(model: Model) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The model's weights and head under the names of the model that was imported, and what its user should know.
+
+    BatchNorm layers are included (`models.state`). Raises `UsageError` for weights that are computed from others in a
+    way that cannot be turned back.
+    """
+    computed = [row["computed"] for row in model.state if "computed" in row]
+    if computed:
+        raise UsageError(
+            computed[0],
+            "a weight that the model computes from others (a parametrisation)",
+            "a weight of its own",
+            "call torch.nn.utils.parametrize.remove_parametrizations before the import, or export to .onnx",
+        )
+    arrays = user_state(model, model.tensors)
+    classifier, notes = _classifier_entries(model)
+    arrays |= classifier
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, notes
 
 
-def _head_tensors(head: Head, code: Code) -> dict[str, Tensor]:
-    """A linear head under the names of the layer that the code ends in, else as `classifier`; prototypes as such."""
-    weight, bias = torch.tensor(head.weight), torch.tensor(head.bias)
-    if head.kind == "prototypes":
-        return {"prototypes.weight": weight, "prototypes.scale": torch.tensor([head.scale])}
-    layer = code.cut or "classifier"
-    if not code.cut or f"{layer}.bias" in code.traced.names:
-        return {f"{layer}.weight": weight, f"{layer}.bias": bias}
-    if bool(bias.any()):
+def _classifier_entries(model: Model) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """The entries of the layer that the head stands for, and what to say about them."""
+    places = {row["classifier"]: row["name"] for row in model.state if "classifier" in row}
+    loaded = {name: model.rest[name] for name in places.values()}
+    if model.head is None or not len(model.head.labels):
+        return loaded, ()
+    weight, bias = _linear_rows(model.head)
+    if not places:
+        note = "the model ends in its features: the head stands beside them, load with strict=False or use --no-head"
+        return {"classifier.weight": weight, "classifier.bias": bias}, (note,)
+    found = {places["weight"]: weight}
+    if "bias" in places:
+        found[places["bias"]] = bias
+    elif bias.any():
+        layer = places["weight"].rpartition(".")[0]
         raise UsageError(layer, "a layer without bias cannot hold the head's", "bias=True", "export to .onnx instead")
-    return {f"{layer}.weight": weight}
+    rows = len(loaded[places["weight"]])
+    if len(weight) == rows:
+        return found, ()
+    layer = places["weight"].rpartition(".")[0]
+    return found, (
+        f"{layer} has {len(weight)} rows where the imported model has {rows}: build it for {len(weight)} classes",
+    )
+
+
+def _linear_rows(head: Head) -> tuple[Array, Array]:
+    """The head as weight (C, D) and bias (C,) of a linear layer; of prototypes one that decides alike.
+
+    The cosine's scale times unit rows gives scale * cosine * |features|: the same order of the classes for a sample.
+    """
+    if head.kind == "linear":
+        return head.weight, head.bias
+    return np.float32(head.scale) * unit_rows(head.weight), np.zeros(len(head.weight), np.float32)
 
 
 def _pth(state: Mapping[str, Tensor]) -> bytes:
@@ -130,6 +162,13 @@ def _pth(state: Mapping[str, Tensor]) -> bytes:
 
 def _read(data: bytes, format: str) -> dict[str, Tensor]:
     return torch.load(io.BytesIO(data), weights_only=True) if format == "pth" else safetensors.torch.load(data)
+
+
+def _compare_states(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    different = [name for name in ours if name not in theirs or not torch.equal(ours[name], theirs[name])]
+    if different or len(ours) != len(theirs):
+        raise DataError("export", f"{different[:1]} read back differ", "the same bits", "please report it")
+    return 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing
@@ -155,20 +194,6 @@ def _run_onnx(data: bytes, x: Tensor) -> dict[str, Array]:
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {"input": x.numpy()}), strict=True))
-
-
-def _run_state(model: Model, code: Code, state: Mapping[str, Tensor], x: Tensor) -> dict[str, Array]:
-    """Outputs of the model's own code with the exported weights; whatever the code held before is overwritten."""
-    if code.cut:
-        code.module.set_submodule(code.cut, nn.Identity())
-    code.module.load_state_dict({name: state[name] for name in code.module.state_dict()})
-    with torch.no_grad():
-        features = code.module(x)
-    if model.head is None:
-        return _outputs(features, None)
-    layer = "prototypes" if model.head.kind == "prototypes" else code.cut or "classifier"
-    bias = state.get(f"{layer}.bias", torch.zeros(len(model.head.labels)))
-    return _outputs(features, replace(model.head, weight=state[f"{layer}.weight"].numpy(), bias=bias.numpy()))
 
 
 def _compare(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> float:

@@ -6,41 +6,17 @@ Nothing here imports torch: strategies that need no features run in a process of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
-from stages.artifacts.records import Block, End
+from stages.artifacts.records import Block, End, Model
 from stages.data.blocks import join_blocks
-from stages.errors import UsageError, require
+from stages.errors import UsageError
+from stages.settings.filtering import Filtering as Filtering
 from stages.valuation.buffer import CandidateBuffer, Features
-from stages.valuation.coarse import FILTERS
+from stages.valuation.coarse import filter_named
 from stages.valuation.demand import DemandBuffer
 
 CHUNK = 256
 """Samples scored at once: bounds memory for windows of any length."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Filtering:
-    """How candidates are chosen."""
-
-    window: int = 100
-    """Samples per round (Titan section 4.1); of rounds on demand the fewest."""
-    keep: int = 30
-    """Candidates per round (Titan section 4.1)."""
-    strategy: str = "quota"
-    decay: float = 0.99
-    """Running statistics: weight of a sample falls by this factor for every newer one of its class."""
-
-    def __post_init__(self) -> None:
-        require(self.strategy in FILTERS, "--strategy", f"{self.strategy!r}", "one of " + ", ".join(FILTERS))
-        require(self.window >= 1, "--window", f"{self.window}", "at least 1")
-        require(1 <= self.keep <= self.window, "--keep", f"{self.keep}", f"1 to the window's {self.window}")
-        require(0.0 < self.decay <= 1.0, "--decay", f"{self.decay}", "above 0, at most 1")
-
-    @property
-    def needs_model(self) -> bool:
-        """Whether `filter_stream` must be given `features`."""
-        return FILTERS[self.strategy].needs in ("features", "directions")
 
 
 def filter_stream(
@@ -102,7 +78,7 @@ def _buffer(config: Filtering, features: Features | None, seed: int, on_note: Ca
             "a run record for its features",
             "put the run record first in the stream, or give --run FILE",
         )
-    warning = FILTERS[config.strategy].warning
+    warning = filter_named(config.strategy).warning
     if warning:
         on_note(warning)
     return CandidateBuffer(config.strategy, config.keep, features=features, decay=config.decay, seed=seed)
@@ -135,3 +111,16 @@ def _emptied(pieces: list[Block]) -> Block:
     joined = pieces[0] if len(pieces) == 1 else join_blocks(pieces, where="stream")
     pieces.clear()
     return joined
+
+
+def model_features(model: Model, config: Filtering, *, allow: str | None = None) -> Features | None:
+    """The shallow features that the strategy looks at, of a model; None for a strategy that needs none.
+
+    `allow` names user code that may be imported. Torch is imported only where features are needed.
+    """
+    if not config.needs_model:
+        return None
+    from stages.models.deploy import deploy
+    from stages.valuation.shallow import shallow_features
+
+    return shallow_features(deploy(model, allow=allow), config.blocks)

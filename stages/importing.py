@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from torch import Tensor
 from stages.artifacts import hdf5
 from stages.artifacts.records import Array, Group, Head, InputSpec, Model, Run
 from stages.errors import DataError, UsageError, require
+from stages.graphs.capture import Captured, capture
+from stages.graphs.folding import fold
+from stages.graphs.record import graph_tree
 from stages.models import registry
-from stages.models.deploy import deploy, final_linear, state
+from stages.models.deploy import deploy, final_linear, without_last
 from stages.models.matching import Matched, match
-from stages.models.tracing import Traced, trace_module
+from stages.models.state import from_state, state_rows
 
 CLASSIFIERS = ("keep", "drop", "features")
 WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -48,6 +52,8 @@ class Importing:
     """Names of the classifier's rows."""
     seed: int = 0
     """Initialises what no weights are given for."""
+    result: int | None = None
+    """Which of the model's outputs counts, from 0; None where it has one."""
 
     def __post_init__(self) -> None:
         require(self.classifier in CLASSIFIERS, "--classifier", repr(self.classifier), ", ".join(CLASSIFIERS))
@@ -82,31 +88,75 @@ class Weights:
     """Whether the file keeps the order in which layers were registered."""
 
 
-def import_model(settings: Importing, weights: Weights | None = None) -> Run:
-    """A run record of the architecture with these weights, or initialised from the seed.
+@dataclass(frozen=True)
+class Imported:
+    """A run record, and what its user should know about the model."""
 
-    Raises `DataError` when the weights do not fit, `UsageError` for settings that cannot be honoured.
+    run: Run
+    notes: tuple[str, ...] = ()
+
+
+def import_model(settings: Importing, weights: Weights | None = None) -> Run:
+    """A run record of the architecture with these weights, or initialised from the seed. Raises as `import_noting`."""
+    return import_noting(settings, weights).run
+
+
+def import_noting(settings: Importing, weights: Weights | None = None) -> Imported:
+    """`import_model`, with what its user should know.
+
+    Raises `DataError` when the weights do not fit, `UsageError` for settings that cannot be honoured and for a model
+    that cannot be captured.
     """
     spec = _input(settings)
     module = registry.build(settings.arch, settings.arch_args, allow=settings.arch, seed=settings.seed)
-    traced = trace_module(module, spec.shape)
-    last = final_linear(module, traced)
-    if weights is None:
-        matched = Matched("batchnorm", state(module), None)
+
+    @cache
+    def initial() -> Captured:
+        return capture(module, spec.shape, result=settings.result)
+
+    matched = None if weights is None else match(module, initial, weights.tensors, ordered=weights.ordered)
+    if matched is not None and matched.form == "batchnorm":
+        values = {name: torch.from_numpy(np.array(value)) for name, value in matched.tensors.items()}
+        module.load_state_dict(values, strict=False)  # what is missing are BatchNorm's counters
+        captured = capture(module, spec.shape, result=settings.result)  # hooks and checks see the loaded weights
     else:
-        matched = match(module, traced, weights.tensors, ordered=weights.ordered)
-    if settings.classifier != "features":
-        matched = _without_layer(matched, traced, last)
-    elif not last:
+        captured = initial()
+    last = final_linear(captured)
+    if settings.classifier == "features" and not last:
         raise UsageError("--classifier", f"features, but {settings.arch} ends before its classifier", "keep or drop")
+    cut = "" if settings.classifier == "features" else last
+    classifier = matched.classifier if matched is not None else None
+    model, own = _model(settings, spec, captured, module, matched, cut)
     head = None
     if settings.classifier == "keep":
-        if matched.classifier is None or weights is None:
+        rows = own if own is not None and weights is not None else classifier
+        if rows is None:
             raise UsageError("--classifier", "keep, but there are no weights of a classifier", "drop or features")
-        head = _head(*matched.classifier, settings.classes)
-    model = Model(settings.arch, dict(settings.arch_args), spec, matched.form, matched.tensors, head)
-    deploy(model, allow=settings.arch)  # what cannot be folded or is not finite is found here, not three stages later
-    return Run(model)
+        head = _head(*rows, settings.classes)
+    model = replace(model, head=head)
+    deploy(model)  # what is not finite is found here, not three stages later
+    return Imported(Run(model), captured.notes)
+
+
+def _model(
+    settings: Importing, spec: InputSpec, captured: Captured, module: Any, matched: Matched | None, cut: str
+) -> tuple[Model, tuple[Array, Array] | None]:
+    """The record's model, and the weight and bias of the layer that was cut off."""
+    state = {name: value.detach().cpu().numpy().copy() for name, value in module.state_dict().items()}
+    rows, rest = state_rows(state, captured, cut)
+    graph, tensors, form = captured.graph, from_state(captured, state), "batchnorm"
+    if matched is not None and matched.form == "deploy":
+        graph, tensors = fold(graph, tensors)
+        form, tensors = "deploy", dict(matched.tensors)
+    own = None
+    if cut:
+        weight = tensors[f"{cut}.weight"]
+        own = (weight, tensors.get(f"{cut}.bias", np.zeros(len(weight), np.float32)))
+        graph, tensors = without_last(graph, tensors)
+    model = Model(
+        settings.arch, dict(settings.arch_args), spec, form, tensors, graph=graph_tree(graph), state=rows, rest=rest
+    )
+    return model, own
 
 
 def _input(settings: Importing) -> InputSpec:
@@ -116,17 +166,6 @@ def _input(settings: Importing) -> InputSpec:
         require(len(values) in (0, 1, channels), option, f"{len(values)} values", f"1 or {channels}")
         require(all(np.isfinite(values)), option, str(values), "finite numbers")
     return replace(spec, scale=settings.scale or spec.scale, offset=settings.offset or spec.offset)
-
-
-def _without_layer(matched: Matched, traced: Traced, last: str) -> Matched:
-    """The linear layer `last`, if any, taken out of the tensors: it is the classifier."""
-    if not last:
-        return matched
-    names = {what: traced.names.get(f"{last}.{what}") for what in ("weight", "bias")}
-    weight = matched.tensors[str(names["weight"])]
-    bias = matched.tensors[names["bias"]] if names["bias"] else np.zeros(len(weight), np.float32)
-    rest = {name: value for name, value in matched.tensors.items() if name not in names.values()}
-    return Matched(matched.form, rest, (weight, bias))
 
 
 def _head(weight: Array, bias: Array, names: tuple[str, ...] | None) -> Head:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.artifacts.codec import preparation_json
 from stages.artifacts.records import Array, Block, End, Group, Head, Model, Plan, Profile, Record, Run, Samples, Scores
 
 ADDS: Mapping[str, str] = {
@@ -58,7 +59,7 @@ def _(run: Run) -> dict[str, Any]:
 
 @describe.register
 def _(block: Block) -> dict[str, Any]:
-    labels, counts = np.unique(block.y, return_counts=True)
+    labels, counts = np.unique(block.y[block.y >= 0], return_counts=True)
     return {
         "kind": "block",
         "round": block.round,
@@ -66,12 +67,14 @@ def _(block: Block) -> dict[str, Any]:
         "shape": [int(size) for size in block.x.shape],
         "dtype": str(block.x.dtype),
         "layout": block.layout,
+        "prepared": None if block.prepared is None else preparation_json(block.prepared),
         "bytes": math.prod(block.x.shape) * np.dtype(block.x.dtype).itemsize,
         "x": sample_range(block.x),
         "classes": [
             {"label": int(label), "name": block.name_of(int(label)), "samples": int(count)}
             for label, count in zip(labels, counts, strict=True)
         ],
+        "unlabelled": int(np.sum(block.y < 0)),
         "named_classes": 0 if block.names is None else len(block.names),
         "columns": {name: _range(values) for name, values in sorted(block.columns.items())},
         "per_class": {
@@ -172,6 +175,7 @@ def _model(model: Model) -> dict[str, Any]:
             "scale": list(spec.scale),
             "offset": list(spec.offset),
             **(sound if spec.kind == "sound" else {}),
+            "prepared": None if spec.prepared is None else preparation_json(spec.prepared),
         },
         "head": None if model.head is None else _head(model.head),
     }

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from stages.artifacts.codec import text_array
 from stages.artifacts.records import Array, Block
-from stages.data.blocks import check_labels, finite_rows, rebatch
-from stages.data.conversion import FULL_SCALE, convert, noisy_labels, share_of, with_noise
+from stages.data.blocks import check_labels
+from stages.data.conversion import noisy_labels, share_of
+from stages.data.reading import Form, Noise, read_blocks
 from stages.data.samples import OnBad, Source
 from stages.errors import DataError, InputMissing, UsageError, require
-
-OWN_NAMES = frozenset(["x", "y", "index", "score", "weight", "seen", "classes", "labels", "round", "end", "layout"])
-"""What a block calls its own datasets and attributes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +35,15 @@ class Condition:
         return cls(column, tuple(value.strip() for value in values.split(",")), negated)
 
     def matches(self, source: Source) -> Array:
-        """bool (N,)."""
+        """bool (N,). Raises `UsageError` for a value that no sample has: it would silently choose nothing."""
         column = column_or_label(source, self.column, "--where")
-        if column.dtype.kind == "S":
-            chosen = np.isin(column, [value.encode() for value in self.values])
-        else:
-            chosen = np.isin(column, [self._number(value) for value in self.values])
+        text = column.dtype.kind == "S"
+        wanted = [value.encode() if text else self._number(value) for value in self.values]
+        for value, shown in zip(wanted, self.values, strict=True):
+            if not (column == value).any() and len(column) and shown != "-1":
+                there = ", ".join(v.decode(errors="replace") if text else f"{v:g}" for v in np.unique(column)[:8])
+                raise UsageError("--where", f"no sample with {self.column}={shown}", f"values such as {there}")
+        chosen = np.isin(column, wanted)
         return ~chosen if self.negated else chosen
 
     def _number(self, value: str) -> float:
@@ -61,17 +63,16 @@ class Packing:
     """Only these classes, by name, or by label where there are no names."""
     skip_per_class: int = 0
     per_class: int | None = None
-    """Of each class's samples (in an order that depends on the seed alone) leave out the first `skip_per_class`, then
-    take this many: calls with one seed and different shares never take the same sample."""
+    """Of each class's samples, in an order that depends on the seed and the whole source alone, leave out the first
+    `skip_per_class`, then take this many: calls with one seed and different shares never take the same sample,
+    whatever else chooses among them."""
+    unlabelled: bool = False
+    """Keep samples that have no label yet, as y = -1, instead of refusing them."""
     limit: int | None = None
     shuffle: bool = True
     drift: str | None = None
     """`class` or a column: one value after another, ascending; within each, shuffled or in order."""
-    dtype: str | None = None
-    scale: float = 1.0
-    """Factor on every value, before the conversion to `dtype`."""
-    invert: bool = False
-    """uint8 only: 255 - value (ink on paper -> light on dark)."""
+    form: Form = field(default_factory=Form)
     label_noise: float = 0.0
     """Share of samples whose label is replaced by another class, drawn uniformly."""
     feature_noise: float = 0.0
@@ -85,14 +86,10 @@ class Packing:
             require(value is None or value >= low, _option(name), str(value), f"at least {low}")
         for name in ("label_noise", "feature_noise"):
             require(0 <= getattr(self, name) <= 1, _option(name), str(getattr(self, name)), "a share from 0 to 1")
-        require(self.dtype is None or self.dtype in FULL_SCALE, "--dtype", repr(self.dtype), ", ".join(FULL_SCALE))
-        require(np.isfinite(self.scale) and self.scale != 0, "--scale", str(self.scale), "a factor other than 0")
         require(self.noise_std > 0, "--noise-std", str(self.noise_std), "a positive standard deviation")
-
-
-def _column_name(name: str) -> str:
-    """The name under which a source's column is packed; a block's own names are taken, and `/` parts HDF5's groups."""
-    return f"{name}_column" if name in OWN_NAMES else name.replace("/", "_")
+        by_class = self.per_class is not None or self.skip_per_class or self.label_noise
+        found = "together with --per-class, --skip-per-class or --label-noise"
+        require(not (self.unlabelled and by_class), "--unlabelled", found, "one of them")
 
 
 def _option(name: str) -> str:
@@ -121,7 +118,7 @@ def class_list(text: str | None) -> tuple[str, ...]:
         return ()
     if text.startswith("@"):
         try:
-            names = Path(text[1:]).read_text().splitlines()
+            names = Path(text[1:]).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputMissing(text[1:], f"cannot be read ({error})", "a file with a class name per line") from error
     else:
@@ -152,29 +149,39 @@ def pack(
         DataError: no sample is left, a bad sample (by `on_bad`), a label that cannot be.
     """
     rows = choose(source, packing, rng) if rows is None else rows
-    columns = {_column_name(name): values[rows] for name, values in source.columns.items() if name != "index"}
-    y = source.y[rows]
+    bad = on_bad or BadSamples()
+    y, columns, noise = source.y[rows], {}, None
     if packing.label_noise:
         columns["true_label"] = y
         y = noisy_labels(y, packing.label_noise, rng)
     if packing.feature_noise:
         columns["noisy"] = share_of(len(rows), packing.feature_noise, rng)
-    labels = np.unique(source.y[rows])
-    names = None if source.names is None else tuple(source.names[label] for label in labels)
-    pieces = _pieces(source, packing, rows, rng, columns.get("noisy"), on_bad or BadSamples(), on_step)
-    stream = (
-        Block(
-            x=x,
-            y=y[at],
-            layout=source.layout,
-            columns={"index": np.arange(start, start + len(x)), **{name: c[at] for name, c in columns.items()}},
-            labels=None if names is None else labels,
-            names=names,
-            facts={name: fact for name, fact in source.facts.items() if name not in OWN_NAMES},
-        )
-        for start, at, x in pieces
+        noise = Noise(columns["noisy"], packing.noise_std, rng)
+    left: dict[int, int] = dict(zip(*(part.tolist() for part in np.unique(y, return_counts=True)), strict=True))
+    blocks = read_blocks(
+        source,
+        rows,
+        packing.form,
+        block_length=packing.block_length,
+        y=y,
+        columns=columns,
+        noise=noise,
+        on_bad=bad,
+        on_step=on_step,
     )
-    yield from rebatch(stream, packing.block_length)
+    met: set[int] = set()
+    for block in blocks:
+        met |= set(np.unique(block.y).tolist())
+        yield block
+    _check_emptied(source, left, met)
+
+
+def _check_emptied(source: Source, wanted: Mapping[int, int], met: Collection[int]) -> None:
+    """Raise `DataError` for a class of whose samples none could be used: it must not vanish unheard."""
+    gone = [label for label in wanted if label not in met]
+    if gone:
+        found = f"none of the {wanted[gone[0]]} samples of class {source.name_of.get(gone[0], gone[0])} can be used"
+        raise DataError(source.where, found, "some of every class", "mend them, or leave the class out with --classes")
 
 
 # --------------------------------------------------------------------------------------------------- choice and order
@@ -189,9 +196,11 @@ def choose(source: Source, packing: Packing, rng: np.random.Generator) -> Array:
         taken &= np.isin(source.y, class_labels(source, packing.classes))
     rows = np.flatnonzero(taken)
     if len(rows):
-        check_labels(source.y[rows], None if source.names is None else len(source.names), source.where)
+        check_labels(source.y[rows], source.name_of, source.where)
+    if not packing.unlabelled:
+        _check_all_labelled(source, rows)
     if packing.per_class is not None or packing.skip_per_class:
-        rows = _share_of_each_class(source, rows, packing, rng)
+        rows = _share_of_each_class(source, taken, packing, rng)
     if not len(rows):
         raise DataError(
             source.where,
@@ -205,7 +214,7 @@ def choose(source: Source, packing: Packing, rng: np.random.Generator) -> Array:
 def class_labels(source: Source, classes: Sequence[str]) -> Array:
     """Labels of classes that are given by name (by number where the source has no names)."""
     known = (
-        {name: i for i, name in enumerate(source.names)}
+        {name: label for label, name in source.name_of.items()}
         if source.names is not None
         else {str(label): int(label) for label in np.unique(source.y)}
     )
@@ -217,28 +226,53 @@ def class_labels(source: Source, classes: Sequence[str]) -> Array:
 
 
 def column_or_label(source: Source, name: str, option: str) -> Array:
-    """A column of the source, or `class` or `label`: the labels."""
+    """A column of the source, or `class` or `label`: names where classes have them, else labels."""
     if name in source.columns:
         return source.columns[name]
+    if name == "source" and source.files is not None:
+        return source.files
     if name in ("class", "label"):
-        return source.y
+        return source.y if source.names is None else text_array([_class_of(source, label) for label in source.y])
     raise UsageError(option, f"no column {name!r}", ", ".join(["class", *sorted(source.columns)]))
 
 
-def _share_of_each_class(source: Source, rows: Array, packing: Packing, rng: np.random.Generator) -> Array:
+def _class_of(source: Source, label: int) -> str:
+    return source.name_of.get(label, str(label))
+
+
+def _check_all_labelled(source: Source, rows: Array) -> None:
+    """Raise `DataError` for samples without a label, naming the first."""
+    without = rows[source.y[rows] < 0]
+    if len(without):
+        found = f"no label ({len(without)} such samples)"
+        fix = "label them, leave them out with `--where 'class!=-1'`, or keep them with `--unlabelled`"
+        raise DataError(source.place(int(without[0])), found, "a class for every sample", fix)
+
+
+def _share_of_each_class(source: Source, taken: Array, packing: Packing, rng: np.random.Generator) -> Array:
+    """The samples of the wanted share of each class that are `taken` (bool (N,)).
+
+    Shares are parts of whole classes, whatever is taken: else two shares of differently chosen samples would overlap.
+    """
     shares = []
-    for label in np.unique(source.y[rows]):
-        members = rng.permutation(rows[source.y[rows] == label])[packing.skip_per_class :]
-        if packing.per_class is not None and len(members) < packing.per_class:
-            name = source.names[label] if source.names is not None else label
-            raise DataError(
-                f"{source.where}: class {name}",
-                f"{len(members)} samples",
-                f"{packing.per_class}",
-                "lower --per-class, or leave the class out with --classes",
-            )
-        shares.append(members[: packing.per_class])
-    return np.sort(np.concatenate(shares)) if shares else rows
+    for label in np.unique(source.y[source.y >= 0]):
+        order = rng.permutation(np.flatnonzero(source.y == label))
+        share = order[packing.skip_per_class :][: packing.per_class]
+        members = share[taken[share]]
+        if packing.per_class is not None and taken[order].any() and len(members) < packing.per_class:
+            raise _too_few(source, int(label), len(order), len(members), packing)
+        shares.append(members)
+    return np.sort(np.concatenate(shares)) if shares else np.zeros(0, np.int64)
+
+
+def _too_few(source: Source, label: int, size: int, left: int, packing: Packing) -> DataError:
+    where = f"{source.where}: class {source.name_of.get(label, label)}"
+    if size - packing.skip_per_class < (packing.per_class or 0):
+        fix = "lower --per-class, or leave the class out with --classes"
+        return DataError(where, f"{max(0, size - packing.skip_per_class)} samples", f"{packing.per_class}", fix)
+    found = f"--where leaves {left} of the {packing.per_class} samples of its share"
+    fix = "pack what --where chooses into a file first, and take shares of that"
+    return DataError(where, found, "all: shares are parts of whole classes, so that they are disjoint", fix)
 
 
 def _ordered(source: Source, rows: Array, packing: Packing, rng: np.random.Generator) -> Array:
@@ -247,45 +281,3 @@ def _ordered(source: Source, rows: Array, packing: Packing, rng: np.random.Gener
         return rows
     column = column_or_label(source, packing.drift, "--drift")[rows]
     return rows[np.argsort(column, kind="stable")]
-
-
-# ---------------------------------------------------------------------------------------------------- reading and form
-
-
-def _pieces(
-    source: Source,
-    packing: Packing,
-    rows: Array,
-    rng: np.random.Generator,
-    noisy: Array | None,
-    on_bad: OnBad,
-    on_step: Callable[[int], None],
-) -> Iterator[tuple[int, Array, Array]]:
-    """Spans of the stream: position of the first sample, which of `rows` these are, and x in its final form."""
-    span = max(packing.block_length, source.reader.span)
-    start = 0
-    for begin in range(0, len(rows), span):
-        end = min(begin + span, len(rows))
-        x, good = _usable(source, rows[begin:end], on_bad)
-        x = convert(x, dtype=packing.dtype, scale=packing.scale, invert=packing.invert, where=source.where)
-        at = begin + good
-        if noisy is not None:
-            x = with_noise(x, noisy[at], packing.noise_std, rng)
-        if len(x):
-            yield start, at, x
-        start += len(x)
-        on_step(end)
-    if start == 0:
-        raise DataError(source.where, f"all {len(rows)} samples are bad", "some that can be used")
-
-
-def _usable(source: Source, rows: Array, on_bad: OnBad) -> tuple[Array, Array]:
-    """The samples of `rows` that can be read and are finite, and their positions in `rows`."""
-    x, good = source.reader.read(rows, on_bad)
-    finite = finite_rows(x)
-    if finite.all():
-        return x, good
-    for row in rows[good[~finite]]:
-        where = f"{source.where}: sample {row}"
-        on_bad(DataError(where, "NaN or infinity", "finite values", "or leave such samples out with `--on-bad skip`"))
-    return x[finite], good[finite]

@@ -1,4 +1,4 @@
-"""`predict`: labels and probabilities for sample blocks or images, chunk by chunk."""
+"""`predict`: labels and probabilities for samples of any kind, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from stages.artifacts.records import Array, Block, Head, InputSpec, Model, Run
-from stages.data.images import SUFFIXES, ImageForm, read_image
-from stages.errors import DataError, InputMissing, UsageError, require
+from stages.artifacts.codec import text_tuple
+from stages.artifacts.records import Array, Block, Head, Model, Preparation, Run
+from stages.data.blocks import check_prepared
+from stages.errors import DataError, UsageError, require
 from stages.models import heads
 from stages.models.deploy import Backbone
-from stages.models.inputs import adapt
+from stages.models.inputs import adapt_block
 
 FORMATS = ("table", "csv", "jsonl", "hdf5")
-SUFFIX_FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".h5": "hdf5", ".hdf5": "hdf5"}
+SUFFIX_FORMATS = {"": "table", ".txt": "table", ".csv": "csv", ".jsonl": "jsonl", ".h5": "hdf5", ".hdf5": "hdf5"}
+STDOUT = "-"
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,8 @@ class Chunk:
     """Samples to predict, at most a few hundred."""
 
     block: Block
-    """For images without labels `y` is all zeros; nothing reads it."""
     names: tuple[str, ...]
-    """File name, or position in the input as text."""
-    labelled: bool
-    """Whether `block.y` are true classes."""
+    """The file that each came from, or its position in the input as text."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +45,26 @@ class Predictions:
 
 
 def predict(
-    backbone: Backbone, head: Head, chunks: Iterable[Chunk], *, on_step: Callable[[int], object] = lambda done: None
+    backbone: Backbone,
+    head: Head,
+    chunks: Iterable[Chunk],
+    *,
+    learnt: Preparation | None = None,
+    on_step: Callable[[int], object] = lambda done: None,
 ) -> Iterator[Predictions]:
-    """Class probabilities of every sample; `on_step` gets the number of samples done.
+    """Class probabilities of every sample.
 
-    Raises `DataError` for samples that the model cannot read.
+    Args:
+        learnt: how the samples were prepared that the head learnt from.
+        on_step: gets the number of samples done.
+
+    Raises:
+        DataError: samples that the model cannot read, or that were prepared in another way.
     """
     done = 0
     for chunk in chunks:
-        features = backbone.features(adapt(np.asarray(chunk.block.x), chunk.block.layout, backbone.input))
-        probability = heads.probabilities(head, features)
+        check_prepared(chunk.block.prepared, learnt, "samples", "those that the model learnt from")
+        probability = heads.probabilities(head, backbone.features(adapt_block(chunk.block, backbone.input)))
         predicted = head.labels[torch.argmax(probability, 1).numpy()]
         done += len(predicted)
         on_step(done)
@@ -64,7 +72,10 @@ def predict(
 
 
 def head_for(model: Model, backbone: Backbone, support: Block | None, chunk: int) -> Head:
-    """The record's head, or prototypes of the classes of `support`. Raises `UsageError` when there is neither."""
+    """The record's head, or prototypes of the classes of `support` with the cosine scale that the record has learned.
+
+    Raises `UsageError` when there is neither.
+    """
     if support is None:
         if model.head is None or not len(model.head.labels):
             raise UsageError(
@@ -74,9 +85,9 @@ def head_for(model: Model, backbone: Backbone, support: Block | None, chunk: int
                 "adapt it with `edgetrain train-sparse`, or name labelled samples with --support",
             )
         return model.head
-    inputs = (adapt(np.asarray(part.x), part.layout, backbone.input) for part in support.slices(chunk))
-    features = torch.cat([backbone.features(x) for x in inputs])
-    return heads.prototype_head(features, support.y, heads.class_names(support))
+    features = torch.cat([backbone.features(adapt_block(part, backbone.input)) for part in support.slices(chunk)])
+    scale = heads.cosine_scale(model.head)
+    return heads.prototype_head(features, support.y, heads.class_names(support), scale=scale)
 
 
 def known(run: Run | None) -> Run:
@@ -87,35 +98,15 @@ def known(run: Run | None) -> Run:
 
 
 def chunks_of_blocks(blocks: Iterable[Block], size: int) -> Iterator[Chunk]:
-    """The samples of blocks, numbered through, at most `size` at a time."""
+    """The samples of blocks, at most `size` at a time: by their files where blocks say them, else numbered through."""
     require(size > 0, "--micro-batch", str(size), "a positive number of samples")
     first = 0
     for block in blocks:
         for part in block.slices(size):
-            names = tuple(str(first + i) for i in range(len(part)))
+            files = part.columns.get("source")
+            numbers = range(first, first + len(part))
             first += len(part)
-            yield Chunk(part, names, labelled=True)
-
-
-def chunks_of_images(folder: Path, spec: InputSpec, size: int) -> Iterator[Chunk]:
-    """The image files of a folder and its sub-folders in order of name, brought to the model's size.
-
-    Raises `InputMissing` when there is none, `UsageError` for a model that reads no images.
-    """
-    require(size > 0, "--micro-batch", str(size), "a positive number of samples")
-    require(
-        spec.kind == "image", str(folder), f"a folder of images for a model that reads {spec.kind}", "sample blocks"
-    )
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not paths:
-        raise InputMissing(str(folder), "no images", ", ".join(sorted(SUFFIXES)))
-    channels, height, width = spec.shape
-    form = ImageForm(size=(height, width), colour="gray" if channels == 1 else "rgb")
-    for start in range(0, len(paths), size):
-        some = paths[start : start + size]
-        x = np.stack([read_image(path, form) for path in some])
-        block = Block(x, np.zeros(len(some), np.int64), "NHW" if channels == 1 else "NHWC")
-        yield Chunk(block, tuple(str(path.relative_to(folder)) for path in some), labelled=False)
+            yield Chunk(part, text_tuple(files) if files is not None else tuple(map(str, numbers)))
 
 
 # ------------------------------------------------------------------------------------------------------------- forms
@@ -131,14 +122,21 @@ def rows(predictions: Predictions, head: Head) -> Iterator[tuple[str, str, str, 
     by_label = dict(zip(head.labels.tolist(), class_names(head), strict=True))
     chunk = predictions.chunk
     for i, (sample, label) in enumerate(zip(chunk.names, predictions.predicted.tolist(), strict=True)):
-        true = chunk.block.name_of(int(chunk.block.y[i])) if chunk.labelled else ""
+        true = chunk.block.name_of(int(chunk.block.y[i])) if chunk.block.y[i] >= 0 else ""
         yield sample, by_label[label], true, float(predictions.probability[i].max())
 
 
 def format_of(out: str, wanted: str | None) -> str:
-    """The wanted format, or the one that the output's name asks for; a table otherwise."""
+    """The wanted format, or the one that the output's name asks for, or a table on stdout.
+
+    Raises `UsageError` for a name that asks for none that there is.
+    """
     require(wanted is None or wanted in FORMATS, "--format", repr(wanted), ", ".join(FORMATS))
-    return wanted or SUFFIX_FORMATS.get(Path(out).suffix, "table")
+    suffix = "" if out == STDOUT else Path(out).suffix
+    known = ", ".join(filter(None, SUFFIX_FORMATS))
+    fix = "`--format` says what the file is to hold"
+    require(wanted is not None or suffix.lower() in SUFFIX_FORMATS, "--out", f"suffix {suffix!r}", known, fix)
+    return wanted or SUFFIX_FORMATS[suffix.lower()]
 
 
 def csv_header(head: Head) -> str:
@@ -165,7 +163,7 @@ def json_lines(predictions: Predictions, head: Head) -> str:
     lines = []
     for (sample, name, true, p), values in zip(rows(predictions, head), predictions.probability, strict=True):
         by_class = {key: round(float(value), 6) for key, value in zip(class_names(head), values, strict=True)}
-        known = {"label": true} if predictions.chunk.labelled else {}
+        known = {"label": true} if true else {}
         answer = {"sample": sample, "predicted": name, **known, "probability": round(p, 6), "probabilities": by_class}
         lines.append(json.dumps(answer, ensure_ascii=False) + "\n")
     return "".join(lines)
@@ -173,13 +171,6 @@ def json_lines(predictions: Predictions, head: Head) -> str:
 
 def with_columns(predictions: Predictions) -> Block:
     """The samples as a block with the columns `predicted` (int64) and `probability` (float32, one per class)."""
-    if not predictions.chunk.labelled:
-        raise DataError(
-            "--format",
-            "hdf5 for images without labels",
-            "csv or jsonl",
-            "or make labelled blocks of them with `edgetrain pack`",
-        )
     block = predictions.chunk.block
     columns = {"predicted": predictions.predicted, "probability": predictions.probability}
     return replace(block, columns={**block.columns, **columns})

@@ -12,28 +12,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.artifacts.history import model_hash
-from stages.artifacts.records import Array, Block, Group, Head, Model, Run
+from stages.artifacts.records import Array, Block, Group, Head, Run
 from stages.errors import DataError, PartMissing, UsageError, require
 from stages.fsl.augment import HANDWRITING, PSEUDO_QUERY, Augmentation, augment
 from stages.fsl.episode_list import data_hash
-from stages.fsl.episodes import Episode, FixedShape, Pool, Shape, check_pool, draw_episodes, pool_of
+from stages.fsl.episodes import Episode, Pool, check_pool, draw_episodes, pool_of
 from stages.fsl.meta_training import BatchUnits, DataSet, EpisodeUnits, Learner
 from stages.fsl.schedule import WarmCosine
 from stages.fsl.team import ALONE, Team
-from stages.fsl.trainer import Phase, Progress, Rhythm, Trainer, Weights
-from stages.models import execute
-from stages.models.deploy import Backbone, deploy, restore
-from stages.models.inputs import adapt
+from stages.fsl.trainer import Phase, Progress, Rhythm, Trainer
+from stages.models.deploy import Backbone, Net, deploy, trainable, with_graph
+from stages.models.inputs import adapt_block
 from stages.randomness import generator, torch_generator
+from stages.settings.pretraining import Pretraining as Pretraining
 
 STAGE = "pretrain-fsl"
 """Name of the metrics' table in the run record."""
@@ -47,76 +47,6 @@ AUGMENTATIONS: Mapping[str, Augmentation] = {
     "handwriting": HANDWRITING,
 }
 """For training: nothing, P>M>F's pseudo-query, the same with mirror images and zoom, geometric distortions."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Supervised:
-    """The phase before the episodes: a cosine classifier over all training classes, BatchNorm in training mode."""
-
-    epochs: int = 0
-    """0 leaves it out."""
-    batch: int = 128
-    rate: float = 0.05
-
-    def __post_init__(self) -> None:
-        require(self.epochs >= 0, "supervised phase", f"{self.epochs} epochs", "at least 0")
-        require(self.batch >= 2, "supervised phase", f"batches of {self.batch}", "at least 2")
-        require(self.rate > 0, "supervised phase", f"rate {self.rate}", "more than 0")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Validation:
-    """Tasks over held-out classes: the best weights on them are kept."""
-
-    tasks: int = 100
-    """0: no classes are held out and the last weights are kept."""
-    shape: Shape = field(default_factory=lambda: FixedShape(ways=5, shots=5, queries=5))
-    share: float = 0.1
-    """Of each data set's classes, where no validation data is given."""
-    patience: int = 0
-    """Epochs without a better result after which training ends; 0 never ends it."""
-
-    def __post_init__(self) -> None:
-        require(self.tasks >= 0, "validation", f"{self.tasks} tasks", "at least 0")
-        require(0 < self.share < 1, "validation", f"share {self.share}", "between 0 and 1")
-        require(self.patience >= 0, "validation", f"patience {self.patience}", "at least 0")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pretraining:
-    """How a backbone is meta-trained. Defaults: P>M>F's, with the validation added."""
-
-    schedule: WarmCosine = field(default_factory=WarmCosine)
-    steps: int = 2000
-    """Optimiser steps per epoch."""
-    per_step: int = 1
-    """Episodes (or batches) per step."""
-    shape: Shape = field(default_factory=lambda: FixedShape(ways=5, shots=5, queries=15, repeat=True))
-    scale: float = 10.0
-    """Initial cosine scale, where the run has none."""
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    batchnorm: str = "frozen"
-    """Statistics in episodes: `frozen` as they are, `train` each episode's own."""
-    augmentation: str = "handwriting"
-    supervised: Supervised = field(default_factory=Supervised)
-    validation: Validation = field(default_factory=Validation)
-    skip_small: bool = False
-    """Leave classes with too few samples out, instead of refusing them."""
-
-    def __post_init__(self) -> None:
-        require(self.steps >= 1 and self.per_step >= 1, "steps", f"{self.steps} x {self.per_step}", "at least 1 x 1")
-        require(self.batchnorm in ("frozen", "train"), "--batchnorm", repr(self.batchnorm), "frozen or train")
-        known = ", ".join(AUGMENTATIONS)
-        require(self.augmentation in AUGMENTATIONS, "--augment", repr(self.augmentation), f"one of {known}")
-        require(0 <= self.momentum < 1, "--momentum", f"{self.momentum}", "0 to below 1")
-        require(self.weight_decay >= 0, "--weight-decay", f"{self.weight_decay}", "at least 0")
-        require(self.scale > 0, "--scale", f"{self.scale}", "more than 0")
-
-    @property
-    def total_steps(self) -> int:
-        """Of all epochs, unless patience ends them."""
-        return (self.supervised.epochs + self.schedule.epochs) * self.steps
 
 
 def pretrain(
@@ -137,7 +67,7 @@ def pretrain(
 
     Args:
         data: one block per data set; classes are told apart by label inside each.
-        validation: samples of other classes; without them, `config.validation.share` of the classes is held out.
+        validation: samples of other classes; without them, `config.validation_share` of the classes is held out.
         resume: a checkpoint that `save` got from the same run, data, configuration and seed.
         save: gets a checkpoint after every epoch, in the leading process.
         team: the processes that train together; `per_step` must be a multiple of their number.
@@ -149,8 +79,9 @@ def pretrain(
     """
     fits = config.per_step % team.size == 0
     require(fits, "--per-step", f"{config.per_step} for {team.size} processes", "a multiple of their number")
+    run = _learning_from(replace(run, model=with_graph(run.model, allow=allow)), data)
     identity = _identity(run, [*data, *([] if validation is None else [validation])], config, seed)
-    backbone, module = deploy(run.model, allow=allow), trainable(run.model, allow=allow)
+    backbone, module = deploy(run.model), trainable(run.model)
     trainer = _trainer(run, data, validation, config, seed, backbone, module, _device(device), team)
     if resume is not None:
         trainer.load(_resumed(resume, identity))
@@ -161,6 +92,13 @@ def pretrain(
     return _with_weights(run, module, trainer, backbone)
 
 
+def _learning_from(run: Run, data: Sequence[Block]) -> Run:
+    """The run with how the samples were prepared that it learns from, where all data sets were prepared alike."""
+    ways = {block.prepared for block in data}
+    spec = replace(run.model.input, prepared=ways.pop() if len(ways) == 1 else None)
+    return replace(run, model=replace(run.model, input=spec))
+
+
 def _trainer(
     run: Run,
     data: Sequence[Block],
@@ -168,29 +106,30 @@ def _trainer(
     config: Pretraining,
     seed: int,
     backbone: Backbone,
-    module: nn.Module,
+    module: Net,
     device: torch.device,
     team: Team,
 ) -> Trainer:
     sets, others = _data_sets(backbone, data, validation, config, seed)
-    supervised = config.supervised
-    classes = sum(len(each.pool.classes) for each in sets) if supervised.epochs else 0
+    classes = sum(len(each.pool.classes) for each in sets) if config.supervised_epochs else 0
     rows = torch.randn(classes, backbone.graph.feature_dim, generator=torch_generator(seed, "pretrain-rows"))
     head = run.model.head
     learner = Learner(module, head.scale if head is not None else config.scale, rows).to(device)
 
     def distort(x: Tensor, rng: torch.Generator) -> Tensor:
-        return augment(x, backbone.input, rng, AUGMENTATIONS[config.augmentation])
+        return augment(x, backbone.input, rng, AUGMENTATIONS[config.augment])
 
-    flat = WarmCosine(epochs=max(1, supervised.epochs), rate=supervised.rate, warmup_epochs=0, least_rate=0.0)
-    batches = BatchUnits(learner, sets, supervised.batch, distort, seed)
+    flat = WarmCosine(
+        epochs=max(1, config.supervised_epochs), rate=config.supervised_lr, warmup_epochs=0, least_rate=0.0
+    )
+    batches = BatchUnits(learner, sets, config.supervised_batch, distort, seed)
     episodes = EpisodeUnits(learner, sets, config.shape, distort, seed)
     phases = [
-        Phase(batches, supervised.epochs, flat, batchnorm_trains=True, competes=False),
-        Phase(episodes, config.schedule.epochs, config.schedule, batchnorm_trains=config.batchnorm == "train"),
+        Phase(batches, config.supervised_epochs, flat, batchnorm_trains=True, competes=False),
+        Phase(episodes, config.epochs, config.schedule, batchnorm_trains=config.batchnorm_trains),
     ]
-    rhythm = Rhythm(config.steps, config.per_step, config.momentum, config.weight_decay, config.validation.patience)
-    return Trainer(learner, phases, rhythm, _validation_tasks(others, config.validation, seed), team)
+    rhythm = Rhythm(config.steps, config.per_step, config.momentum, config.weight_decay, config.patience)
+    return Trainer(learner, phases, rhythm, _validation_tasks(others, config, seed), team)
 
 
 # ----------------------------------------------------------------------------------------------------------- the data
@@ -202,38 +141,38 @@ def _data_sets(
     """What trains, and what validation tasks are drawn from."""
     if not data:
         raise DataError("data", "no data set", "at least one")
-    hold_out = config.validation.tasks > 0 and validation is None
+    hold_out = config.validation_tasks > 0 and validation is None
     sets, others = [], []
     for number, block in enumerate(data):
         inputs, pool = _reader(backbone, block), pool_of(block)
         if hold_out:
-            pool, held_out = _split(pool, config.validation, generator(seed, "pretrain-validation", number))
+            pool, held_out = _split(pool, config, generator(seed, "pretrain-validation", number))
             others.append(DataSet(inputs, held_out))
-        sets.append(DataSet(inputs, check_pool(pool, config.shape, skip=config.skip_small)[0]))
-    if validation is not None and config.validation.tasks:
-        pool, _ = check_pool(pool_of(validation), config.validation.shape, skip=config.skip_small)
+        sets.append(DataSet(inputs, check_pool(pool, config.shape, skip=config.on_bad == "skip")[0]))
+    if validation is not None and config.validation_tasks:
+        pool, _ = check_pool(pool_of(validation), config.validation_shape, skip=config.on_bad == "skip")
         others.append(DataSet(_reader(backbone, validation), pool))
     return sets, others
 
 
 def _reader(backbone: Backbone, block: Block) -> Callable[[Array], Tensor]:
-    samples = np.asarray(block.x[:])
+    whole = replace(block, x=np.asarray(block.x[:]), columns={})
 
     def inputs(rows: Array) -> Tensor:
-        return adapt(samples[rows], block.layout, backbone.input)
+        return adapt_block(whole.take(rows), backbone.input)
 
-    inputs(np.arange(min(1, len(samples))))  # what the model cannot read is found before training starts
+    inputs(np.arange(min(1, len(block))))  # what the model cannot read is found before training starts
     return inputs
 
 
-def _split(pool: Pool, how: Validation, rng: np.random.Generator) -> tuple[Pool, Pool]:
+def _split(pool: Pool, how: Pretraining, rng: np.random.Generator) -> tuple[Pool, Pool]:
     """Classes for training and classes for validation, the latter among those with enough samples for its tasks."""
-    large = np.flatnonzero(pool.sizes() >= how.shape.least_samples)
-    count = max(how.shape.least_ways, round(how.share * len(pool.classes)))
+    large = np.flatnonzero(pool.sizes() >= how.validation_shape.least_samples)
+    count = max(how.validation_ways, round(how.validation_share * len(pool.classes)))
     if len(large) < count or len(pool.classes) - count < 2:
         raise DataError(
             "validation",
-            f"{len(large)} of {len(pool.classes)} classes with {how.shape.least_samples} samples",
+            f"{len(large)} of {len(pool.classes)} classes with {how.validation_shape.least_samples} samples",
             f"{count} to hold out and others to train on",
             "name validation data, change the validation tasks, or ask for none",
         )
@@ -242,42 +181,24 @@ def _split(pool: Pool, how: Validation, rng: np.random.Generator) -> tuple[Pool,
     return pool.only(~held_out), pool.only(held_out)
 
 
-def _validation_tasks(sets: Sequence[DataSet], how: Validation, seed: int) -> list[tuple[DataSet, Episode]]:
+def _validation_tasks(sets: Sequence[DataSet], how: Pretraining, seed: int) -> list[tuple[DataSet, Episode]]:
     """The tasks, taken from the data sets in turn."""
     tasks: list[tuple[DataSet, Episode]] = []
     for number, data in enumerate(sets):
-        numbers = range(how.tasks)[number :: len(sets)]
-        tasks += [(data, task) for task in draw_episodes(data.pool, how.shape, seed, numbers, stage="validation-task")]
+        numbers = range(how.validation_tasks)[number :: len(sets)]
+        drawn = draw_episodes(data.pool, how.validation_shape, seed, numbers, stage="validation-task")
+        tasks += [(data, task) for task in drawn]
     return tasks
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
-class Folded(nn.Module):
-    """A backbone in deploy form as a torch module whose folded weights and biases train: (N, *input) -> (N, D)."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.graph, self.names = backbone.graph, tuple(backbone.tensors)
-        self.values = nn.ParameterList(nn.Parameter(tensor.clone()) for tensor in backbone.tensors.values())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return execute.run(self.graph, dict(zip(self.names, self.values, strict=True)), x)
-
-
-def trainable(model: Model, *, allow: str | None = None) -> nn.Module:
-    """The record's backbone as a torch module, BatchNorm in place where the record has it."""
-    return Folded(deploy(model, allow=allow)) if model.form == "deploy" else restore(model, allow=allow)
-
-
-def _with_weights(run: Run, module: nn.Module, trainer: Trainer, backbone: Backbone) -> Run:
+def _with_weights(run: Run, module: Net, trainer: Trainer, backbone: Backbone) -> Run:
     """The run with the weights that training keeps, the scale in a head without classes, and the table of epochs."""
     own = "backbone."
     kept = {name.removeprefix(own): array for name, array in trainer.kept.weights.items() if name.startswith(own)}
-    tensors: Weights = kept
-    if isinstance(module, Folded):
-        tensors = {name: kept[f"values.{i}"] for i, name in enumerate(module.names)}
+    tensors = module.arrays(kept)
     dim = backbone.graph.feature_dim
     head = Head(
         "prototypes",

@@ -6,7 +6,7 @@ The run's model leaves in deploy form (BatchNorm folded), which is what everythi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +24,16 @@ from stages.cost.model import (
     paper_peak_bytes,
 )
 from stages.cost.training import full_training_bytes
-from stages.errors import require
+from stages.engines.torch import reference
+from stages.graphs.graph import Graph
 from stages.measurement.energy import Meter, find_meter
 from stages.measurement.latency import LayerTimes, median_and_spread, repeat, time_layers
 from stages.measurement.process import process_memory
-from stages.models import execute
 from stages.models.deploy import Backbone, deploy, store
-from stages.models.graph import Graph
+from stages.settings.profiling import Profiling as Profiling
 
 ENERGY_PASSES = 50
 """Passes that an energy figure is the mean of: sensors are slower than one pass."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Profiling:
-    """What to measure."""
-
-    measure: bool = True
-    """False leaves out every measured value, so that the same model gives the same bytes."""
-    repeats: int = 20
-    """Runs that a median and a spread are taken over."""
-    power_watts: float | None = None
-    """Power read from an external meter while this ran, where the machine has no sensor of its own."""
-
-    def __post_init__(self) -> None:
-        require(self.repeats > 0, "--repeats", str(self.repeats), "at least 1")
-        require(self.power_watts is None or self.power_watts > 0, "--power-watts", str(self.power_watts), "more than 0")
-        require(self.measure or self.power_watts is None, "--power-watts", "no measuring", "--measure")
 
 
 def profile_run(
@@ -145,7 +128,7 @@ def _training_step(backbone: Backbone, x: Tensor) -> Callable[[], None]:
 
     def step() -> None:
         with torch.enable_grad():
-            features = execute.run(backbone.graph, live, x)
+            features = reference.run(backbone.graph, live, x)
         torch.autograd.grad(features.sum(), list(live.values()))
 
     return step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -14,63 +14,19 @@ from stages.artifacts.records import Array, Block, End, LayerUpdate
 from stages.cost.model import forward_macs
 from stages.cost.training import plan_backward_macs
 from stages.errors import require
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
 from stages.randomness import generator
+from stages.settings.selection import AUTO as AUTO
+from stages.settings.selection import Selection as Selection
 from stages.valuation import fine
 from stages.valuation.costs import Clock, Meter
 from stages.valuation.designs import draw
 from stages.valuation.efficiency import Decision, Option, Tuner
-from stages.valuation.fine import SELECTIONS, Chosen, GradientView
+from stages.valuation.fine import Chosen, GradientView, selection_named
 from stages.valuation.forward import Forward
-from stages.valuation.scoring import IMPORTANCES, flat_inputs, masses, scored
 from stages.valuation.scoring import Weights as Weights  # what callers hand in
-
-AUTO = "auto"
-STRATEGIES = (*SELECTIONS, AUTO)
-"""`auto` chooses among the others round by round (`valuation.efficiency`)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Selection:
-    """How a batch is chosen."""
-
-    batch: int = 10
-    """Draws per round (Titan section 4.1); duplicates are merged, so a block may hold fewer samples."""
-    strategy: str = "titan"
-    importance: str = "last-layer"
-    epsilon: float = 0.2
-    """Share of uniform probability mixed into importance sampling: bounds weights by 1/epsilon of uniform ones."""
-    weighted: bool = True
-    """False weighs all draws alike: Titan's section 2.1 read literally, which biases the gradient."""
-    max_batch: int | None = None
-    """`auto` only: the largest batch it may choose; None keeps to `batch`."""
-    update_cost: float | None = None
-    """`auto` only: forward passes that training on a sample costs. None takes what the trainer measured, and until it
-    has 1 + backward / forward MACs of the plan, or 3 (full training) without one."""
-    overlap: bool = False
-    """`auto` only: training goes on at the same time, on another processor."""
-    send_features: bool = False
-    """Chosen samples take the frozen layers' outputs with them, so that the trainer need not compute them again."""
-
-    def __post_init__(self) -> None:
-        require(self.batch >= 1, "--batch", f"{self.batch}", "at least 1")
-        require(self.strategy in STRATEGIES, "--strategy", f"{self.strategy!r}", "one of " + ", ".join(STRATEGIES))
-        require(
-            self.importance in IMPORTANCES, "--importance", f"{self.importance!r}", "one of " + ", ".join(IMPORTANCES)
-        )
-        require(0.0 <= self.epsilon <= 1.0, "--epsilon", f"{self.epsilon}", "0 to 1")
-        most = self.batch if self.max_batch is None else self.max_batch
-        require(most >= self.batch, "--max-batch", f"{most}", f"at least --batch {self.batch}")
-        require(
-            not (self.send_features and self.strategy == AUTO), "--send", "features with --strategy auto", "a strategy"
-        )
-        require(self.update_cost is None or self.update_cost >= 1, "--update-cost", f"{self.update_cost}", "at least 1")
-
-    @property
-    def needs_model(self) -> bool:
-        """Whether candidates are scored at all."""
-        return self.strategy == AUTO or SELECTIONS[self.strategy].needs == "gradients"
+from stages.valuation.scoring import flat_inputs, masses, scored
 
 
 def select_stream(
@@ -205,7 +161,7 @@ def _from_pool(
         pool, mass, features = looked.pool, looked.mass, looked.features
         pool = replace(pool, facts={**pool.facts, "scored": len(pool)})
     view = view_of(pool, mass, config, weights, updates, features)
-    chosen = SELECTIONS[config.strategy].choose(view, config.batch, config.epsilon, rng)
+    chosen = selection_named(config.strategy).choose(view, config.batch, config.epsilon, rng)
     batch = _emit(pool, view, chosen, config)
     return batch if forward is None or weights is not None else forward.attach(batch)
 
@@ -284,7 +240,8 @@ def _spend(
     if view is None:
         current = weights() if settings.needs_model else None
         return _from_pool(*_thinned(pool, mass, option, rng), settings, current, updates, rng, forward=forward)
-    return _emit(pool, view, SELECTIONS[option.strategy].choose(view, option.batch, settings.epsilon, rng), settings)
+    chosen = selection_named(option.strategy).choose(view, option.batch, settings.epsilon, rng)
+    return _emit(pool, view, chosen, settings)
 
 
 def _thinned(pool: Block, mass: Array, option: Option, rng: np.random.Generator) -> tuple[Block, Array]:
@@ -310,7 +267,7 @@ def view_of(
     features: Tensor | None = None,
 ) -> GradientView:
     """What the configured strategy may look at, and no more: only strategies that need gradients cost a pass."""
-    needs = SELECTIONS[config.strategy].needs
+    needs = selection_named(config.strategy).needs
     if needs == "inputs":
         return GradientView(block.y, mass, inputs=flat_inputs(block))
     if needs == "labels" or weights is None:

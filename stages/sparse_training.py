@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 
@@ -17,21 +17,25 @@ import numpy as np
 import torch
 
 from stages.artifacts.history import model_hash
-from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate, Run
+from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate, Model, Preparation, Run, check_labelled
+from stages.cost.model import inference_peak_bytes
+from stages.cost.training import saved_activation_bytes
+from stages.data.blocks import check_prepared
+from stages.engines.choice import TrainedNet
 from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
+from stages.graphs.graph import Graph
+from stages.measurement.room import Fit, fit
 from stages.models import heads
 from stages.models.deploy import deploy, store
-from stages.models.graph import Graph
-from stages.models.inputs import adapt as model_input
+from stages.models.inputs import adapt_block as model_input
 from stages.planning.baselines import named_plan
 from stages.planning.plans import check_plan
-from stages.sparse.adaptation import Adapting, adapt
-from stages.sparse.checkpoints import Checkpoint, read_checkpoint
-from stages.sparse.engine import SparseNet
-from stages.sparse.learner import Batch, StreamLearner
-from stages.sparse.optimizers import Optimizing, load_state, state_arrays
-from stages.sparse.prefix_file import PrefixFile
-from stages.sparse.updates import PrefixCache, Source
+from stages.training.adaptation import Adapting, adapt
+from stages.training.checkpoints import Checkpoint, read_checkpoint
+from stages.training.learner import Batch, StreamLearner
+from stages.training.optimizers import Optimizing, load_state, state_arrays
+from stages.training.prefix_file import PrefixFile
+from stages.training.updates import PrefixCache, Source
 
 STAGE = "train-sparse"
 """Name of the metrics' table in the run record."""
@@ -50,7 +54,12 @@ class SupportTraining:
     plan: str | None = None
     """A named plan, such as `full` or `last-layer`; None takes the run's own."""
     adapting: Adapting = field(default_factory=Adapting)
+    fitting: bool = False
+    """Take as many samples at a time as fit into memory, at most `MICRO_BATCH`, instead of `adapting.micro_batch`."""
 
+
+MICRO_BATCH = 64
+"""Most samples that are in memory at once where nobody says otherwise."""
 
 STREAM_OPTIMIZING = Optimizing(optimizer="sgd", learning_rate=0.02, clip_norm=2.0)
 """Plain SGD, which Titan's theory is about. Titan states a rate of 0.1, at which a small CNN lost a third of its
@@ -64,11 +73,14 @@ class StreamTraining:
     plan: str | None = None
     """A named plan, such as `full` or `last-layer`; None takes the run's own."""
     optimizing: Optimizing = STREAM_OPTIMIZING
-    micro_batch: int = 64
-    """Samples of a block that are in memory at once in a pass; 0 is all of them. The update is the same."""
+    micro_batch: int | None = None
+    """Samples of a block that are in memory at once in a pass; 0 is all of them, None as many as fit, at most
+    `MICRO_BATCH`. The update is the same."""
+    engine: str = "torch"
+    """What runs and differentiates the graph: one of `engines.choice.ENGINES`."""
 
     def __post_init__(self) -> None:
-        require(self.micro_batch >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
+        require((self.micro_batch or 0) >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,14 +147,18 @@ def train_support(
     on_step: Callable[[int], None] = lambda done: None,
     stop: Callable[[], int] = lambda: 0,
     cache_file: PrefixFile | None = None,
+    on_fit: Callable[[Fit], None] = lambda fit: None,
     allow: str | None = None,
 ) -> Run:
     """The run adapted to a support set, with the class means of the adapted features as its head.
+
+    A cosine scale that the run has learned takes the place of `config.adapting.scale`.
 
     Args:
         on_step: gets the number of iterations done, those of the choice of the learning rate included.
         stop: asked before every iteration; not 0 ends training with the current weights.
         cache_file: where `adapting.cache_prefix` keeps the frozen layers' outputs for the next time.
+        on_fit: gets how many samples are in memory at once.
         allow: the user's model factory that may be imported, `package.module:factory`.
 
     Raises:
@@ -150,13 +166,17 @@ def train_support(
     """
     if not len(support):
         raise DataError("support", "no samples", "at least one per class")
+    check_labelled(support.y, "support")
     backbone = deploy(run.model, allow=allow)
     updates = planned_updates(run, backbone.graph, config.plan)
-    x = model_input(np.asarray(support.x[:]), support.layout, backbone.input)
+    x = model_input(support, backbone.input)
     labels, ways = np.unique(support.y, return_inverse=True)
-    result = adapt(backbone, updates, x, torch.from_numpy(ways), config.adapting, rng, on_step, stop, cache_file)
+    held = _fit(backbone.graph, updates, None if config.fitting else config.adapting.micro_batch)
+    on_fit(held)
+    how = replace(config.adapting, micro_batch=held.samples) if config.fitting else config.adapting
+    result = adapt(backbone, updates, x, torch.from_numpy(ways), how, rng, on_step, stop, cache_file)
     head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=config.adapting.scale)
-    model = store(run.model, replace(backbone, tensors=result.net.tensors()))
+    model = _prepared(store(run.model, replace(backbone, tensors=result.net.tensors())), support.prepared)
     version = run.model.version + len(result.losses)
     rows = {
         "version": np.arange(run.model.version, version) + 1,
@@ -165,6 +185,16 @@ def train_support(
         "samples": np.full(len(result.losses), len(support)),
     }
     return _with_rows(replace(run, model=replace(model, head=head, version=version)), rows)
+
+
+def _prepared(model: Model, prepared: Preparation | None) -> Model:
+    """The model with how the samples were prepared that it has learnt from."""
+    return replace(model, input=replace(model.input, prepared=prepared))
+
+
+def _fit(graph: Graph, updates: Sequence[LayerUpdate], wanted: int | None) -> Fit:
+    kept = saved_activation_bytes(graph, updates)
+    return fit(kept, inference_peak_bytes(graph), max(MICRO_BATCH, wanted or 0), wanted=wanted)
 
 
 def planned_updates(run: Run, graph: Graph, plan: str | None) -> tuple[LayerUpdate, ...]:
@@ -198,6 +228,7 @@ def train_stream(
     holdout: Holdout | None = None,
     stop: Callable[[], int] = lambda: 0,
     on_step: Callable[[Update], None] = lambda update: None,
+    on_fit: Callable[[Fit], None] = lambda fit: None,
     allow: str | None = None,
 ) -> Run:
     """The run after one update per block; every block advances the version, an empty one too.
@@ -206,6 +237,7 @@ def train_stream(
         resume: a checkpoint of the same run to go on from.
         replayed: with `resume`, the stream begins anew: the blocks that were used already are passed over.
         publish: gets every version.
+        on_fit: gets how many samples are in memory at once.
         stop: asked after every update; not 0 ends training as if the stream had ended.
         allow: the user's model factory that may be imported, `package.module:factory`.
 
@@ -215,6 +247,7 @@ def train_stream(
             `run` is the run after the last good update.
     """
     trainer = _Trainer(run, config, resume, allow)
+    on_fit(trainer.held)
     if resume is not None and publish is not None and trainer.blocks:
         trainer.publish(publish)
     try:
@@ -255,20 +288,25 @@ class _Trainer:
         self.first_version = run.model.version
         self.backbone = deploy(self.base.model, allow=allow)
         updates = planned_updates(run, self.backbone.graph, config.plan)
+        self.held = _fit(self.backbone.graph, updates, config.micro_batch)
         self.learner = StreamLearner(
             self.backbone,
             updates,
             self.base.model.head,
             config.optimizing,
-            micro_batch=config.micro_batch,
+            micro_batch=self.held.samples if config.micro_batch is None else config.micro_batch,
             done=self.blocks,
+            engine=config.engine,
         )
         if state is not None:
             load_state(self.learner.optimizer, state.optimizer)
         self.rows = {name: array("d") for name in Update.__dataclass_fields__}
+        self.prepared = None if state is None else self.base.model.input.prepared
 
     def take(self, block: Block, holdout: Holdout | None) -> Update:
-        """One update from one block."""
+        """One update from one block. Raises `DataError` for one that was prepared in another way than those before."""
+        check_prepared(block.prepared, self.prepared, "stream", "the blocks before it")
+        self.prepared = self.prepared or block.prepared
         figures = self.learner.update(_batch(block, self.learner.net, self.backbone.input))
         self.blocks += 1
         measured = holdout is not None and self.blocks % holdout.every == 0
@@ -290,6 +328,7 @@ class _Trainer:
         """The run record after the updates so far."""
         model = store(self.base.model, replace(self.backbone, tensors=self.learner.net.tensors()))
         model = replace(model, head=self.learner.head(), version=self.first_version + self.blocks)
+        model = _prepared(model, self.prepared)
         columns = {name: np.array(values) for name, values in self.rows.items()}
         if np.isnan(columns["accuracy"]).all():
             del columns["accuracy"]
@@ -306,13 +345,13 @@ class _Trainer:
             return 0.0
         known = heads.extend(head, block.y, heads.class_names(block))
         for part in block.slices(256):
-            scores = self.learner.logits(model_input(np.asarray(part.x), part.layout, self.backbone.input))
+            scores = self.learner.logits(model_input(part, self.backbone.input))
             answers = np.searchsorted(known.labels, head.labels)[scores.argmax(dim=1).numpy()]
             hits += int(np.sum(answers == heads.rows(known, part.y, heads.class_names(block))))
         return hits / len(block)
 
 
-def _batch(block: Block, net: SparseNet, spec: InputSpec) -> Batch:
+def _batch(block: Block, net: TrainedNet, spec: InputSpec) -> Batch:
     """A block as model inputs, with its importance weights or else 1 / N."""
     size = len(block)
     weights = block.columns.get("weight")
@@ -323,12 +362,12 @@ def _batch(block: Block, net: SparseNet, spec: InputSpec) -> Batch:
     return Batch(_source(block, net, spec), np.asarray(block.y), np.asarray(weights), heads.class_names(block))
 
 
-def _source(block: Block, net: SparseNet, spec: InputSpec) -> Source:
+def _source(block: Block, net: TrainedNet, spec: InputSpec) -> Source:
     """Where training on a block starts: at the model's input, or behind the frozen layers where `select` ran them."""
     if not len(block):
         return torch.zeros(0, *spec.shape)
     if "boundary" not in block.facts:
-        return model_input(np.asarray(block.x[:]), block.layout, spec)
+        return model_input(block, spec)
     if block.facts["boundary"] != " ".join(net.boundary):
         found, expected = f"features of {block.facts['boundary']}", f"those of {' '.join(net.boundary)}"
         raise DataError("stream", found, expected, "train the plan that `select` was given")

@@ -90,6 +90,19 @@ def test_links_between_pages_lead_somewhere():
     assert broken == []
 
 
+def test_pages_that_the_code_cites_are_pages_of_the_project():
+    cited = set()
+    for folder, pattern in (
+        ("stages", r"[\w./-]+\.md\b"),
+        ("edgetrain_cli", r"[\w./-]+\.md\b"),
+        ("tests", r"\bdocs/[\w./-]+\.md\b"),
+    ):
+        for path in (ROOT / folder).rglob("*.py"):
+            cited |= {(str(path.relative_to(ROOT)), page) for page in re.findall(pattern, path.read_text())}
+    assert len(cited) > 5
+    assert [(path, page) for path, page in sorted(cited) if not (ROOT / page).is_file()] == []
+
+
 if __name__ == "__main__":
     FORMAT.write_text(with_schema(FORMAT.read_text()))
     MANUAL.write_text(manual())

@@ -1,23 +1,26 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from stages.artifacts.records import Block, Head, Model, Run
+from stages.artifacts.records import Block, Head, Model, Preparation, Run
 from stages.errors import BudgetError, DataError, UsageError
 from stages.evaluation import Tasks, evaluate, evaluate_tasks, identity
-from stages.fsl.episodes import FixedShape
 from stages.methods.registry import METHODS
 from stages.methods.results import header_line, merge_results, read_results, row_line, summarise
 from stages.models.deploy import state
 from stages.models.registry import build, input_spec
-from stages.sparse.adaptation import Adapting
 from tests.test_pretraining import random_run, squares
 
 QUICK = Tasks(
     tasks=3,
     methods=("none", "last-layer", "tinytrain"),
-    shape=FixedShape(ways=3, shots=3, queries=2),
-    adapting=Adapting(iterations=2, learning_rates=(0.0, 3e-3), folds=2),
+    ways=3,
+    shots=3,
+    queries=2,
+    iterations=2,
+    folds=2,
     measure=False,
 )
 
@@ -107,7 +110,7 @@ def test_an_evaluation_is_the_same_one_with_other_methods_but_not_with_other_set
         return {key: value for key, value in found.items() if key != "methods"}
 
     assert told(methods=("full",)) == told(shard=(1, 2)) == told()
-    assert told(adapting=Adapting(iterations=7)) != told()
+    assert told(iterations=7) != told()
 
 
 def settings(config):
@@ -160,3 +163,22 @@ def test_the_help_names_every_method():
 
     named = command.__doc__.split("Methods:")[1].split("and every named plan")[0].replace(",", " ").split()
     assert set(METHODS) - set(named) == set()
+
+
+def test_samples_that_were_prepared_in_another_way_are_refused():
+    run, plain, ink = linear_run(TWO), Preparation(of="pictures"), Preparation(of="pictures", invert=True)
+    spec = replace(run.model.input, prepared=plain)
+    learnt = replace(run, model=replace(run.model, input=spec))
+    with pytest.raises(DataError, match="inverted pictures, expected as they are, as in those that the model learnt"):
+        evaluate(learnt, [replace(SAMPLES, prepared=ink)])
+    same = [evaluate(learnt, [replace(SAMPLES, prepared=how)]).classes for how in (None, plain)]
+    assert same == [evaluate(run, [SAMPLES]).classes] * 2
+    support = replace(SAMPLES, prepared=ink)
+    assert evaluate(learnt, [replace(SAMPLES, prepared=ink)], support=support).samples == 4
+    with pytest.raises(DataError, match="pictures as they are, expected inverted"):
+        evaluate(learnt, [replace(SAMPLES, prepared=plain)], support=support)
+
+
+def test_samples_without_a_label_are_not_counted_as_wrong():
+    with pytest.raises(DataError, match="1 of 4 samples have no label"):
+        evaluate(linear_run(TWO), [replace(SAMPLES, y=np.array([3, 3, 8, -1]))])

@@ -25,9 +25,9 @@ from stages.importing import (
     numbers,
     read_weights,
 )
-from stages.models.deploy import deploy, fold
+from stages.models.deploy import deploy
 from stages.models.registry import build
-from stages.models.tracing import trace
+from tests.models import nets
 from tests.models.nets import Classifier, randomise, write_module
 from tests.realdata import real
 
@@ -66,7 +66,7 @@ def as_hdf5(tensors: Mapping[str, Array]) -> bytes:
 
 def folded() -> dict[str, Array]:
     module = randomise(build(ARCH, SMALL))
-    return {name: value.numpy() for name, value in fold(*trace(module, (1, 28, 28)))[1].items()}
+    return {name: value.numpy() for name, value in nets.folded(module, (1, 28, 28))[1].items()}
 
 
 def save(path: Path, content: Any) -> Path:
@@ -234,7 +234,7 @@ def test_two_orders_that_both_fit_are_refused(tmp_path: Path, monkeypatch: pytes
             lambda s: s.update({"blocks.00.conv.weight": torch.zeros(8, 3, 3, 3)}),
             r"blocks.00.conv.weight: shape \(8, 3, 3, 3\), expected",
         ),
-        (lambda s: s.update({"head.weight": torch.zeros(4, 3)}), "head.weight: not a tensor of this architecture"),
+        (lambda s: s.update({"head.weight": torch.zeros(4, 3)}), "head.weight: not a tensor of this model"),
         (lambda s: s["blocks.00.conv.weight"].fill_(float("inf")), "blocks.00.conv.weight: a value that is not finite"),
         (lambda s: s.update({"note": "text"}), "note: a str, expected a tensor"),
     ],
@@ -304,11 +304,11 @@ def test_a_users_classifier(user_code: str, bias: bool, tmp_path: Path) -> None:
     x = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         expected = module(x)
-    features = deploy(kept, allow=user_code).features(x)
+    features = deploy(kept).features(x)
     assert kept.head is not None
     torch.testing.assert_close(features @ torch.tensor(kept.head.weight).T + torch.tensor(kept.head.bias), expected)
-    torch.testing.assert_close(deploy(whole, allow=user_code).features(x), expected)
-    assert torch.equal(deploy(dropped, allow=user_code).features(x), features)
+    torch.testing.assert_close(deploy(whole).features(x), expected)
+    assert torch.equal(deploy(dropped).features(x), features)
     assert dropped.head is whole.head is None
     assert "fc.weight" in whole.tensors
     assert "fc.weight" not in dropped.tensors

@@ -14,9 +14,11 @@ from PIL import Image
 
 from edgetrain_cli.commands.join import join as join_command
 from edgetrain_cli.commands.pack import pack as pack_command
-from stages.artifacts.records import Block
+from stages.artifacts.hdf5 import decode, encode
+from stages.artifacts.records import Block, Preparation
 from stages.artifacts.stream import open_records
 from stages.data.blocks import join_blocks
+from stages.data.reading import Form
 from stages.data.samples import ArrayReader, OnBad, Source
 from stages.errors import DataError, InputMissing, UsageError
 from stages.joining import join
@@ -92,6 +94,31 @@ def test_shares_of_one_seed_are_disjoint_and_complete(seed: int, first: int, sec
     assert Counter(data.y[more].tolist()) == {0: second, 1: second, 5: second}
 
 
+def packed_or_too_few(data: Source, seed: int, **how: object) -> list[Block] | None:
+    """None where the condition cuts into a share, which is refused."""
+    try:
+        return packed(data, seed, **how)
+    except DataError as error:
+        if "pack what --where chooses into a file first" not in str(error):
+            raise
+        return None
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 99), st.sampled_from(["", "user!=3", "user=1,2,3"]), st.sampled_from([(), ("bee",)]))
+def test_shares_are_disjoint_whatever_else_chooses(seed: int, where: str, classes: tuple[str, ...]) -> None:
+    data = source([0] * 9 + [1] * 8, ("ant", "bee"), user=[i % 4 for i in range(17)])
+    how = {"where": (Condition.parse(where),) if where else (), "classes": classes}
+    wanted = packed_or_too_few(data, seed, per_class=3, **how)
+    if wanted is None:
+        return
+    support = rows_of(wanted)
+    for other in ({}, how):
+        assert not {*support} & {*rows_of(packed(data, seed, skip_per_class=3, **other))}
+    whole = rows_of(packed(data, seed, per_class=3))
+    assert {*support} <= {*whole}
+
+
 def test_shares_in_order_keep_the_order_of_the_source() -> None:
     rows = rows_of(packed(source([0, 1, 2] * 10), per_class=5, shuffle=False))
     assert rows == sorted(rows)
@@ -120,11 +147,19 @@ def test_where_on_numbers_texts_and_labels() -> None:
     assert where("user!=ann,eve") == [1]
     assert where("split=1", "user=ann") == [2]
     assert where("label!=0") == [1, 2, 3]
+    named = source([0, 1, 1, 2], ("10", "11", "2"))
+    assert rows_of(packed(named, shuffle=False, where=(Condition.parse("class=2"),))) == [3]
     for text, message in (("hour=1", "no column 'hour'"), ("split=one", "a number"), ("split", "COLUMN=VALUE")):
         with pytest.raises(UsageError, match=message):
             where(text)
+    for text, message in (
+        ("split=7", r"no sample with split=7, expected values such as 0, 1"),
+        ("user!=zoe", r"no sample with user=zoe, expected values such as ann, bob, eve"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            where(text)
     with pytest.raises(DataError, match="no sample is left of 4"):
-        where("split=7")
+        where("split=0", "label=3")
 
 
 def test_classes_by_name_or_number_keep_their_labels_and_names(tmp_path: Path) -> None:
@@ -149,9 +184,13 @@ def test_limit_comes_after_the_order() -> None:
 
 
 def test_labels_that_cannot_be() -> None:
-    with pytest.raises(DataError, match=r"label -1.*label!="):
+    with pytest.raises(DataError, match=r"here: sample 1: no label \(1 such samples\).*class!=-1.*--unlabelled"):
         packed(source([0, -1]))
     assert rows_of(packed(source([0, -1]), where=(Condition.parse("label!=-1"),))) == [0]
+    (kept,) = packed(source([0, -1], ("ant",)), unlabelled=True, shuffle=False)
+    assert (kept.y.tolist(), kept.names) == ([0, -1], ("ant",))
+    with pytest.raises(DataError, match=r"label -2 .*class!=-2"):
+        packed(source([0, -2]))
     with pytest.raises(DataError, match="label 2"):
         packed(source([0, 2], ("ant", "bee")))
 
@@ -184,6 +223,27 @@ def test_samples_with_nan_fail_or_are_skipped_and_counted() -> None:
         BadSamples("ignore")
 
 
+def test_a_class_whose_samples_are_all_bad_does_not_vanish() -> None:
+    data = replace(source([0, 1, 1], ("ant", "bee")), reader=ArrayReader(np.array([[np.nan], [1.0], [2.0]])))
+    with pytest.raises(DataError, match="none of the 1 samples of class ant can be used"):
+        list(pack(data, Packing(), generator(0, "pack"), on_bad=BadSamples("skip")))
+
+
+def test_blocks_say_how_samples_were_prepared_and_where_they_came_from() -> None:
+    files = np.array([b"a/0.png", b"a/1.png"])
+    before = Preparation(of="pictures", size=(2, 2), fit="crop")
+    pixels = ArrayReader(np.zeros((2, 2, 2), np.uint8))
+    data = Source("here", np.array([0, 0]), pixels, "NHW", files=files, prepared=before)
+    (block,) = packed(data, form=Form(invert=True), shuffle=False)
+    assert block.prepared == replace(before, invert=True)
+    assert block.columns["source"].tolist() == files.tolist()
+    again = decode(encode(block))
+    assert isinstance(again, Block)
+    assert (again.prepared, again.columns["source"].tolist()) == (block.prepared, files.tolist())
+    with pytest.raises(DataError, match="pictures as they are, expected inverted"):
+        join_blocks([block, replace(block, prepared=before)])
+
+
 def test_noise_is_marked_and_the_truth_kept() -> None:
     data = source([0, 1, 2, 3] * 25, user=list(range(100)))
     block = join_blocks(packed(data, label_noise=0.4, feature_noise=0.2, noise_std=5.0, block_length=7))
@@ -205,6 +265,7 @@ def test_facts_and_columns_cannot_pass_for_a_blocks_own() -> None:
     data = replace(source([0, 1], **{"a/b": [1, 2]}), facts={"end": 3, "rate": 8})
     (block,) = packed(data)
     assert block.facts == {"rate": 8}
+    assert block.prepared == Preparation(of="arrays")
     assert "a_b" in block.columns
 
 
@@ -236,16 +297,20 @@ def test_memory_is_bounded_by_a_span() -> None:
         {"limit": 0},
         {"label_noise": 1.5},
         {"feature_noise": -0.1},
-        {"dtype": "float64"},
-        {"scale": 0.0},
-        {"scale": float("nan")},
         {"noise_std": 0.0},
+        {"unlabelled": True, "per_class": 3},
     ],
     ids=str,
 )
 def test_packing_checks_itself(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="--" + next(iter(wrong)).replace("_", "-")):
         Packing(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "float64"}, {"scale": 0.0}, {"scale": float("nan")}], ids=str)
+def test_forms_check_themselves(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="--" + next(iter(wrong))):
+        Form(**wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------------- join
@@ -256,6 +321,20 @@ def test_join_refuses_more_than_fits() -> None:
     assert len(join(blocks, max_bytes=40)) == 10
     with pytest.raises(DataError, match=r"after 2 blocks.*--max-record"):
         join(blocks, max_bytes=39)
+
+
+def test_join_says_what_it_leaves_out() -> None:
+    one, other = (packed(source([0, 1], user=[1, 2]))[0] for _ in range(2))
+    notes: list[str] = []
+    plain = replace(other, columns={"index": other.columns["index"]}, facts={"day": 2})
+    joined = join([replace(one, facts={"day": 1}, per_class={"seen": np.ones(2)}, labels=np.arange(2)), plain],
+                  max_bytes=99, on_note=notes.append)  # fmt: skip
+    assert set(joined.columns) == {"index"}
+    assert notes == [
+        "left out columns that not all blocks share: user",
+        "left out facts that not all blocks share: day",
+        "left out counts per class that not all blocks share: seen",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

@@ -63,8 +63,8 @@ def test_a_negative_lag_is_refused():
 
 def test_training_behind_the_frozen_layers_equals_training_from_the_input():
     plain, sent = (
-        simulate(new_run(), [samples(110)], pipeline(1, selection=Selection(batch=4, send_features=send)))
-        for send in (False, True)
+        simulate(new_run(), [samples(110)], pipeline(1, selection=Selection(batch=4, send=send)))
+        for send in ("samples", "features")
     )
     assert plain.model.version == sent.model.version == 6
     for name, tensor in plain.model.tensors.items():
@@ -73,6 +73,6 @@ def test_training_behind_the_frozen_layers_equals_training_from_the_input():
 
 
 def test_features_of_another_plan_are_refused():
-    settings = pipeline(1, selection=Selection(batch=4, send_features=True))
+    settings = pipeline(1, selection=Selection(batch=4, send="features"))
     with pytest.raises(DataError, match="features of"):
         simulate(new_run(), [samples(110)], replace(settings, training=replace(settings.training, plan="full")))

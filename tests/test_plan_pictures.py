@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetrain_cli.console import render
-from edgetrain_cli.plots import plan as pictures
-from edgetrain_cli.plots.plan import SUFFIXES, draw_plan, plot_plan
+from edgetrain_cli.plots.picture import SUFFIXES
+from edgetrain_cli.plots.plan import draw_plan, plot_plan
 from edgetrain_cli.plots.plan_tree import HEIGHTS, WIDTH, channel_bar, plan_tree
 from stages.artifacts.records import InputSpec, LayerUpdate, Model, Plan, Profile, Run, Scores
 from stages.errors import PartMissing, UsageError
@@ -77,21 +77,23 @@ def test_the_tree_says_what_trains_and_how_much_of_the_budgets_it_takes():
     assert "120 of 240 output channels (50 %)" in text
     assert "12 of 96 output channels (12.5 %), 96 biases" in text
     assert "  160 biases" in text
-    assert "0.9 of 1 MB, paper model (90 %)" in text
-    assert "6 of 8 million MACs (75 %)" in text
+    assert "0.9 of 1 MiB (90 %)" in text
+    assert "6 of 8 M MACs (75 %)" in text
     assert "█" * 15 + "░" * 5 in text
     assert text.index("blocks.14") < text.index("blocks.19")
 
 
 def test_the_tree_of_a_plan_without_budgets_gives_its_cost_alone():
     text = render(plan_tree(a_run(budgets={}).plan), to_terminal=False)
-    assert "0.9 MB, paper model" in text
+    assert "0.9 MiB" in text
     assert "░" not in text
 
 
 def test_the_tree_compares_the_score_with_the_optimum():
     text = render(plan_tree(a_run(budgets={"score": 300.0, "optimum_score": 400.0}).plan), to_terminal=False)
-    assert "300 of 400 that the optimum reaches (75 %)" in text
+    assert "75 % of what the best plan within the budgets has" in text
+    text = render(plan_tree(a_run(budgets={"score": 300.0}).plan), to_terminal=False)
+    assert "300; the search for the optimum was given up" in text
 
 
 # -------------------------------------------------------------------------------------------------------- the picture
@@ -177,6 +179,6 @@ def test_what_keeps_a_picture_from_being_drawn(tmp_path, monkeypatch):
         plot_plan(a_run(), tmp_path / "plan.bmp")
     with pytest.raises(UsageError, match="edgetrain profile"):
         plot_plan(replace(a_run(), profile=None), tmp_path / "plan.png")
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    monkeypatch.setattr("edgetrain_cli.plots.picture.find_spec", lambda name: None)
     with pytest.raises(PartMissing, match="matplotlib"):
         plot_plan(a_run(), tmp_path / "plan.png")

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from stages.artifacts.hdf5 import decode, encode
-from stages.artifacts.records import Array, Block, Head, InputSpec
-from stages.errors import DataError, InputMissing, UsageError
+from stages.artifacts.records import Array, Block, Head, Preparation
+from stages.data.doors import blocks_for_model
+from stages.errors import DataError, UsageError
 from stages.importing import Importing, import_model
 from stages.models.deploy import Backbone, deploy
 from stages.models.heads import probabilities
@@ -24,7 +25,6 @@ from stages.models.inputs import adapt
 from stages.predicting import (
     Predictions,
     chunks_of_blocks,
-    chunks_of_images,
     csv_header,
     csv_lines,
     format_of,
@@ -140,38 +140,28 @@ def folder_of_images(folder: Path) -> Array:
     return x[[1, 0, 2]]
 
 
-def test_a_folder_of_images_is_read_in_order_of_name(
-    backbone: Backbone, head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_images_is_read_in_order_of_name(backbone: Backbone, head: Head, tmp_path: Path) -> None:
     x = folder_of_images(tmp_path)
-    listed = sorted(tmp_path.rglob("*"), reverse=True)
-    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: listed)
-    found = list(predict(backbone, head, chunks_of_images(tmp_path, backbone.input, 2)))
+    blocks = blocks_for_model(tmp_path, backbone.input, labelled=False)
+    found = list(predict(backbone, head, chunks_of_blocks(blocks, 2)))
     assert [name for part in found for name in part.chunk.names] == ["a.PNG", "b.png", "sub/c.bmp"]
     expected = probabilities(head, backbone.features(adapt(x, "NHW", backbone.input)))
     np.testing.assert_allclose(np.concatenate([part.probability for part in found]), expected, rtol=1e-4)
     assert {row[2] for row in rows(found[0], head)} == {""}
     assert "label" not in json.loads(json_lines(found[0], head).splitlines()[0])
-    with pytest.raises(DataError, match="without labels"):
-        with_columns(found[0])
+    written = decode(encode(with_columns(found[0])))
+    assert isinstance(written, Block)
+    assert written.y.tolist() == [-1, -1]
+    assert written.columns["source"].tolist() == [b"a.PNG", b"b.png"]
 
 
-def test_colour_and_size_follow_the_model(tmp_path: Path) -> None:
-    folder_of_images(tmp_path)
-    parts = list(chunks_of_images(tmp_path, InputSpec("image", (3, 10, 12)), 64))
-    assert [part.block.x.shape for part in parts] == [(3, 10, 12, 3)]
-
-
-def test_folders_that_hold_nothing_to_predict(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no picture")
-    spec = InputSpec("image", (1, 28, 28))
-    with pytest.raises(InputMissing, match="no images"):
-        list(chunks_of_images(tmp_path, spec, 4))
-    (tmp_path / "broken.png").write_bytes(b"no png")
-    with pytest.raises(DataError, match=r"broken\.png"):
-        list(chunks_of_images(tmp_path, spec, 4))
-    with pytest.raises(UsageError, match="reads features"):
-        list(chunks_of_images(tmp_path, InputSpec("features", (3,)), 4))
+def test_samples_that_were_prepared_in_another_way_are_refused(backbone: Backbone, head: Head) -> None:
+    learnt = Preparation(of="pictures", invert=True)
+    other = replace(block(), prepared=Preparation(of="pictures"))
+    with pytest.raises(DataError, match="pictures as they are, expected inverted, as in those that the model learnt"):
+        list(predict(backbone, head, chunks_of_blocks([other], 9), learnt=learnt))
+    for same in (block(), replace(other, prepared=learnt)):
+        assert list(predict(backbone, head, chunks_of_blocks([same], 9), learnt=learnt))
 
 
 # ------------------------------------------------------------------------------------------------------------- heads
@@ -184,13 +174,33 @@ def test_the_head_is_the_records_or_that_of_the_support(backbone: Backbone, head
     assert head_for(replace(model, head=head), backbone, None, 4) is head
     made = head_for(replace(model, head=head), backbone, block(7), 2)
     assert made.names == NAMES
+    learned = replace(head, kind="prototypes", scale=31.0)
+    assert head_for(replace(model, head=learned), backbone, block(7), 2).scale == 31.0
+    assert made.scale == 10.0
     features = backbone.features(adapt(images(7), "NHW", backbone.input))
     np.testing.assert_allclose(made.weight[0], features[torch.arange(7) % 3 == 0].mean(0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "scale"), [("prototypes", 25.0), ("linear", 10.0)])
+def test_a_supports_head_has_the_scale_that_the_record_has_learned(backbone, head, kind, scale) -> None:
+    """Meta-training learns it with the backbone: another one makes the same answers surer or less sure."""
+    model = replace(import_model(Importing(arch="cnn4", arch_args={"width": 8})).model, head=replace(head, kind=kind))
+    known = replace(model, head=replace(model.head, scale=25.0))
+    assert head_for(known, backbone, block(7), 2).scale == scale
+
+
 @pytest.mark.parametrize(
     ("out", "wanted", "expected"),
-    [("-", None, "table"), ("a.csv", None, "csv"), ("a.h5", None, "hdf5"), ("a.csv", "jsonl", "jsonl")],
+    [
+        ("-", None, "table"),
+        ("a.csv", None, "csv"),
+        ("a.CSV", None, "csv"),
+        ("a.h5", None, "hdf5"),
+        ("a.txt", None, "table"),
+        ("/dev/null", None, "table"),
+        ("a.csv", "jsonl", "jsonl"),
+        ("a.json", "jsonl", "jsonl"),
+    ],
 )
 def test_format_by_name(out: str, wanted: str | None, expected: str) -> None:
     assert format_of(out, wanted) == expected
@@ -200,6 +210,9 @@ def test_wrong_settings(backbone: Backbone) -> None:
     wrong: Any = "xml"
     with pytest.raises(UsageError, match="'xml', expected table, csv, jsonl, hdf5"):
         format_of("-", wrong)
+    for name in ("a.json", "a.tsv", "b.png"):
+        with pytest.raises(UsageError, match=r"suffix '\.\w+', expected \.txt, \.csv, \.jsonl.*--format"):
+            format_of(name, None)
     with pytest.raises(UsageError, match="--micro-batch"):
         list(chunks_of_blocks([block()], 0))
     with pytest.raises(DataError, match="no run record before the samples"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.artifacts.hdf5 import decode, encode
-from stages.artifacts.records import Block, Model, Run
+from stages.artifacts.records import Block, Model, Preparation, Run
 from stages.errors import DataError, PartMissing, UsageError
 from stages.fsl.episodes import FixedShape
 from stages.fsl.meta_training import Epoch, Learner, _gradients, train_epoch
@@ -16,17 +16,26 @@ from stages.fsl.schedule import WarmCosine
 from stages.fsl.team import ALONE, Team
 from stages.models.deploy import deploy, state, store
 from stages.models.registry import build, input_spec
-from stages.pretraining import CHECKPOINT, STAGE, Pretraining, Supervised, Validation, pretrain, trainable
+from stages.pretraining import CHECKPOINT, STAGE, Pretraining, pretrain, trainable
 
 ARGS = {"width": 4, "size": 16}
 SHAPE = FixedShape(ways=3, shots=2, queries=2)
 CONFIG = Pretraining(
-    schedule=WarmCosine(epochs=3, rate=0.05, warmup_epochs=1),
+    epochs=3,
+    lr=0.05,
+    warmup_epochs=1,
     steps=3,
     per_step=2,
-    shape=SHAPE,
+    ways=3,
+    shots=2,
+    queries=2,
+    repeat=False,
     batchnorm="train",
-    validation=Validation(tasks=4, shape=SHAPE, share=0.3),
+    validation_tasks=4,
+    validation_ways=3,
+    validation_shots=2,
+    validation_queries=2,
+    validation_share=0.3,
 )
 
 
@@ -59,10 +68,11 @@ def test_training_learns_and_leaves_the_run_alone():
     before = encode(start)
     config = replace(
         CONFIG,
-        schedule=WarmCosine(epochs=4, rate=0.05, warmup_epochs=0),
+        epochs=4,
+        warmup_epochs=0,
         steps=5,
-        augmentation="none",
-        validation=Validation(tasks=0),
+        augment="none",
+        validation_tasks=0,
     )
     result = pretrain(start, [squares()], config, seed=0)
     assert encode(start) == before
@@ -79,8 +89,8 @@ def test_the_scale_is_learned_and_kept_in_a_head_without_classes():
     assert back.model.head.scale in result.metrics[STAGE]["scale"]
     assert back.model.head.scale != CONFIG.scale
     # a second training starts from the scale of the first
-    still = WarmCosine(epochs=1, rate=0.0, warmup_epochs=0, least_rate=0.0)
-    again = pretrain(back, [squares()], replace(CONFIG, schedule=still), seed=0)
+    still = replace(CONFIG, epochs=1, lr=0.0, warmup_epochs=0, least_lr=0.0)
+    again = pretrain(back, [squares()], still, seed=0)
     assert again.model.head.scale == back.model.head.scale
 
 
@@ -118,8 +128,8 @@ def test_the_best_weights_on_validation_are_kept():
 
 
 def test_patience_ends_training():
-    flat = replace(CONFIG, schedule=WarmCosine(epochs=9, rate=0.0, warmup_rate=0.0, least_rate=0.0))
-    config = replace(flat, batchnorm="frozen", validation=replace(CONFIG.validation, patience=2))
+    flat = replace(CONFIG, epochs=9, lr=0.0, warmup_epochs=5, warmup_lr=0.0, least_lr=0.0)
+    config = replace(flat, batchnorm="frozen", patience=2)
     result = pretrain(random_run(), [squares()], config, seed=0)
     # nothing ever gets better than the first epoch: two more are waited for
     assert len(result.metrics[STAGE]["epoch"]) == 3
@@ -127,8 +137,7 @@ def test_patience_ends_training():
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_resumed_training_is_bit_equal(stop_after):
-    schedule = WarmCosine(epochs=2, rate=0.05, warmup_epochs=0)
-    config = replace(CONFIG, supervised=Supervised(epochs=2, batch=8), schedule=schedule)
+    config = replace(CONFIG, supervised_epochs=2, supervised_batch=8, epochs=2, warmup_epochs=0)
     saved = []
     whole = pretrain(random_run(), [squares()], config, seed=0, save=lambda run: saved.append(encode(run)))
     assert len(saved) == 4
@@ -176,14 +185,14 @@ def test_data_that_does_not_suffice(data, message):
 def test_small_classes_are_refused_or_left_out():
     data = squares()
     data = data.take(np.flatnonzero((data.y != 4) | (np.arange(len(data)) % 6 == 0)))
-    config = replace(CONFIG, validation=Validation(tasks=0))
+    config = replace(CONFIG, validation_tasks=0)
     with pytest.raises(DataError, match="class 4: 1 samples"):
         pretrain(random_run(), [data], config, seed=0)
-    pretrain(random_run(), [data], replace(config, skip_small=True), seed=0)
+    pretrain(random_run(), [data], replace(config, on_bad="skip"), seed=0)
 
 
 def test_a_loss_that_is_not_finite_ends_training():
-    config = replace(CONFIG, schedule=WarmCosine(epochs=3, rate=1e30, warmup_epochs=0), validation=Validation(tasks=0))
+    config = replace(CONFIG, lr=1e30, warmup_epochs=0, validation_tasks=0)
     with pytest.raises(DataError, match="a loss of"):
         pretrain(random_run(), [squares()], config, seed=0)
 
@@ -203,7 +212,7 @@ def test_everything_is_computed_on_the_device(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, of_meta(lambda tensor, value=value: value, getattr(torch.Tensor, name)))
     zeros = of_meta(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), torch.Tensor.cpu)
     monkeypatch.setattr(torch.Tensor, "cpu", zeros)
-    config, saved = replace(CONFIG, supervised=Supervised(epochs=1, batch=8)), []
+    config, saved = replace(CONFIG, supervised_epochs=1, supervised_batch=8), []
     found = pretrain(random_run(), [squares()], config, seed=0, device="meta", save=saved.append)
     assert len(found.metrics[STAGE]["epoch"]) == len(saved) == 4
     pretrain(random_run(), [squares()], config, seed=0, device="meta", resume=saved[1])
@@ -217,7 +226,7 @@ def test_no_such_device():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"steps": 0}, {"batchnorm": "on"}, {"augmentation": "magic"}, {"momentum": 1.0}, {"scale": 0}], ids=str
+    "settings", [{"steps": 0}, {"batchnorm": "on"}, {"augment": "magic"}, {"momentum": 1.0}, {"scale": 0}], ids=str
 )
 def test_settings_are_checked(settings):
     with pytest.raises(UsageError):
@@ -290,3 +299,12 @@ def test_two_processes_train_as_one(tmp_path):
 def test_a_team_needs_a_fair_share():
     with pytest.raises(UsageError, match="a multiple of their number"):
         pretrain(random_run(), [squares()], CONFIG, seed=0, team=Team(0, 4))
+
+
+def test_the_run_keeps_how_all_its_samples_were_prepared():
+    config = replace(CONFIG, schedule=WarmCosine(epochs=1, rate=0.05, warmup_epochs=0), validation=Validation(tasks=0))
+    ink, paper = (Preparation(of="pictures", size=(16, 16), invert=invert) for invert in (True, False))
+    sets = [replace(squares(seed=seed), prepared=ink) for seed in (0, 1)]
+    assert pretrain(random_run(), sets, config, seed=0).model.input.prepared == ink
+    mixed = [sets[0], replace(sets[1], prepared=paper)]
+    assert pretrain(random_run(), mixed, config, seed=0).model.input.prepared is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edgetrain_cli.plots.profile import plot_profile
-from edgetrain_cli.profile_table import profile_table, total_rows
+from edgetrain_cli.tables.profile import profile_table, total_rows
 from stages.artifacts.hdf5 import decode, encode
 from stages.artifacts.records import Model, Profile, Run
 from stages.cost.latency import COLUMNS, durations
@@ -151,12 +151,12 @@ def test_the_table_has_a_row_per_layer(small):
 
     for config in ({"measure": False}, {"repeats": 1}):
         profile = profile_of(small, **config)
-        console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
         console.print(profile_table(profile))
         console.file.close()
         text = console.export_text()
         assert all(layer in text for layer in profile.layer)
-        assert ("forward pass, measured" in text) == ("repeats" in config)
+        assert ("full training step" in text) == ("repeats" in config)
 
 
 def test_a_total_that_is_not_there_is_not_shown(small):
@@ -179,6 +179,6 @@ def test_the_picture_says_what_it_needs(small, monkeypatch):
     profile = profile_of(small, measure=False)
     with pytest.raises(UsageError, match=r"\.png"):
         plot_profile(profile, Path("cost.gif"))
-    monkeypatch.setattr("edgetrain_cli.plots.profile.find_spec", lambda name: None)
+    monkeypatch.setattr("edgetrain_cli.plots.picture.find_spec", lambda name: None)
     with pytest.raises(PartMissing, match="pip install"):
         plot_profile(profile, Path("cost.png"))

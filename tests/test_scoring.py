@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 
 from stages.artifacts.hdf5 import decode, encode
-from stages.artifacts.records import Block, Head, Model, Profile, Run
+from stages.artifacts.records import Block, Head, InputSpec, Model, Profile, Run
 from stages.cost.model import last_blocks
 from stages.cost.training import live_values, memory_bytes, plan_backward_macs
 from stages.errors import BudgetError, DataError, UsageError
 from stages.importance.criteria import CRITERIA
 from stages.importance.fisher import fisher_bytes, fisher_pass
 from stages.importance.tasks import build_task
+from stages.importing import Importing, import_model
+from stages.methods.layer_scores import SEARCHES
 from stages.models import registry
 from stages.models.deploy import deploy, store
 from stages.planning.channels import top_channels
+from stages.planning.knapsack import Limits
 from stages.planning.layers import SELECTORS
 from stages.planning.shortcuts import residual_entries
 from stages.scoring import Scoring, score_layers
@@ -114,6 +117,63 @@ def test_the_scores_are_the_criterion_of_the_fisher_pass():
     np.testing.assert_allclose(found.scores.score, expected, rtol=1e-4)
     assert len(found.scores.layer) == 6 == len(found.scores.output_fisher)
     assert {len(values) for values in found.scores.input_fisher} == {op.in_channels for op in ops}
+
+
+DENSE = "tests.models.nets:dense_net"
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """A small DenseNet: its BatchNorms that stand behind a concatenation stay layers of their own."""
+    spec = InputSpec("image", (3, 32, 32), (1 / 127.5,) * 3, (-1.0,) * 3)
+    return import_model(Importing(arch=DENSE, arch_args={"growth": 4, "depth": 2}, input=spec))
+
+
+def dense_score(run, **settings):
+    config = Scoring(**{"micro_batch": 9, "blocks": 100} | settings)
+    return score_layers(run, SUPPORT, config, rng=np.random.default_rng(0), allow=DENSE)
+
+
+def scale_only(run):
+    graph = deploy(run.model, allow=DENSE).graph
+    return {op.name for op in graph.layers if op.is_depthwise and set(op.kernel) == {1}}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_batchnorm_kept_as_a_layer_is_no_candidate(dense, search):
+    found = dense_score(dense, search=search)
+    norms = scale_only(dense)
+    assert len(norms) == 9
+    assert norms.isdisjoint(found.scores.layer)
+    assert len(found.scores.layer) >= 6
+    assert norms.isdisjoint(found.plan.layers)
+
+
+def test_a_batchnorm_kept_as_a_layer_is_a_candidate_where_it_is_asked_for(dense):
+    """It wins then, by its few weights and MACs: the reason why it has to be asked for."""
+    scores = dense_score(dense, layers="all").scores
+    best = dict(zip(scores.layer, scores.score, strict=True))
+    norms = scale_only(dense)
+    assert max(best, key=best.__getitem__) in norms
+    assert norms < best.keys()
+    others = np.median([best[name] for name in best if name not in norms])
+    assert np.median([best[name] for name in norms]) > 10 * others
+
+
+def test_where_only_batchnorms_are_left_the_message_says_what_to_do(dense):
+    with pytest.raises(UsageError, match=r"--layers filters.*none in the last 1.*--layers all"):
+        dense_score(dense, blocks=1)
+
+
+def test_an_optimum_that_is_only_compared_with_may_be_given_up(monkeypatch):
+    """The plan is the same; it does not claim to know the optimum."""
+    plain = score(blocks=2).plan
+    monkeypatch.setattr("stages.scoring.COMPARISON", Limits(100, 10))
+    found = score(blocks=2).plan
+    assert "optimum_score" not in found.facts
+    assert found == replace(
+        plain, facts={name: value for name, value in plain.facts.items() if name != "optimum_score"}
+    )
 
 
 def test_live_channels_are_those_of_highest_fisher():

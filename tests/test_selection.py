@@ -9,11 +9,12 @@ import torch
 from stages.artifacts.hdf5 import encode
 from stages.artifacts.live import Version
 from stages.artifacts.records import Block, End, Head, InputSpec, LayerUpdate
+from stages.engines.torch.reference import run
 from stages.errors import DataError, UsageError
 from stages.filtering import Filtering, filter_stream
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.execute import run
-from stages.models.graph import Graph, Op
+from stages.operators import Op
 from stages.selection import Selection, Weights, _tuner, select_block, select_stream
 from stages.valuation.costs import Costs, Line
 from stages.valuation.efficiency import Decision, Option, Tuner, recorded
@@ -28,9 +29,9 @@ def backbone(seed=0):
     rng = torch.Generator().manual_seed(seed)
     ops = (
         Op("input", "input", (), (DIM,)),
-        Op("blocks.0", "linear", ("input",), (DIM,), (DIM,), bias=True, block=0),
-        Op("relu", "relu", ("blocks.0",), (DIM,), (DIM,), block=0),
-        Op("blocks.1", "linear", ("relu",), (DIM,), (DIM,), bias=True, block=1),
+        Op("blocks.0", "linear", ("input",), (DIM,), ((DIM,),), bias=True, block=0),
+        Op("relu", "relu", ("blocks.0",), (DIM,), ((DIM,),), block=0),
+        Op("blocks.1", "linear", ("relu",), (DIM,), ((DIM,),), bias=True, block=1),
     )
     tensors = {f"blocks.{i}.{n}": torch.randn(*s, generator=rng)
                for i in (0, 1) for n, s in (("weight", (DIM, DIM)), ("bias", (DIM,)))}  # fmt: skip

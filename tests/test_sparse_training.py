@@ -16,16 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.artifacts.hdf5 import decode, encode
-from stages.artifacts.records import Array, Block, Group, Head, LayerUpdate, Model, Plan, Run
+from stages.artifacts.records import Array, Block, Group, Head, LayerUpdate, Model, Plan, Preparation, Run
+from stages.engines.torch.reference import run as dense
 from stages.errors import DataError, StreamBroken, TransferError, UsageError
 from stages.fsl.augment import Augmentation
 from stages.models import heads, registry
 from stages.models.deploy import deploy, store
-from stages.models.execute import run as dense
 from stages.models.inputs import adapt as model_input
-from stages.sparse.adaptation import LEARNING_RATES, Adapting
-from stages.sparse.optimizers import Optimizing
-from stages.sparse.prefix_file import PrefixFile
 from stages.sparse_training import (
     Checkpointing,
     Holdout,
@@ -36,6 +33,9 @@ from stages.sparse_training import (
     train_stream,
     train_support,
 )
+from stages.training.adaptation import LEARNING_RATES, Adapting
+from stages.training.optimizers import Optimizing
+from stages.training.prefix_file import PrefixFile
 
 AS_IT_IS = Augmentation(probability=0)
 """The pseudo-query is the support itself."""
@@ -146,9 +146,11 @@ def test_a_streams_update_equals_dense_torch() -> None:
     assert result.metrics["train-sparse"]["loss"] == pytest.approx([loss.item()])
 
 
-@pytest.mark.parametrize("detached", [False, True])
-def test_an_adaptation_step_equals_dense_torch(detached: bool) -> None:
-    start, support = new_run(), block(7, weighted=False)
+@pytest.mark.parametrize(("detached", "scale"), [(False, 10.0), (True, 10.0), (False, 25.0)])
+def test_an_adaptation_step_equals_dense_torch(detached: bool, scale: float) -> None:
+    """The cosine scale is the one that the run's head of prototypes has learned."""
+    learned = heads.prototype_head(torch.ones(3, 8), np.arange(3), None, scale=scale) if scale != 10 else None
+    start, support = new_run(head=learned), block(7, weighted=False)
     backbone = deploy(start.model)
     x = model_input(support.x, "NHW", start.model.input)
     tensors = {name: torch.tensor(value, requires_grad=True) for name, value in start.model.tensors.items()}
@@ -156,7 +158,7 @@ def test_an_adaptation_step_equals_dense_torch(detached: bool) -> None:
     means = torch.stack([features[y == label].mean(0) for label in range(CLASSES)])
     means = means.detach() if detached else means
     cosine = functional.cosine_similarity(features[:, None], means[None], dim=2)
-    expected = dense_step(start, functional.cross_entropy(10 * cosine, y), tensors, 0.05)
+    expected = dense_step(start, functional.cross_entropy(scale * cosine, y), tensors, 0.05)
 
     result = train_support(start, support, fixed(detach_prototypes=detached), rng=rng())
 
@@ -164,7 +166,7 @@ def test_an_adaptation_step_equals_dense_torch(detached: bool) -> None:
     after = deploy(result.model).features(x)
     trained = result.model.head
     assert trained is not None
-    assert (trained.kind, trained.scale, trained.labels.tolist()) == ("prototypes", 10.0, [0, 1, 2])
+    assert (trained.kind, trained.scale, trained.labels.tolist()) == ("prototypes", scale, [0, 1, 2])
     by_hand = torch.stack([after[y == label].mean(0) for label in range(CLASSES)])
     np.testing.assert_allclose(trained.weight, by_hand.numpy(), rtol=1e-5)
 
@@ -540,3 +542,36 @@ def test_the_command_trains_on_a_stream_and_on_a_support(tmp_path: Path) -> None
     assert adapted.model.head is not None
     assert (adapted.model.head.kind, adapted.model.version) == ("prototypes", 2)
     assert adapted.history[-1].inputs.keys() == {"run.h5", "support.h5"}
+
+
+# ------------------------------------------------------------------------------------- how samples had been prepared
+
+PAPER = Preparation(of="pictures", size=(16, 16), fit="crop", invert=True)
+
+
+def test_the_run_keeps_how_the_samples_were_prepared_that_it_learnt_from() -> None:
+    adapted = train_support(new_run(), replace(block(6), prepared=PAPER), fixed(), rng=rng())
+    assert adapted.model.input.prepared == PAPER
+    (again,) = [decode(encode(adapted))]
+    assert isinstance(again, Run)
+    assert again.model.input.prepared == PAPER
+    assert train_support(adapted, block(6), fixed(), rng=rng()).model.input.prepared is None
+    trained = train_stream(new_run(), [block(6), replace(block(6), prepared=PAPER)], sgd())
+    assert trained.model.input.prepared == PAPER
+
+
+def test_a_stream_whose_samples_are_prepared_in_another_way_stops_it() -> None:
+    other = replace(block(6), prepared=replace(PAPER, invert=False))
+    with pytest.raises(
+        TrainingStopped, match=r"after 1 updates: stream: pictures as they are, expected inverted"
+    ) as stop:
+        train_stream(new_run(), [replace(block(6), prepared=PAPER), other], sgd())
+    assert stop.value.run.model.input.prepared == PAPER
+
+
+def test_samples_without_a_label_teach_nothing() -> None:
+    unlabelled = replace(block(6), y=np.array([0, 1, 2, 0, 1, -1]))
+    with pytest.raises(DataError, match="support: 1 of 6 samples have no label"):
+        train_support(new_run(), unlabelled, fixed(), rng=rng())
+    with pytest.raises(DataError, match="1 of 6 samples have no label"):
+        train_stream(new_run(), [unlabelled], sgd())

@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
-from edgetrain_cli import pipe
-from edgetrain_cli.options import Arch, In, Out, Quiet
+from edgetrain_cli.options import Arch, In, Out
+from edgetrain_cli.settings import command
+from edgetrain_cli.streams import Stage
 
 
+@command("export")
 def export(
+    io: Stage,
     source: In = "-",
     out: Out = "-",
     format: Annotated[
@@ -19,20 +22,23 @@ def export(
     ] = None,
     head: Annotated[bool, typer.Option("--head/--no-head", help="Include the head.")] = True,
     arch: Arch = None,
-    quiet: Quiet = False,
 ) -> None:
     """Write the trained model for other tools.
 
     As .safetensors, .pth (a state dict under the model's own names) or .onnx, by the name of the output.
 
-    The exported model is run once and compared with ours.
+    An .onnx model is run once and compared with ours. A state dict has every entry of the model that was imported,
+    so it loads with strict=True; the head lies in the layer that the model ends in.
 
     Example: edgetrain export adapted.h5 -o adapted.onnx
     """
-    with pipe.stage("export", locals()) as io:
-        from stages.exporting import export, format_of
+    from stages.exporting import export as export_model
+    from stages.exporting import format_of
 
-        run = io.read_run(source)
-        exported = export(run.model, format or format_of(out), head=head, allow=arch)
-        io.note(f"{exported.format}, {len(exported.data)} bytes; outputs agree to {exported.difference:.1e}")
-        io.write_bytes(exported.data, out)
+    wanted = format or format_of(out)
+    exported = export_model(io.read_run(source).model, wanted, head=head, allow=arch)
+    for note in exported.notes:
+        io.note(note)
+    agree = f"outputs agree to {exported.difference:.1e}" if exported.difference else "read back bit for bit"
+    io.note(f"{exported.format}, {len(exported.data)} bytes; {agree}")
+    io.write_bytes(exported.data, out)

@@ -28,7 +28,7 @@ def run(
 def run_words(words: Sequence[str]) -> int:
     """Run one command line in this process and return its exit code."""
     from edgetrain_cli.app import application, say
-    from edgetrain_cli.pipe import Stopped
+    from edgetrain_cli.manners import Stopped
 
     try:
         application(words[0])(list(words), prog_name="edgetrain")

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgetrain_cli import pipe
-from edgetrain_cli.options import Arch, Cpus, History, In, MaxRecord, MetricsFile, Out, Quiet, RunFile, Seed
+from edgetrain_cli.options import Arch, In, MetricsFile, Out, Recorded, RunFile, Seed
+from edgetrain_cli.settings import command
+from edgetrain_cli.streams import Stage, read_checkpoint
+from stages.settings.selection import AUTO, Selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,45 +23,17 @@ if TYPE_CHECKING:
     from stages.valuation.efficiency import Decision
 
 
+@command("select", history=True)
 def select_samples(
+    io: Stage,
+    settings: Selection,
     source: In = "-",
     out: Out = "-",
     run_file: RunFile = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Draws per round; duplicates are merged.")] = 10,
-    strategy: Annotated[
-        str,
-        typer.Option(
-            "--strategy",
-            help="Unbiased: titan, c-is, is (scored), stratified, random, all (not scored); auto chooses among them by "
-            "variance and cost. Rivals: high-loss, low-loss, entropy, ocs (scored), camel.",
-        ),
-    ] = "titan",
-    importance: Annotated[
-        str,
-        typer.Option(
-            "--importance",
-            help="Whose gradient counts: last-layer (closed form), live (what the plan trains; slow), full (slowest).",
-        ),
-    ] = "last-layer",
-    epsilon: Annotated[
-        float, typer.Option("--epsilon", min=0, max=1, help="Uniform share in the probabilities; bounds the weights.")
-    ] = 0.2,
-    unweighted: Annotated[
-        bool, typer.Option("--unweighted", help="All draws weigh alike: the paper's other reading, biased.")
-    ] = False,
-    max_batch: Annotated[
-        int | None, typer.Option("--max-batch", min=1, help="auto: largest batch it may choose; none: --batch.")
-    ] = None,
-    update_cost: Annotated[
-        float | None,
-        typer.Option("--update-cost", help="auto: forward passes that training on a sample costs; none: as measured."),
-    ] = None,
-    overlap: Annotated[
-        bool, typer.Option("--overlap", help="auto: training runs at the same time, on another processor.")
-    ] = False,
     replay: Annotated[
         str | None,
         typer.Option("--replay", metavar="FILE", help="auto: choose as the run whose --metrics FILE this is."),
+        Recorded(),
     ] = None,
     live: Annotated[
         str | None,
@@ -68,20 +42,17 @@ def select_samples(
         ),
     ] = None,
     lag: Annotated[
-        str, typer.Option("--lag", metavar="0|1|any", help="With --live: updates that weights may be behind.")
+        str,
+        typer.Option("--lag", metavar="0|1|any", help="With --live: updates that weights may be behind."),
+        Recorded(),
     ] = "1",
     until_ready: Annotated[
         bool,
         typer.Option(
             "--until-ready", help="With --live: score only as many candidates as there is time for (anytime)."
         ),
+        Recorded(),
     ] = False,
-    send: Annotated[
-        str,
-        typer.Option(
-            "--send", metavar="samples|features", help="features: chosen samples bring the frozen layers' output along."
-        ),
-    ] = "samples",
     resume: Annotated[
         str | None,
         typer.Option("--resume", metavar="FILE", help="The checkpoint that `train-sparse --resume` goes on from."),
@@ -92,10 +63,6 @@ def select_samples(
     metrics: MetricsFile = None,
     seed: Seed = 0,
     arch: Arch = None,
-    max_record: MaxRecord = "1GiB",
-    quiet: Quiet = False,
-    history: History = True,
-    cpus: Cpus = None,
 ) -> None:
     """Choose the batches worth training on.
 
@@ -119,64 +86,59 @@ def select_samples(
 
     Example: edgetrain filter < stream.h5 | edgetrain select --batch 10 | edgetrain train-sparse -o adapted.h5
     """
-    with pipe.stage("select", locals()) as io:
-        from edgetrain_cli.status import Status
-        from stages.artifacts.records import Block
-        from stages.errors import require
-        from stages.models.deploy import deploy
-        from stages.selection import AUTO, Selection, Weights, select_stream
-        from stages.valuation.anytime import Anytime
+    from edgetrain_cli.status import Status
+    from stages.artifacts.records import Block
+    from stages.errors import require
+    from stages.selection import select_stream
 
-        require(send in ("samples", "features"), "--send", repr(send), "samples or features")
-        config = Selection(
-            batch=batch,
-            strategy=strategy,
-            importance=importance,
-            epsilon=epsilon,
-            weighted=not unweighted,
-            max_batch=max_batch,
-            update_cost=update_cost,
-            overlap=overlap,
-            send_features=send == "features",
-        )
-        require(not until_ready or live is not None, "--until-ready", "without --live", "a live directory to watch")
-        require(not until_ready or lag != "0", "--until-ready", "with --lag 0", "1 or more: training while scoring")
-        require(replay is None or strategy == AUTO, "--replay", f"with --strategy {strategy}", f"--strategy {AUTO}")
-        passed = 0 if resume is None else _blocks_used(resume)
-        run, candidates = io.read_stream(source, run_file)
-        updates = None if run is None or run.plan is None else run.plan.updates
-        with io.writer(out) as writer:
-            if run is not None:
-                writer.write(run)
-            start = weights = anytime = None
-            if run is not None and (config.needs_model or config.send_features):
-                start = Weights(deploy(run.model, allow=arch), run.model.head)
-                directory = None if live is None else _directory(live, run, None if resume is None else passed)
-                weights = _weights(io, start, directory, lag, passed)
-                if until_ready and directory is not None:
-                    anytime = Anytime(directory.published_s, time)
-                    weights = _learning(anytime, weights)
-            del run  # its tensors are in `start`
-            status = Status(io, metrics)
-            for record in select_stream(
-                candidates,
-                config,
-                weights=weights,
-                updates=updates,
-                backbone=None if start is None else start.backbone,
-                ready=None if anytime is None else anytime.wanted,
-                passed=passed,
-                replayed=replayed,
-                seed=seed,
-                clock=thread_time,
-                replay=None if replay is None else _decisions(io.named(replay)),
-                on_note=io.note,
-            ):
-                writer.write(record)
-                if anytime is not None:
-                    anytime.delivered()
-                if isinstance(record, Block):
-                    status.passed(record)
+    require(not until_ready or live is not None, "--until-ready", "without --live", "a live directory to watch")
+    require(not until_ready or lag != "0", "--until-ready", "with --lag 0", "1 or more: training while scoring")
+    auto = settings.strategy == AUTO
+    require(replay is None or auto, "--replay", f"with --strategy {settings.strategy}", f"--strategy {AUTO}")
+    passed = 0 if resume is None else _blocks_used(resume)
+    run, candidates = io.read_stream(source, run_file)
+    updates = None if run is None or run.plan is None else run.plan.updates
+    with io.writer(out) as writer:
+        if run is not None:
+            writer.write(run)
+        start = weights = anytime = None
+        if run is not None and (settings.needs_model or settings.send_features):
+            start, directory = _start(run, arch), None
+            if live is not None:
+                directory = _directory(live, run, None if resume is None else passed)
+            weights = _weights(io, start, directory, lag, passed)
+            if until_ready and directory is not None:
+                anytime, weights = _learning(directory, weights)
+        del run  # its tensors are in `start`
+        status = Status(io, metrics, "choosing batches")
+        for record in select_stream(
+            candidates,
+            settings,
+            weights=weights,
+            updates=updates,
+            backbone=None if start is None else start.backbone,
+            ready=None if anytime is None else anytime.wanted,
+            passed=passed,
+            replayed=replayed,
+            seed=seed,
+            clock=thread_time,
+            replay=None if replay is None else _decisions(io.named(replay)),
+            on_note=io.note,
+        ):
+            writer.write(record)
+            if anytime is not None:
+                anytime.delivered()
+            if isinstance(record, Block):
+                status.passed(record)
+    status.close()
+
+
+def _start(run: Run, arch: str | None) -> Weights:
+    """The weights that selection begins with."""
+    from stages.models.deploy import deploy
+    from stages.selection import Weights
+
+    return Weights(deploy(run.model, allow=arch), run.model.head)
 
 
 def _decisions(metrics: Path) -> dict[int, Decision]:
@@ -207,14 +169,13 @@ def _directory(live: str, run: Run, passed: int | None) -> LiveDirectory:
 
 
 def _blocks_used(checkpoint: str) -> int:
-    from edgetrain_cli.pipe import read_checkpoint
-    from stages.sparse.checkpoints import blocks_used
+    from stages.training.checkpoints import blocks_used
 
     return blocks_used(read_checkpoint(checkpoint))
 
 
 def _weights(
-    io: pipe.Stage, start: Weights, directory: LiveDirectory | None, lag: str, first: int
+    io: Stage, start: Weights, directory: LiveDirectory | None, lag: str, first: int
 ) -> Callable[[int], Weights]:
     """Round -> weights: the run's own, or those that the live directory holds for the round."""
     from stages.artifacts.live import version_for
@@ -235,12 +196,15 @@ def _weights(
     return weights
 
 
-def _learning(anytime: Anytime, weights: Callable[[int], Weights]) -> Callable[[int], Weights]:
-    """The same weights; what they say of the trainer's updates is passed on."""
+def _learning(directory: LiveDirectory, weights: Callable[[int], Weights]) -> tuple[Anytime, Callable[[int], Weights]]:
+    """When batches are wanted, and the same weights; what these say of the trainer's updates is passed on."""
+    from stages.valuation.anytime import Anytime
+
+    anytime = Anytime(directory.published_s, time)
 
     def learn(number: int) -> Weights:
         found = weights(number)
         anytime.updates(found.update_times)
         return found
 
-    return learn
+    return anytime, learn

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain_cli.plots.picture import FAINT, INK, save
+from edgetrain_cli.plots.picture import check_plot as check_path
 from stages.artifacts.records import Plan, Profile, Run, Scores
-from stages.errors import PartMissing, UsageError
+from stages.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CHOSEN, PALE, REST, SHADE, FLOW = "#c8324a", "#efb9c1", "#9fb0c0", "#ececee", "#fdf3e3"
-INK, FAINT = "#22303c", "#66747f"
 Vector = NDArray[np.float64]
 CRITERIA = {
     "score": "Score: Fisher\nper weight and MAC",
@@ -29,7 +29,6 @@ CRITERIA = {
     "random": "Random\nnumber",
 }
 """What the criterion's bars show, in words; a criterion not listed is shown by its name."""
-SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,9 @@ def check_plot(run: Run, path: Path) -> None:
 
     `PartMissing` without matplotlib, `UsageError` for a run without profile or a suffix that is not in `SUFFIXES`.
     """
-    if path.suffix not in SUFFIXES:
-        raise UsageError("--plot", f"{path.name!r}", "a name ending in " + " or ".join(SUFFIXES))
+    check_path(path)
     if run.profile is None:
         raise UsageError("--plot", "the run has no profile to draw costs from", "", "run `edgetrain profile` before")
-    if find_spec("matplotlib") is None:
-        raise PartMissing("--plot", "matplotlib is not installed", "", "pip install 'edgetrain[plot]'")
 
 
 def plot_plan(run: Run, path: Path) -> None:
@@ -75,9 +71,8 @@ def plot_plan(run: Run, path: Path) -> None:
     check_plot(run, path)
     import matplotlib
 
-    clockless = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
-    with matplotlib.rc_context({"svg.hashsalt": "edgetrain", "font.size": 9}):
-        draw_plan(run).savefig(path, dpi=140, metadata=clockless)
+    with matplotlib.rc_context({"font.size": 9}):
+        save(draw_plan(run), path)
 
 
 def draw_plan(run: Run) -> Figure:

@@ -5,9 +5,9 @@
     │   ├── expand     ▁▃█▅▁▁▂█▁▄▁▁▇▁▁▂▁▁▃▁  60 of 240 output channels (25 %)
     │   └── depthwise  ████████████████████  240 of 240 output channels (100 %)
     └── total
-        ├── memory     ███████████████████░  0.998 of 1 MB, paper model (99.8 %)
-        ├── backward   ██████████████████░░  6.19 of 6.74 million MACs (92 %)
-        └── score      ███████████████████░  316 of 317 that the optimum reaches (99.7 %)
+        ├── memory     ███████████████████░  0.998 of 1 MiB (99.8 %)
+        ├── backward   ██████████████████░░  6.19 of 6.74 M MACs (92 %)
+        └── worth      99.7 % of what the best plan within the budgets has
 
 One character of a channel bar stands for an equal run of neighbouring channels; its height is their live share.
 """
@@ -32,10 +32,10 @@ def plan_tree(plan: Plan) -> Tree:
     tree = Tree(Text(f"Plan {plan.name}: {trained}", style="bold"))
     column = max(len("backward"), *(len(update.layer.rpartition(".")[2]) for update in plan.live))
     for block, updates in groupby(plan.live, lambda update: update.layer.rpartition(".")[0]):
-        branch = tree.add(block) if block else tree
+        branch = tree.add(Text(block)) if block else tree
         for update in updates:
             branch.add(_layer(update, column))
-    costs = tree.add("total")
+    costs = tree.add(f"total, memory by the {plan.memory_model} model")
     for line in _costs(plan, column):
         costs.add(line)
     return tree
@@ -71,13 +71,19 @@ def channel_bar(update: LayerUpdate, width: int = WIDTH) -> str:
 def _costs(plan: Plan, column: int) -> list[Text]:
     facts = plan.facts
     rows: list[tuple[str, float | None, float | None, float, str]] = [
-        ("memory", plan.memory_bytes, facts.get("budget_memory_bytes"), 2**20, f"MB, {plan.memory_model} model"),
-        ("backward", plan.backward_macs, facts.get("budget_macs"), 1e6, "million MACs"),
-        ("score", facts.get("score"), facts.get("optimum_score"), 1, "that the optimum reaches"),
-        ("scoring", facts.get("fisher_pass_bytes"), None, 2**20, "MB kept by the Fisher pass"),
+        ("memory", plan.memory_bytes, facts.get("budget_memory_bytes"), 2**20, "MiB"),
+        ("backward", plan.backward_macs, facts.get("budget_macs"), 1e6, "M MACs"),
         ("time", facts.get("latency_s"), facts.get("budget_latency_s"), 1e-3, "ms per sample"),
     ]
-    return [_cost(name.ljust(column), used, budget, size, unit) for name, used, budget, size, unit in rows if used]
+    lines = [_cost(name.ljust(column), used, budget, size, unit) for name, used, budget, size, unit in rows if used]
+    if facts.get("optimum_score"):
+        share = 100 * facts["score"] / facts["optimum_score"]
+        lines.append(Text(f"{'worth'.ljust(column)}  {share:.3g} % of what the best plan within the budgets has"))
+    elif "score" in facts:
+        lines.append(Text(f"{'worth'.ljust(column)}  {facts['score']:.3g}; the search for the optimum was given up"))
+    if "fisher_pass_bytes" in facts:
+        lines.append(Text(f"{'scoring'.ljust(column)}  held {facts['fisher_pass_bytes'] / 2**20:.3g} MiB"))
+    return lines
 
 
 def _cost(name: str, used: float, budget: float | None, size: float, unit: str) -> Text:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain_cli.plots.picture import FAINT, INK, STRIPE, check_plot, save
 from stages.artifacts.records import Profile
-from stages.errors import PartMissing, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIRST, SECOND, INK, FAINT, STRIPE = "#3a6ea5", "#e0a458", "#22303c", "#66747f", "#f3f4f6"
-SUFFIXES = (".png", ".svg", ".pdf")
+FIRST, SECOND = "#3a6ea5", "#e0a458"
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,6 @@ class Panel:
     """Meaning -> value per layer (L,); a single part needs no legend."""
 
 
-def check_plot(path: Path) -> None:
-    """Raise what would keep `plot_profile` from drawing: PartMissing without matplotlib, UsageError for a suffix."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError("--plot", f"{path.name!r}", "a name ending in " + " or ".join(SUFFIXES))
-    if find_spec("matplotlib") is None:
-        raise PartMissing("--plot", "matplotlib is not installed", "", "pip install 'edgetrain[plot]'")
-
-
 def plot_profile(profile: Profile, path: Path) -> None:
     """Draw the profile to `path`: bars per layer, in execution order. The same profile gives the same bytes.
 
@@ -48,9 +38,8 @@ def plot_profile(profile: Profile, path: Path) -> None:
     check_plot(path)
     import matplotlib
 
-    clockless = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
-    with matplotlib.rc_context({"svg.hashsalt": "edgetrain", "font.size": 9}):
-        draw_profile(profile).savefig(path, dpi=140, metadata=clockless)
+    with matplotlib.rc_context({"font.size": 9}):
+        save(draw_profile(profile), path)
 
 
 def draw_profile(profile: Profile) -> Figure:

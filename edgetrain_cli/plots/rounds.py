@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain_cli.plots.profile import FAINT, INK, check_plot
+from edgetrain_cli.plots.picture import COLOURS, FAINT, INK, check_plot, save
 from stages.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ Row = Mapping[str, Any]
 """One of `stages.inspecting.rounds`."""
 
 OWN, IS, RANDOM = "#0072B2", "#E69F00", "#666666"
-CHOICES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-"""Okabe and Ito's colours, which the colour-blind can tell apart."""
 
 BINS = 160
 """Most columns of the map of classes; more rounds are averaged."""
@@ -42,9 +40,8 @@ def plot_rounds(rows: Sequence[Row], path: Path) -> None:
 
     if not rows:
         raise DataError(str(path), "no rounds to draw", "a stream that `filter` or `select` made")
-    clockless = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
-    with matplotlib.rc_context({"svg.hashsalt": "edgetrain", "font.size": 9}):
-        draw_rounds(rows).savefig(path, dpi=140, metadata=clockless)
+    with matplotlib.rc_context({"font.size": 9}):
+        save(draw_rounds(rows), path)
 
 
 def draw_rounds(rows: Sequence[Row]) -> Figure:
@@ -96,7 +93,7 @@ def _variances(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _choices(axes: Axes, rows: Sequence[Row], chosen: Sequence[str]) -> None:
     """A strip: what was chosen in each round."""
-    colours = dict(zip(dict.fromkeys(chosen), CHOICES * (1 + len(chosen) // len(CHOICES)), strict=False))
+    colours = dict(zip(dict.fromkeys(chosen), COLOURS * (1 + len(chosen) // len(COLOURS)), strict=False))
     at = 0
     for name, members in groupby(chosen):
         length = len(list(members))

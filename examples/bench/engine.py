@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from stages.artifacts.records import Block, LayerUpdate
 from stages.cost.training import saved_activation_bytes
+from stages.engines.torch.net import SparseNet
 from stages.fsl.augment import augment
 from stages.fsl.protonet import support_loss
 from stages.importing import Importing, import_model, read_weights
@@ -42,10 +43,9 @@ from stages.methods.task import Task
 from stages.models.deploy import Backbone, deploy
 from stages.models.inputs import adapt as adapt_input
 from stages.planning.baselines import named_plan
-from stages.sparse.adaptation import Adapting, adapt
-from stages.sparse.engine import SparseNet
-from stages.sparse.optimizers import Optimizing
-from stages.sparse.updates import gradient_update
+from stages.training.adaptation import Adapting, adapt
+from stages.training.optimizers import Optimizing
+from stages.training.updates import gradient_update
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("EDGETRAIN_DATA") or ROOT.parent / "shared")

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from edgetrain_cli.allocator import keep_freed_memory
-from edgetrain_cli.pipe import widen
+from edgetrain_cli.streams import widen
 from stages.artifacts.hdf5 import decode, encode
 from stages.artifacts.live import LiveDirectory
 from stages.artifacts.records import Block, End, Head, Model, Run

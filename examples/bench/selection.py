@@ -34,8 +34,8 @@ from stages.models.deploy import Backbone, deploy, state
 from stages.models.inputs import adapt
 from stages.planning.baselines import named_plan
 from stages.selection import Selection, Weights, select_block
-from stages.sparse.learner import Batch, StreamLearner
-from stages.sparse.optimizers import Optimizing
+from stages.training.learner import Batch, StreamLearner
+from stages.training.optimizers import Optimizing
 from stages.valuation.coarse import FILTERS
 from stages.valuation.fine import SELECTIONS
 from stages.valuation.forward import Forward

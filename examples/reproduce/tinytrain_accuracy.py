@@ -33,7 +33,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgetrain_cli.plots.methods import check_plot, plot_methods
+from edgetrain_cli.plots.methods import plot_methods
+from edgetrain_cli.plots.picture import check_plot
 from stages.artifacts.files import atomic_write
 from stages.artifacts.hdf5 import encode
 from stages.artifacts.records import Array, Block, Run
@@ -42,13 +43,11 @@ from stages.cost.model import paper_peak_bytes
 from stages.data.synthetic import Glyphs, glyphs
 from stages.errors import EdgeTrainError, PartMissing
 from stages.evaluation import Tasks, evaluate_tasks, identity
-from stages.fsl.episodes import FixedShape, VariousShape
 from stages.fsl.schedule import WarmCosine
 from stages.importing import Importing, import_model, read_weights
 from stages.methods.results import MethodSummary, Row, merge_results, read_results, results_file, summarise
 from stages.models.deploy import deploy
-from stages.pretraining import Pretraining, Validation, pretrain
-from stages.sparse.adaptation import Adapting
+from stages.pretraining import Pretraining, pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("EDGETRAIN_DATA") or ROOT.parent / "shared")
@@ -155,9 +154,13 @@ def measure(name: str, method: str, options: argparse.Namespace) -> tuple[str, s
     config = Tasks(
         tasks=options.tasks or DEFAULT_TASKS[options.paper],
         methods=(budgeted(method, name, size_of(name, options)),),
-        shape=VariousShape() if options.paper else FixedShape(ways=10, shots=3, queries=10),
-        skip_small=True,
-        adapting=Adapting(iterations=40 if options.paper else 20, micro_batch=100, folds=3 if options.paper else 2),
+        ways=None if options.paper else 10,
+        shots=3,
+        queries=10,
+        on_bad="skip",
+        iterations=40 if options.paper else 20,
+        folds=3 if options.paper else 2,
+        micro_batch=100,
         shard=(first, step),
         measure=options.measure,
     )
@@ -251,11 +254,17 @@ def imported(arch: str, size: int, seed: int) -> Run:
 def meta_trained(run: Run, blocks: Sequence[Block], schedule: WarmCosine, batchnorm: str, seed: int) -> Run:
     """ProtoNet episodes on classes that no task is made of; the weights that do best on held-out ones of these."""
     training = Pretraining(
-        schedule=schedule,
+        epochs=schedule.epochs,
+        lr=schedule.rate,
+        warmup_epochs=schedule.warmup_epochs,
+        warmup_lr=schedule.warmup_rate,
+        least_lr=schedule.least_rate,
         steps=50,
-        shape=FixedShape(ways=20 if batchnorm == "train" else 10, shots=5, queries=5, repeat=True),
+        ways=20 if batchnorm == "train" else 10,
+        shots=5,
+        queries=5,
         batchnorm=batchnorm,
-        validation=Validation(tasks=0 if batchnorm == "train" else 50),
+        validation_tasks=0 if batchnorm == "train" else 50,
     )
     return pretrain(run, blocks, training, seed=seed)
 

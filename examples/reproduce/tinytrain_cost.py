@@ -25,10 +25,10 @@ from stages.cost.training import (
     saved_activation_bytes,
     whole_update,
 )
-from stages.models.deploy import fold
-from stages.models.graph import Graph
+from stages.graphs.capture import capture
+from stages.graphs.folding import fold
+from stages.graphs.graph import Graph
 from stages.models.registry import build, input_spec
-from stages.models.tracing import trace
 from stages.planning.baselines import SCHEMES, named_plan
 
 MB, KB = 2**20, 2**10
@@ -108,7 +108,8 @@ class Cell:
 def deploy_graph(net: Net) -> Graph:
     """The network's layers at 128 x 128, BatchNorm folded."""
     arguments = {"mix": net.mix}
-    graph, _ = fold(*trace(build(net.arch, arguments), input_spec(net.arch, arguments).shape))
+    captured = capture(build(net.arch, arguments), input_spec(net.arch, arguments).shape)
+    graph, _ = fold(captured.graph, {name: value.detach().numpy() for name, value in captured.tensors.items()})
     return graph
 
 

@@ -47,8 +47,8 @@ from stages.models.inputs import adapt
 from stages.planning.baselines import named_plan
 from stages.randomness import generator
 from stages.selection import Selection, Weights, select_stream
-from stages.sparse.optimizers import Optimizing
 from stages.sparse_training import StreamTraining, TrainingStopped, train_stream
+from stages.training.optimizers import Optimizing
 from stages.valuation import fine
 from stages.valuation.costs import UpdateClock
 from stages.valuation.designs import divide
@@ -433,7 +433,7 @@ def mean_gradient(view: fine.GradientView) -> np.ndarray:
 
 
 def real_valued(view: fine.GradientView) -> tuple[float, float, float]:
-    """Least variances of a batch of `BATCH` with real-valued places: C-IS, IS and random choice (titan.md 1b)."""
+    """Least variances of a batch of `BATCH` with real-valued places: C-IS, IS and random choice."""
     classes = divide(fine.class_strata(view.labels), view.mass, view.gradients)
     whole = view.whole
     least = np.sqrt(np.maximum(classes.pulls**2 - classes.squared_sum, 0.0)).sum() ** 2 / BATCH

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from stages.artifacts.records import (
     LayerUpdate,
     Model,
     Plan,
+    Preparation,
     Profile,
     Record,
     Run,
@@ -50,19 +52,21 @@ def from_tree(tree: Group, where: str = "") -> Record:
     """
     kind = tree.attrs.get("edgetrain")
     if kind is None:
-        if {"x", "y"} <= tree.arrays.keys():
+        if "x" in tree.arrays:
             return _block(_adopt(tree, where), where)
         raise SchemaError(
             where,
             f"HDF5 with {_names(tree)}",
-            "a record of EdgeTrain, or datasets x and y",
+            "a record of EdgeTrain, or datasets x and, where there are labels, y",
             "make one with `edgetrain pack` or `edgetrain import`",
         )
     if kind not in schema.SCHEMAS:
         raise SchemaError(f"{where}@edgetrain", f"{kind!r}", "'run' or 'block'")
     version = tree.attrs.get("schema")
-    if isinstance(version, int | np.integer) and version > schema.VERSION:
-        raise SchemaError(f"{where}@schema", f"version {version}", f"at most {schema.VERSION}", "update EdgeTrain")
+    if isinstance(version, int | np.integer) and not 1 <= version <= schema.VERSION:
+        raise SchemaError(f"{where}@schema", f"version {version}", f"1 to {schema.VERSION}", "update EdgeTrain")
+    if kind == "block" and version == 1:
+        tree = _from_version_1(tree)
     schema.check(kind, tree, where)
     return _run(tree, where) if kind == "run" else _block(tree, where)
 
@@ -79,6 +83,7 @@ def _block_tree(block: Block | End) -> Group:
     attrs = {**block.extra.attrs, **block.facts, **head, "layout": block.layout}
     if block.round is not None:
         attrs["round"] = block.round
+    attrs |= _preparation_attrs(block.prepared)
     arrays = {"x": block.x, "y": block.y, **block.columns, **_class_arrays(block), **block.extra.arrays}
     per_class = {name: values for name, values in block.per_class.items() if name != "seen"}
     groups = dict(block.extra.groups) | ({"per_class": Group(arrays=per_class)} if per_class else {})
@@ -128,6 +133,7 @@ def _block(tree: Group, where: str) -> Block | End:
         round=None if number is None else int(number),
         facts=facts,
         extra=Group({}, extra_arrays, groups),
+        prepared=_preparation_of(tree.attrs, where),
     )
     _check_block(block, where)
     return block
@@ -145,16 +151,16 @@ def _classes_of(tree: Group) -> tuple[Array | None, tuple[str, ...] | None]:
 
 def _check_block(block: Block, where: str = "") -> None:
     check_layout(block.layout, block.x.shape, f"{where}/x")
-    if len(block.y) and int(np.min(block.y)) < 0:
-        bad = int(np.flatnonzero(np.asarray(block.y) < 0)[0])
+    if len(block.y) and int(np.min(block.y)) < -1:
+        bad = int(np.flatnonzero(np.asarray(block.y) < -1)[0])
         raise DataError(
             f"{where}/y[{bad}]",
             f"label {int(block.y[bad])}",
-            "a class label >= 0",
-            "drop unlabelled samples, or pack them with their labels",
+            "a class label >= 0, or -1 for none",
+            "number the classes from 0 up",
         )
     if block.names is not None and block.labels is not None:
-        unknown = ~np.isin(block.y, block.labels)
+        unknown = (np.asarray(block.y) >= 0) & ~np.isin(block.y, block.labels)
         if unknown.any():
             bad = int(np.flatnonzero(unknown)[0])
             raise DataError(
@@ -165,9 +171,9 @@ def _check_block(block: Block, where: str = "") -> None:
 
 
 def _adopt(tree: Group, where: str) -> Group:
-    """A user's own HDF5 with x and y, as a block: numbers of known names take the schema's dtypes."""
+    """A user's own HDF5 with x, and y unless it has no labels yet, as a block; numbers take the schema's dtypes."""
     arrays = dict(tree.arrays)
-    y = np.asarray(arrays["y"])
+    y = np.asarray(arrays["y"]) if "y" in arrays else np.full(arrays["x"].shape[:1], -1)
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise SchemaError(f"{where}/y", f"{y.dtype} {y.shape}", "integers (N)", "pack the data with `edgetrain pack`")
     arrays["y"] = y.astype(np.int64)
@@ -177,12 +183,73 @@ def _adopt(tree: Group, where: str) -> Group:
     for name in ("score", "weight"):
         if name in arrays and arrays[name].dtype.kind == "f":
             arrays[name] = np.asarray(arrays[name]).astype(np.float32)
-    attrs = {name: value for name, value in tree.attrs.items() if name not in ("round", "end")}
+    attrs = {name: value for name, value in tree.attrs.items() if name not in ("round", "end", "prepared")}
     if attrs.get("layout") not in LAYOUTS:
         attrs.pop("layout", None)
-    adopted = Group({**attrs, "edgetrain": "block", "schema": schema.VERSION}, arrays, tree.groups)
+    adopted = _from_version_1(Group({**attrs, "edgetrain": "block", "schema": schema.VERSION}, arrays, tree.groups))
     schema.check("block", adopted, where)
     return adopted
+
+
+def _from_version_1(tree: Group) -> Group:
+    """What has had another meaning in a block before version 2, under names that have none."""
+    arrays, attrs = dict(tree.arrays), dict(tree.attrs)
+    if "source" in arrays and arrays["source"].dtype.kind != "S":
+        arrays["source_column"] = arrays.pop("source")
+    if not isinstance(attrs.get("prepared", ""), str):
+        attrs["prepared_fact"] = attrs.pop("prepared")
+    if not isinstance(attrs.get("sample_rate_hz", 0), int | float | np.integer | np.floating):
+        attrs["sample_rate_fact"] = attrs.pop("sample_rate_hz")
+    return Group(attrs, arrays, tree.groups)
+
+
+def _preparation_attrs(prepared: Preparation | None) -> dict[str, Any]:
+    """The attributes of a block that say how its samples were prepared; the rate is one of its own."""
+    if prepared is None:
+        return {}
+    values = preparation_json(prepared)
+    rate = {name: values.pop(name) for name in ("sample_rate_hz",) if name in values}
+    return {**rate, "prepared": json_text(values)} if values else rate
+
+
+def _preparation_of(attrs: Mapping[str, Any], where: str) -> Preparation | None:
+    values = json_value(attrs["prepared"], f"{where}@prepared") if "prepared" in attrs else {}
+    rate = attrs.get("sample_rate_hz", 0)
+    if not values and not rate:
+        return None
+    return preparation_from_json({**values, "sample_rate_hz": rate}, f"{where}@prepared")
+
+
+def preparation_json(prepared: Preparation) -> dict[str, Any]:
+    """What was done, as JSON values; what was not is left out."""
+    plain = Preparation()
+    values = {each.name: getattr(prepared, each.name) for each in fields(Preparation)}
+    return {name: value for name, value in values.items() if value != getattr(plain, name)}
+
+
+def preparation_from_json(values: Mapping[str, Any], where: str) -> Preparation:
+    """The inverse of `preparation_json`. Raises `SchemaError` for what nobody knows how to repeat."""
+    for name, value in values.items():
+        kinds = _PREPARATION_TYPES.get(name)
+        if kinds is None or not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise SchemaError(
+                f"{where}: {name}", f"{value!r:.40}", "a preparation that this version knows", "update it"
+            )
+    sizes = {name: tuple(values[name]) for name in ("size", "shape") if values.get(name) is not None}
+    for name, size in sizes.items():
+        if not all(type(n) is int and n > 0 for n in size) or (name == "size" and len(size) != 2):
+            raise SchemaError(f"{where}: {name}", f"{size!r:.40}", "positive sizes, of a picture height and width")
+    return Preparation(**{**values, **sizes, "sample_rate_hz": round(values.get("sample_rate_hz", 0))})
+
+
+_NUMBERS = (int, float, np.integer, np.floating)
+_PREPARATION_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("of", "fit", "colour", "dtype", "layout"), (str,)),
+    **dict.fromkeys(("scale", "sample_rate_hz", "seconds"), _NUMBERS),
+    **dict.fromkeys(("size", "shape"), (list, tuple)),
+    "invert": (bool,),
+}
+"""Field of `Preparation` -> what its JSON value may be."""
 
 
 def guess_layout(x: Any, where: str = "") -> str:
@@ -197,7 +264,7 @@ def guess_layout(x: Any, where: str = "") -> str:
     shape = tuple(x.shape)
     if len(shape) == 2:
         return "NT" if x.dtype == np.int16 else "ND"
-    if len(shape) == 3:
+    if len(shape) == 3 and x.dtype == np.uint8:
         return "NHW"
     if len(shape) == 4:
         first, last = shape[1] in (1, 3), shape[3] in (1, 3)
@@ -256,19 +323,39 @@ def model_tree(model: Model) -> Group:
     }
     if spec.kind == "sound":
         attrs |= {name: getattr(spec, name) for name in ("sample_rate_hz", "window_samples", "hop_samples")}
-    tensors = {name: np.asarray(tensor) for name, tensor in model.tensors.items()}
-    groups = {
-        "input": Group(attrs),
-        "tensors": Group(
-            {n: t[()] for n, t in tensors.items() if t.ndim == 0}, {n: t for n, t in tensors.items() if t.ndim > 0}
-        ),
-    }
+    if spec.prepared is not None:
+        attrs["prepared"] = json_text(preparation_json(spec.prepared))
+    groups = {"input": Group(attrs), "tensors": _tensor_group(model.tensors)}
     if model.head is not None:
         groups["head"] = head_tree(model.head)
+    if model.graph is not None:
+        groups["graph"] = model.graph
+    if model.state:
+        rows = text_array([json.dumps(row, separators=(",", ":"), sort_keys=True) for row in model.state])
+        groups["state"] = Group(arrays={"entry": rows})
+    if model.rest:
+        groups["rest"] = _tensor_group(model.rest)
     return Group(
         {"arch": model.arch, "arch_args": json_text(model.arch_args), "form": model.form, "version": model.version},
         {},
         groups,
+    )
+
+
+def _tensor_group(tensors: Mapping[str, Any]) -> Group:
+    """Tensors as datasets; numbers without axes as attributes."""
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    scalars = {name: array[()] for name, array in arrays.items() if array.ndim == 0}
+    return Group(scalars, {name: array for name, array in arrays.items() if array.ndim > 0})
+
+
+def _tensors_of(group: Group) -> dict[str, Array]:
+    return {**{name: np.asarray(value) for name, value in group.attrs.items()}, **group.arrays}
+
+
+def _state_rows(group: Group, where: str) -> tuple[Any, ...]:
+    return tuple(
+        json_value(text, f"{where}/model/state/entry[{i}]") for i, text in enumerate(text_tuple(group.arrays["entry"]))
     )
 
 
@@ -287,13 +374,21 @@ def _model(group: Group, where: str) -> Model:
             shape=tuple(int(n) for n in spec["shape"]),
             scale=tuple(float(v) for v in spec["scale"]),
             offset=tuple(float(v) for v in spec["offset"]),
+            prepared=_preparation_in_run(spec, f"{where}/model/input@prepared"),
             **sound,
         ),
         form=form,
-        tensors={**{n: np.asarray(v) for n, v in tensors.attrs.items()}, **tensors.arrays},
+        tensors=_tensors_of(tensors),
         head=head_from_tree(group.groups["head"], where) if "head" in group.groups else None,
         version=int(group.attrs["version"]),
+        graph=group.groups.get("graph"),
+        state=_state_rows(group.groups["state"], where) if "state" in group.groups else (),
+        rest=_tensors_of(group.groups["rest"]) if "rest" in group.groups else {},
     )
+
+
+def _preparation_in_run(attrs: Mapping[str, Any], where: str) -> Preparation | None:
+    return preparation_from_json(json_value(attrs["prepared"], where), where) if "prepared" in attrs else None
 
 
 def head_tree(head: Head) -> Group:

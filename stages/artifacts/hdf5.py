@@ -273,13 +273,16 @@ def decode_tree(image: bytes | memoryview, where: str = "") -> Group:
     return tree
 
 
-def read_tree(file: BinaryIO, where: str = "") -> Group:
+def read_tree(file: BinaryIO, where: str = "", *, user_block: bool = False) -> Group:
     """Any HDF5 file as a tree whose datasets are read when they are indexed; for import and pack.
+
+    `user_block` allows bytes of another program's before the HDF5 (MATLAB's).
 
     Raises:
         DataError: not HDF5, corrupt, or with content that reaches outside the file.
     """
-    image_bytes(file.read(HEADER_BYTES), where)
+    if not user_block:
+        image_bytes(file.read(HEADER_BYTES), where)
     file.seek(0)
     with _reading(where):
         return _load(h5py.File(file, "r").id, where, keep_lazy=None, max_bytes=None)
@@ -323,6 +326,9 @@ def _reading(where: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, TypeError):
+            fix = "copy the data into plain datasets"
+            raise DataError(where, f"a type that is not read ({reason[:120]})", "numbers and text", fix) from error
         raise DataError(where, f"corrupt HDF5 ({reason[:120]})", "an undamaged file", "write it again") from error
 
 
@@ -357,6 +363,8 @@ class _Visitor:
                 groups[name] = self.group(child, below, depth + 1)
             elif isinstance(child, h5py.h5d.DatasetID):
                 self._enter(child, below, depth)
+                if child.get_space().get_simple_extent_type() == h5py.h5s.NULL:
+                    continue
                 if child.shape == ():
                     attrs[name] = _scalar(h5py.Dataset(child)[()])
                 else:
@@ -404,6 +412,8 @@ class _Visitor:
         h5py.h5a.iterate(group, lambda key, *_: keys.append(key))  # to open by index takes four times as long
         for key in keys:
             attribute = h5py.h5a.open(group, key)
+            if attribute.get_space().get_simple_extent_type() == h5py.h5s.NULL:
+                continue  # an attribute that says nothing: pandas and netCDF write such
             kind = attribute.get_type()
             name, dtype = key.decode(errors="replace"), kind.dtype
             if _is_ragged_text(dtype):

@@ -40,6 +40,72 @@ class Group:
     groups: Mapping[str, Group] = field(default_factory=dict)
 
 
+# ---------------------------------------------------------------------------------------- how samples were prepared
+
+PREPARED_FROM = ("", "pictures", "recordings", "arrays")
+"""What samples can have been made from; empty where nobody has said."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preparation:
+    """How samples were brought from their files into a block: what further samples for the same model need too.
+
+    It travels with blocks, enters `/model/input` where a model has learnt from them, and is repeated on whatever files
+    the model is then given.
+    """
+
+    of: str = ""
+    """`pictures`, `recordings` or `arrays` (tables too); empty where nobody has said."""
+    size: tuple[int, int] | None = None
+    """Pictures: height and width in pixels; None left each at its own."""
+    fit: str = "stretch"
+    """Pictures: how they came to their size: stretch, crop or pad."""
+    colour: str = ""
+    """Pictures: gray or rgb."""
+    invert: bool = False
+    """uint8: 255 - value."""
+    dtype: str = ""
+    """The type that the values were given; empty kept theirs."""
+    scale: float = 1.0
+    """Factor on every value, before they took that type."""
+    sample_rate_hz: int = 0
+    """Recordings and signals: samples per second; 0 where it is not known."""
+    seconds: float = 0.0
+    """Recordings: the length to which they were cut or filled up; 0 left them as long as they are."""
+    shape: tuple[int, ...] | None = None
+    """Arrays: the shape that flat samples were given."""
+    layout: str = ""
+    """Arrays: the layout that was stated for them."""
+
+    def __post_init__(self) -> None:
+        if self.of not in PREPARED_FROM:
+            raise SchemaError("prepared", f"of {self.of!r}", "one of " + ", ".join(PREPARED_FROM[1:]))
+
+    def conflict(self, other: Preparation) -> tuple[str, str] | None:
+        """What the two do differently to the same file, as words for each; None where they agree or nobody can tell.
+
+        Sizes and lengths may differ, since a model's input adapter brings them to its own.
+        """
+        rates = self.sample_rate_hz, other.sample_rate_hz
+        if all(rates) and rates[0] != rates[1]:
+            return f"{rates[0]} samples per second", f"{rates[1]}"
+        if not self.of == other.of == "pictures":
+            return None
+        if self.invert != other.invert:
+            return ("inverted pictures", "as they are") if self.invert else ("pictures as they are", "inverted")
+        if self.size and other.size and self.fit != other.fit:
+            return f"pictures brought to their size by {self.fit}", f"by {other.fit}"
+        return None
+
+
+def check_labelled(y: Array, where: str) -> None:
+    """Raise `DataError` where samples have no label yet (y = -1): for whatever learns or counts by class."""
+    missing = int(np.sum(np.asarray(y) < 0))
+    if missing:
+        fix = "label them, or leave them out: `edgetrain pack --where 'class!=-1'`"
+        raise DataError(where, f"{missing} of {len(y)} samples have no label (y = -1)", "a class for each", fix)
+
+
 # ---------------------------------------------------------------------------------------------------- the run record
 
 
@@ -61,6 +127,8 @@ class InputSpec:
     """Sound only: length of one analysis window."""
     hop_samples: int = 0
     """Sound only: distance between windows."""
+    prepared: Preparation | None = None
+    """How the samples that the model learnt from had been prepared."""
 
     def __post_init__(self) -> None:
         ranks = {"image": 3, "sound": 3, "signal": 2, "features": 1}
@@ -101,11 +169,18 @@ class Model:
     arch_args: Mapping[str, Json]
     input: InputSpec
     form: str
-    """`batchnorm` (the architecture's own state dict) or `deploy` (BatchNorm folded, `<layer>.weight|bias`)."""
+    """`batchnorm` (as it was captured) or `deploy` (BatchNorm folded)."""
     tensors: Mapping[str, Array]
+    """`<operator>.<what>` of the graph; without a graph in batchnorm form (schema 1) the architecture's state dict."""
     head: Head | None = None
     version: int = 0
     """Number of updates since the run began; train-sparse counts it up."""
+    graph: Group | None = None
+    """The tree of `/model/graph` (`graphs.record`); None in records of schema 1."""
+    state: tuple[Json, ...] = ()
+    """How the user's own state dict is made of the tensors, one object per entry (`models.state`)."""
+    rest: Mapping[str, Array] = field(default_factory=dict)
+    """Entries of that state dict that the graph does not use, as they were loaded."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +310,7 @@ LAYOUTS: Mapping[str, int] = MappingProxyType({"NHW": 3, "NHWC": 4, "NCHW": 4, "
 
 @dataclass(frozen=True)
 class Block:
-    """A batch of labelled samples.
+    """A batch of samples.
 
     `columns` has one entry per sample (index, score, weight, group, ...), `per_class` one per class (seen,
     allocation, ...), `facts` are scalars (variance, strategy, ...). Unknown names in any of them are carried through.
@@ -244,7 +319,7 @@ class Block:
     x: Samples
     """uint8, int16 or float32 (N, ...)."""
     y: Array
-    """int64 (N,): class labels, >= 0."""
+    """int64 (N,): class labels, or -1 where there is none yet."""
     layout: str
     columns: Mapping[str, Array] = field(default_factory=dict)
     labels: Array | None = None
@@ -254,6 +329,8 @@ class Block:
     round: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     extra: Group = field(default_factory=Group)
+    prepared: Preparation | None = None
+    """How the samples came from their files; None where nobody has said."""
 
     def __len__(self) -> int:
         return len(self.y)

@@ -16,8 +16,12 @@ import numpy as np
 from stages.artifacts.records import Group
 from stages.errors import SchemaError
 
-VERSION = 1
-"""Written as attribute `schema`; a reader refuses a higher one."""
+VERSION = 2
+"""Written as attribute `schema`; a reader takes lower ones and refuses a higher one.
+
+2: runs carry their graph (`/model/graph`, `/model/state`, `/model/rest`); blocks say how their samples were prepared
+and of which file each came (`prepared`, `source`), labels may be -1.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,9 @@ RUN: Mapping[str, Table] = {
     "": Table(_ROOT, required=True),
     "model": Table(
         {
-            "arch": Attr("str", "architecture: a registry name or package.module:factory"),
+            "arch": Attr("str", "where the graph came from: a registry name, package.module:factory or a file"),
             "arch_args": Attr("json", "arguments of the architecture"),
-            "form": Attr("str", "`batchnorm` (the architecture's state dict) or `deploy` (BatchNorm folded)"),
+            "form": Attr("str", "`batchnorm` (as captured) or `deploy` (BatchNorm folded)"),
             "version": Attr("int", "number of updates since the run began"),
         },
         required=True,
@@ -75,10 +79,23 @@ RUN: Mapping[str, Table] = {
             "sample_rate_hz": Attr("int", "sound: samples per second", required=False),
             "window_samples": Attr("int", "sound: length of an analysis window", required=False),
             "hop_samples": Attr("int", "sound: distance between windows", required=False),
+            "prepared": Attr("json", "how the samples it learnt from were made of their files", required=False),
         },
         required=True,
     ),
     "model/tensors": Table(others=Column("f4|f8|i8", ("*",), "one tensor of the model"), required=True),
+    "model/graph": Table(
+        arrays={
+            "operator": Column("S", ("O",), "one JSON object per operator, in execution order"),
+            "block": Column("S", ("B",), "names of the blocks, in order", required=False),
+        }
+    ),
+    "model/state": Table(
+        arrays={"entry": Column("S", ("E",), "one JSON object per entry of the user's own state dict")}
+    ),
+    "model/rest": Table(
+        others=Column("f4|f8|f2|i8|i4|i2|i1|u1|b1", ("*",), "an entry of the state dict that the graph does not use")
+    ),
     "model/head": Table(
         {
             "kind": Attr("str", "`prototypes` (scale * cosine) or `linear`"),
@@ -138,10 +155,18 @@ BLOCK: Mapping[str, Table] = {
             ),
             "round": Attr("int", "round of the streaming pipeline, from 0", required=False),
             "end": Attr("int", "present in the closing block only: number of rounds in the stream", required=False),
+            "prepared": Attr(
+                "json",
+                "how samples were made of their files: of (pictures, recordings, arrays), size (height, width), fit, "
+                "colour, invert, dtype, scale, seconds, shape, layout; what is left out was not done",
+                required=False,
+            ),
+            "sample_rate_hz": Attr("float", "sound and signals: samples per second", required=False),
         },
         {
             "x": Column("u1|i2|f4", ("N", "*"), "samples"),
-            "y": Column("i8", ("N",), "class labels, >= 0"),
+            "y": Column("i8", ("N",), "class labels; -1: no label yet"),
+            "source": Column("S", ("N",), "file that the sample came from", required=False),
             "index": Column("i8", ("N",), "position in the stream", required=False),
             "score": Column("f4", ("N",), "value given by a strategy", required=False),
             "weight": Column(
@@ -209,7 +234,7 @@ def _unknown(tables: Mapping[str, Table], group: Group, path: str) -> Group:
     return Group(attrs, arrays, groups)
 
 
-FREE_ATTRS = frozenset({"profile", "plan", "model/tensors"})
+FREE_ATTRS = frozenset({"profile", "plan", "model/tensors", "model/rest"})
 """Groups whose further attributes are part of the record itself (totals, facts, 0-d tensors)."""
 
 _ATTR_TYPES: Mapping[str, tuple[type, ...]] = {

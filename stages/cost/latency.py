@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from stages.artifacts.records import LayerUpdate, Profile
 from stages.cost.training import passes_on
 from stages.errors import DataError
-from stages.models.graph import Graph
+from stages.graphs.graph import Graph
 
 COLUMNS = ("forward_s", "input_gradient_s", "weight_gradient_s")
 """Measured columns that a prediction needs: seconds per layer for one sample, the operators behind it included."""
@@ -48,5 +48,5 @@ def predicted_latency_ns(graph: Graph, measured: Durations, updates: Iterable[La
     the live layers' weight gradients. An estimate: a kernel over half the channels rarely takes exactly half the time.
     """
     updates = tuple(updates)
-    passed_on = sum(measured.input_gradient_ns[op.name] for op in passes_on(graph, updates))
+    passed_on = sum(measured.input_gradient_ns.get(op.owner, 0) * inputs for op, inputs in passes_on(graph, updates))
     return measured.forward_ns + passed_on + sum(weight_gradient_ns(measured, update) for update in updates)

@@ -6,15 +6,14 @@ figure, `inference_peak_bytes` what executing the graph operator by operator hol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from stages.cost.ops import ELEMENT_BYTES, input_gradient_macs, kept_bytes, macs, weight_gradient_macs
+from stages.cost.ops import input_gradient_macs, macs, weight_gradient_macs
 from stages.errors import require
-from stages.models.graph import Graph, Op
-
-IN_PLACE = frozenset({"relu", "relu6", "add"})
-"""Kinds that overwrite an input which nothing reads later."""
+from stages.graphs.graph import Graph
+from stages.operators import Op
+from stages.operators.op import ELEMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class LayerCost:
     input_bytes: int
     output_bytes: int
     mask_bytes: int
-    """One bit per output of the activations that follow, kept when gradients flow through them."""
+    """What the activations that follow keep of their own when gradients flow through them."""
     buffer_bytes: int
     """Input and output buffers while the layer runs, by TinyTL's rule (`paper_buffer_bytes`)."""
 
@@ -59,20 +58,26 @@ def cost_table(graph: Graph) -> tuple[LayerCost, ...]:
 
 
 def _layer_cost(graph: Graph, op: Op) -> LayerCost:
-    readers = (graph[name] for name in graph.consumers[op.name])
+    uses = graph.uses(op.name)
+    readers = [graph[name] for use in uses for name in graph.consumers[use.name]]
     return LayerCost(
         layer=op.name,
         kind=op.kind,
         parameters=op.weights + (op.out_channels if op.bias else 0),
         weights=op.weights,
-        macs=macs(op),
-        input_gradient_macs=input_gradient_macs(op),
-        weight_gradient_macs=weight_gradient_macs(op),
-        input_bytes=ELEMENT_BYTES * op.in_elements,
-        output_bytes=ELEMENT_BYTES * op.elements,
-        mask_bytes=sum(kept_bytes(reader, 1) for reader in readers if reader.kind in ("relu", "relu6")),
-        buffer_bytes=paper_buffer_bytes(op),
+        macs=sum(map(macs, uses)),
+        input_gradient_macs=sum(map(input_gradient_macs, uses)),
+        weight_gradient_macs=sum(map(weight_gradient_macs, uses)),
+        input_bytes=ELEMENT_BYTES * sum(use.in_elements for use in uses),
+        output_bytes=ELEMENT_BYTES * sum(use.elements for use in uses),
+        mask_bytes=sum(reader.operator.keeps(reader, {0}).own_bytes(reader, 1) for reader in _activations(readers)),
+        buffer_bytes=max(map(paper_buffer_bytes, uses)),
     )
+
+
+def _activations(ops: Iterable[Op]) -> Iterator[Op]:
+    """Those that work on each element alone."""
+    return (op for op in ops if len(op.inputs) == 1 and op.shape == op.in_shape and not op.is_layer)
 
 
 def forward_macs(graph: Graph) -> int:
@@ -83,7 +88,8 @@ def forward_macs(graph: Graph) -> int:
 def full_backward_macs(graph: Graph) -> int:
     """MACs of one backward pass when everything trains: twice the forward pass, the stem's input gradient included
     (TinyTrain Table 2, FullTrain). Shares such as `15%` are shares of this."""
-    return sum(input_gradient_macs(op) + weight_gradient_macs(op) for op in graph.ops)
+    inputs = {op.name: sum(source not in graph.constants for source in op.inputs) for op in graph.ops}
+    return sum(inputs[op.name] * input_gradient_macs(op) + weight_gradient_macs(op) for op in graph.ops)
 
 
 def weight_count(graph: Graph) -> int:
@@ -108,7 +114,8 @@ def inference_peak_bytes(graph: Graph) -> int:
     """Peak of the tensors alive at once while the graph runs one sample operator by operator.
 
     As the engine runs it: a tensor lives until its last reader has run, activations and additions overwrite an input
-    that nothing reads later (never the model's own input), and flattening copies nothing.
+    that nothing reads later (never the model's own input), and views copy nothing, unless they reshape what another
+    view has reordered.
     """
     buffer: dict[str, str] = {}
     for op in graph.ops:
@@ -117,6 +124,8 @@ def inference_peak_bytes(graph: Graph) -> int:
     alive: dict[str, int] = {}
     peak = 0
     for i, op in enumerate(graph.ops):
+        if op.name in graph.constants:
+            continue
         alive.setdefault(buffer[op.name], ELEMENT_BYTES * op.elements)
         peak = max(peak, sum(alive.values()))
         alive = {name: size for name, size in alive.items() if last_use[name] > i}
@@ -125,8 +134,17 @@ def inference_peak_bytes(graph: Graph) -> int:
 
 def _takes_over(graph: Graph, op: Op, source: str) -> bool:
     """Whether the operator's output lies in the buffer of this input."""
-    dies_here = graph.consumers[source][-1] == op.name and graph[source].kind != "input"
-    return op.kind == "flatten" or (op.kind in IN_PLACE and dies_here)
+    if op.operator.alias:
+        return not _copies(graph, op)
+    dies_here = graph.consumers[source][-1] == op.name and graph[source].inputs != ()
+    fits = op.operator.overwrite is not None and graph[source].shape == op.shape
+    return fits and dies_here and not graph[source].operator.alias
+
+
+def _copies(graph: Graph, op: Op) -> bool:
+    """Whether an operator that could be a view of its input must copy: a reshape of reordered elements."""
+    before = graph[op.inputs[0]].operator
+    return op.operator.in_order and before.alias and not before.in_order
 
 
 def block_entries(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
@@ -142,6 +160,16 @@ def block_entries(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in first.values() or not graph.blocks)
 
 
+def filters(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the named layers that sum over channels or positions: not those that only scale channels.
+
+    Such a layer is a BatchNorm that could not be folded, another norm's scale, or a layer scale. Its weights and MACs
+    are so few that a score which divides by both (TinyTrain Eq. 3) puts it before all convolutions, which the equation
+    is about.
+    """
+    return tuple(name for name in names if graph[name].operator.candidate)
+
+
 def last_blocks(graph: Graph, blocks: int) -> tuple[str, ...]:
     """Names of the layers of the last `blocks` blocks and of those after them: the window that TinyTrain inspects.
 
@@ -153,7 +181,5 @@ def last_blocks(graph: Graph, blocks: int) -> tuple[str, ...]:
     """
     require(blocks > 0, "--blocks", str(blocks), "at least 1")
     first = len(graph.blocks) - blocks
-    if first <= 0:
-        return tuple(op.name for op in graph.layers)
-    start = next(i for i, op in enumerate(graph.ops) if op.block == first)
-    return tuple(op.name for op in graph.ops[start:] if op.is_layer)
+    start = next((i for i, op in enumerate(graph.ops) if op.block == first), 0) if first > 0 else 0
+    return tuple(op.name for op in graph.ops[start:] if op.is_layer and not op.shares)

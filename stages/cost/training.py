@@ -20,10 +20,13 @@ from typing import NamedTuple
 
 from stages.artifacts.records import LayerUpdate, detached_layers
 from stages.cost.model import inference_peak_bytes, paper_peak_bytes
-from stages.cost.ops import ELEMENT_BYTES, input_gradient_macs, kept_bytes
+from stages.cost.ops import input_gradient_macs
 from stages.cost.ops import weight_gradient_macs as whole_weight_gradient_macs
 from stages.errors import UsageError
-from stages.models.graph import Graph, Op
+from stages.graphs.graph import Graph
+from stages.graphs.keeping import held_bytes, holding
+from stages.operators import Op
+from stages.operators.op import ELEMENT_BYTES
 
 OPTIMIZER_STATE: Mapping[str, int] = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
 """Values of state per live value."""
@@ -37,26 +40,13 @@ def live_weights(op: Op, update: LayerUpdate) -> int:
     return op.weights * len(update.channels) // update.axis_channels
 
 
-def weight_gradient_macs(op: Op, update: LayerUpdate) -> int:
-    """MACs per sample of the live channels' weight gradient: r_i * M_i with r_i exact (TinyTrain A.4)."""
-    return whole_weight_gradient_macs(op) * len(update.channels) // update.axis_channels
+def weight_gradient_macs(graph: Graph, update: LayerUpdate) -> int:
+    """MACs per sample of the live channels' weight gradient: r_i * M_i with r_i exact (TinyTrain A.4).
 
-
-def kept_input(graph: Graph, update: LayerUpdate, batch: int) -> tuple[str | None, int]:
-    """What a live layer keeps of its input: (name of the kept tensor, bytes); no name where the copy is its own.
-
-    Output channels need the whole input, which layers reading the same tensor share. Some of the input channels, or of
-    a depthwise layer's channels, need only the live slice; all of them are the whole input again. Biases need nothing.
+    Of a layer that is called more than once, over all its calls.
     """
-    op = graph[update.layer]
-    if not update.channels:
-        return None, 0
-    if (op.is_depthwise or update.axis == "input") and len(update.channels) < update.axis_channels:
-        return None, ELEMENT_BYTES * batch * len(update.channels) * prod(op.in_shape[1:])
-    source = graph[op.inputs[0]]
-    while source.kind == "flatten":  # a view of the same storage
-        source = graph[source.inputs[0]]
-    return source.name, ELEMENT_BYTES * batch * op.in_elements
+    whole = sum(map(whole_weight_gradient_macs, graph.uses(update.layer)))
+    return whole * len(update.channels) // update.axis_channels
 
 
 def reached(graph: Graph, updates: Iterable[LayerUpdate]) -> frozenset[str]:
@@ -65,39 +55,28 @@ def reached(graph: Graph, updates: Iterable[LayerUpdate]) -> frozenset[str]:
     return graph.gradient_flow({update.layer for update in updates if update.trains}, detached_layers(updates))
 
 
-def passes_on(graph: Graph, updates: Iterable[LayerUpdate]) -> Iterator[Op]:
-    """The layers whose input gradient the backward pass computes."""
+def passes_on(graph: Graph, updates: Iterable[LayerUpdate]) -> Iterator[tuple[Op, int]]:
+    """The operators through which the backward pass goes on, and to how many of their inputs."""
     updates = tuple(updates)
     flow, ends = reached(graph, updates), detached_layers(updates)
-    return (op for op in graph.layers if op.name in flow and op.inputs[0] in flow and op.name not in ends)
+    found = ((op, len(graph.wanted(op, flow, ends))) for op in graph.ops)
+    return ((op, inputs) for op, inputs in found if inputs)
 
 
 def plan_backward_macs(graph: Graph, updates: Iterable[LayerUpdate]) -> int:
     """MACs of one backward pass of one sample (TinyTrain appendix A.4).
 
-    The live share of each live layer's weight gradient, and the input gradient of every layer behind the earliest
-    live one, detached ones aside; the earliest live layer itself passes no gradient on.
+    The live share of each live layer's weight gradient, and the input gradient of every operator behind the earliest
+    live layer, detached ones aside; the earliest live layer itself passes no gradient on.
     """
     updates = tuple(updates)
-    passed_on = sum(input_gradient_macs(op) for op in passes_on(graph, updates))
-    return passed_on + sum(weight_gradient_macs(graph[update.layer], update) for update in updates)
+    passed_on = sum(inputs * input_gradient_macs(op) for op, inputs in passes_on(graph, updates))
+    return passed_on + sum(weight_gradient_macs(graph, update) for update in updates)
 
 
 def saved_activation_bytes(graph: Graph, updates: Iterable[LayerUpdate], batch: int = 1) -> int:
-    """Bytes of activations that the engine keeps for one batch's backward pass: live layers' inputs (a shared tensor
-    once), and a bit per activation output and a byte per max-pool output wherever gradients flow."""
-    updates = tuple(updates)
-    shared: dict[str, int] = {}
-    own_bytes = 0
-    for update in updates:
-        name, size_bytes = kept_input(graph, update, batch)
-        if name is None:
-            own_bytes += size_bytes
-        else:
-            shared[name] = size_bytes
-    open_ops = reached(graph, updates)
-    flow_bytes = sum(kept_bytes(op, batch) for op in graph.ops if op.name in open_ops)
-    return own_bytes + sum(shared.values()) + flow_bytes
+    """Bytes kept between the forward and the backward pass of a batch (`graphs.keeping`)."""
+    return held_bytes(graph, holding(graph, tuple(updates)), batch)
 
 
 def live_values(graph: Graph, updates: Iterable[LayerUpdate], *, biases: bool = True) -> int:
@@ -184,7 +163,7 @@ def full_training_bytes(graph: Graph, batch: int, optimizer: str = "adam") -> in
     """
     normalised = [op for op in graph.layers if op.bias]
     kept = sum(op.in_elements for op in graph.layers) + sum(op.elements for op in normalised)
-    kept += sum(op.in_elements for op in graph.ops if op.kind in ("relu", "relu6"))
+    kept += sum(op.in_elements for op in graph.ops if op.operator.fused)
     parameters = sum(op.weights for op in graph.layers) + sum(2 * op.out_channels for op in normalised)
     return ELEMENT_BYTES * (batch * kept + parameters * (2 + optimizer_state(optimizer)))
 
@@ -196,7 +175,7 @@ def with_head(graph: Graph, classes: int) -> Graph:
     """
     last = graph.ops[-1]
     features = (prod(last.shape),)
-    head = Op(HEAD, "linear", (last.name,), (classes,), in_shape=features, bias=True)
+    head = Op(HEAD, "linear", (last.name,), (classes,), (features,), bias=True)
     return replace(graph, ops=(*graph.ops, head))
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.artifacts.records import Array
+from stages.artifacts.codec import text_array
+from stages.artifacts.records import Array, Preparation
 from stages.data.samples import ArrayReader, Source, class_numbers
 from stages.errors import DataError
 
@@ -49,7 +50,7 @@ def uci_har(root: Path, *, raw: bool = False) -> Source:
         "ND",
         tuple(names[i] for i in order),
         columns,
-        {"sample_rate_hz": 50} if raw else {},
+        prepared=Preparation(of="arrays", sample_rate_hz=50 if raw else 0),
     )
 
 
@@ -85,7 +86,7 @@ def harbox(root: Path) -> Source:
     files = sorted(root.glob("*/*_train.txt"), key=lambda path: (path.parent.name.zfill(8), path.name))
     windows = [_windows(path) for path in files]
     counts = [len(part) for part in windows]
-    y, names = class_numbers([path.stem.removesuffix("_train") for path in files])
+    y, labels, names = class_numbers([path.stem.removesuffix("_train") for path in files])
     users = [_user(path) for path in files]
     return Source(
         str(root),
@@ -94,7 +95,9 @@ def harbox(root: Path) -> Source:
         "ND",
         names,
         {"user": np.repeat(users, counts)},
-        {"sample_rate_hz": HARBOX_RATE_HZ},
+        labels=labels,
+        prepared=Preparation(of="arrays", sample_rate_hz=HARBOX_RATE_HZ),
+        files=text_array([path.relative_to(root).as_posix() for path in files]).repeat(counts),
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from stages.artifacts.records import Array, Block
+from stages.artifacts.records import Array, Block, Preparation
 from stages.errors import DataError
 
 
@@ -22,19 +22,18 @@ def finite_rows(x: Array) -> Array:
     return np.asarray(np.isfinite(x).reshape(len(x), -1).all(axis=1))
 
 
-def check_labels(y: Array, classes: int | None, where: str) -> None:
-    """Raise `DataError` for a negative label, or one that is not below `classes` where classes have names."""
-    low = np.asarray(y) < 0
-    high = np.asarray(y) >= classes if classes is not None else np.zeros(len(y), bool)
-    for wrong, expected in ((low, "a class label >= 0"), (high, f"a label below {classes}, the number of names")):
+def check_labels(y: Array, named: Collection[int], where: str) -> None:
+    """Raise `DataError` for a label below -1 (no label), or one without a name where classes have names."""
+    y = np.asarray(y)
+    unnamed = ~np.isin(y, [*named, -1]) if named else np.zeros(len(y), bool)
+    for wrong, expected in (
+        (y < -1, "a class label >= 0"),
+        (unnamed, f"one of the {len(named or ())} that have names"),
+    ):
         if wrong.any():
-            bad = int(np.flatnonzero(wrong)[0])
-            raise DataError(
-                where,
-                f"label {int(y[bad])} (of {int(wrong.sum())} such samples)",
-                expected,
-                "leave such samples out with `--where 'label!=...'`",
-            )
+            bad = int(y[np.flatnonzero(wrong)[0]])
+            found = f"label {bad} (of {int(wrong.sum())} such samples)"
+            raise DataError(where, found, expected, f"leave such samples out with `--where 'class!={bad}'`")
 
 
 def join_blocks(blocks: Sequence[Block], *, by_name: bool = False, where: str = "") -> Block:
@@ -52,7 +51,7 @@ def join_blocks(blocks: Sequence[Block], *, by_name: bool = False, where: str = 
     blocks = _renumbered(blocks, where) if by_name else blocks
     _check_alike(blocks, where)
     first = blocks[0]
-    labels, names = _classes(blocks, where)
+    labels, names = classes_of(blocks, where)
     common = [name for name in first.columns if all(name in block.columns for block in blocks)]
     return Block(
         x=np.concatenate([np.asarray(block.x[:]) for block in blocks]),
@@ -61,7 +60,8 @@ def join_blocks(blocks: Sequence[Block], *, by_name: bool = False, where: str = 
         columns={name: np.concatenate([block.columns[name] for block in blocks]) for name in common},
         labels=labels,
         names=names,
-        facts={name: value for name, value in first.facts.items() if _agreed(blocks, name)},
+        facts={name: value for name, value in first.facts.items() if agreed(blocks, name)},
+        prepared=preparation_of(blocks, where),
     )
 
 
@@ -120,10 +120,32 @@ def _check_alike(blocks: Sequence[Block], where: str) -> None:
                 )
 
 
-def _classes(blocks: Sequence[Block], where: str) -> tuple[Array | None, tuple[str, ...] | None]:
-    """Labels and names of all blocks together; nameless blocks may only have labels that others name."""
+def preparation_of(blocks: Sequence[Block], where: str) -> Preparation | None:
+    """How the samples of all blocks were prepared; None unless all say the same.
+
+    Raises `DataError` where two did different things to the same kind of file.
+    """
+    known = [(number, block.prepared) for number, block in enumerate(blocks) if block.prepared is not None]
+    for number, prepared in known:
+        check_prepared(prepared, known[0][1], f"{where}[{number}]", "the first block")
+    return known[0][1] if len({block.prepared for block in blocks}) == 1 and known else None
+
+
+def check_prepared(mine: Preparation | None, other: Preparation | None, where: str, whose: str) -> None:
+    """Raise `DataError` where samples were prepared in another way than those of `whose`."""
+    differ = mine.conflict(other) if mine is not None and other is not None else None
+    if differ is not None:
+        raise DataError(where, differ[0], f"{differ[1]}, as in {whose}", "pack both with the same options")
+
+
+def classes_of(blocks: Sequence[Block], where: str) -> tuple[Array | None, tuple[str, ...] | None]:
+    """Labels and names of all blocks together; nameless blocks may only have labels that others name.
+
+    Raises `DataError` for one label with two names, or one name with two labels.
+    """
     named = _named(blocks, where)
     labels = np.unique(np.concatenate([block.y for block in blocks]))
+    labels = labels[labels >= 0]
     if named:
         missing = [int(label) for label in labels if int(label) not in named]
         if missing:
@@ -159,11 +181,13 @@ def _renumbered(blocks: Sequence[Block], where: str) -> list[Block]:
             raise DataError(f"{where}[{i}]", "a block without class names", "names, to renumber classes by")
         new = np.array([number[name] for name in block.names], np.int64)
         order = np.argsort(new)
-        y = new[np.searchsorted(block.labels, block.y)]
+        y = np.full(len(block), -1, np.int64)
+        y[block.y >= 0] = new[np.searchsorted(block.labels, block.y[block.y >= 0])]
         renumbered.append(replace(block, y=y, labels=new[order], names=tuple(block.names[j] for j in order)))
     return renumbered
 
 
-def _agreed(blocks: Sequence[Block], name: str) -> bool:
+def agreed(blocks: Sequence[Block], name: str) -> bool:
+    """Whether a fact is the same in all blocks."""
     values = [block.facts.get(name) for block in blocks]
     return all(np.array_equal(np.asarray(value), np.asarray(values[0])) for value in values)

@@ -1,6 +1,6 @@
 """Augmentation of model-input tensors: P>M>F's pseudo-query (DiffAugment), and distortions for meta-training.
 
-The pseudo-query of a support set is its augmented copy (papers: P>M>F arXiv:2204.07305, DiffAugment arXiv:2006.10738).
+The pseudo-query of a support set is its augmented copy (P>M>F, arXiv:2204.07305; DiffAugment, arXiv:2006.10738).
 `Augmentation()` is P>M>F's: colour and translation, one coin of 0.9 for the whole batch. Changed: no mirror image
 unless `flip` asks for it, because characters and traffic signs must not flip; shifted pictures are filled with their
 edge (`fill="edge"`) rather than with zeros, because zero is grey, not background, in inputs scaled to -1..1.

@@ -15,7 +15,7 @@ from math import log
 
 import numpy as np
 
-from stages.artifacts.records import Array, Block
+from stages.artifacts.records import Array, Block, check_labelled
 from stages.errors import DataError, require
 from stages.randomness import generator
 
@@ -66,12 +66,16 @@ class Pool:
 
 
 def pool_of(block: Block, *, group: str | None = None, hierarchical: bool = False) -> Pool:
-    """The pool over a block's samples; `group` names a column, `hierarchical` splits class names at the last `/`.
+    """The pool over a block's samples; `hierarchical` splits class names at the last `/`.
+
+    `group` names a column: samples of one value are a group, in whatever class they are (a speaker). Where values start
+    anew in each class (a track's number), groups nest in classes: `class+track`.
 
     Raises `DataError` for an empty block, a missing column or names without families.
     """
     if not len(block):
         raise DataError("samples", "none", "samples to draw tasks from")
+    check_labelled(block.y, "samples")
     classes, number = np.unique(np.asarray(block.y), return_inverse=True)
     order = np.argsort(number, kind="stable").astype(np.int64)
     members = np.split(order, np.cumsum(np.bincount(number))[:-1])
@@ -82,10 +86,17 @@ def pool_of(block: Block, *, group: str | None = None, hierarchical: bool = Fals
 def _group_numbers(block: Block, group: str | None) -> Array | None:
     if group is None:
         return None
-    if group not in block.columns:
-        there = ", ".join(sorted(block.columns)) or "none"
-        raise DataError("samples", f"no column {group!r}", f"one of its columns ({there})", "see `edgetrain inspect`")
-    return np.unique(block.columns[group], return_inverse=True)[1].astype(np.int64)
+    names = (group,) if group in block.columns else tuple(group.split("+"))
+    columns = {"class": np.asarray(block.y), **block.columns}
+    for name in names:
+        if name not in columns:
+            there = f"one of its columns ({', '.join(sorted(columns))})"
+            raise DataError("samples", f"no column {name!r}", there, "see `edgetrain inspect`")
+    numbers = np.zeros(len(block), np.int64)
+    for name in names:
+        values, number = np.unique(columns[name], return_inverse=True)
+        numbers = np.unique(numbers * len(values) + number, return_inverse=True)[1].astype(np.int64)
+    return numbers
 
 
 def _families(names: list[str]) -> tuple[tuple[int, ...], ...]:
@@ -130,7 +141,7 @@ class FixedShape:
         chosen = rng.choice(_family(pool, self.ways, rng), self.ways, replace=False)
         if self.repeat:
             return _episode(pool, chosen, [self._repeated(pool.members[c], rng) for c in chosen])
-        sides = _sides(pool, chosen, [self.queries] * self.ways, rng)
+        sides = _sides(pool, chosen, [self.queries] * self.ways, rng, self.shots)
         _check_sides(pool, chosen, sides, self.shots, self.queries)
         return _episode(pool, chosen, [(ask[: self.queries], given[: self.shots]) for ask, given in sides])
 
@@ -154,10 +165,10 @@ class VariousShape:
     least_samples: int = 2
 
     def __post_init__(self) -> None:
-        require(2 <= self.least_ways <= self.most_ways, "episodes", f"{self.least_ways}..{self.most_ways} ways", "2 up")
-        require(
-            self.most_support >= self.most_ways, "episodes", f"support {self.most_support}", "one per class or more"
-        )
+        ways = f"{self.least_ways} to {self.most_ways} ways"
+        require(2 <= self.least_ways <= self.most_ways, "--max-ways", ways, "2 and up")
+        least = f"at least {self.most_ways}, one for each way"
+        require(self.most_support >= self.most_ways, "--max-support", f"{self.most_support}", least)
         require(self.most_queries >= 1, "episodes", f"{self.most_queries} queries", "at least 1")
         require(self.least_samples >= 2, "episodes", f"{self.least_samples} samples per class", "at least 2")
 
@@ -168,7 +179,7 @@ class VariousShape:
         chosen = rng.choice(family, ways, replace=False)
         sizes = pool.sizes()[chosen]
         queries = query_size(sizes, self.most_queries)
-        sides = _sides(pool, chosen, [queries] * ways, rng)
+        sides = _sides(pool, chosen, [queries] * ways, rng, 1)
         _check_sides(pool, chosen, sides, 1, queries)
         remaining = np.array([len(given) for _, given in sides], np.int64)
         total = support_size(remaining, rng.random(), self.most_support, self.most_per_class)
@@ -243,11 +254,14 @@ def _family(pool: Pool, least: int, rng: np.random.Generator) -> Array:
     return np.array(large[int(rng.integers(len(large)))], np.int64)
 
 
-def _sides(pool: Pool, chosen: Array, queries: list[int], rng: np.random.Generator) -> list[tuple[Array, Array]]:
+def _sides(
+    pool: Pool, chosen: Array, queries: list[int], rng: np.random.Generator, shots: int
+) -> list[tuple[Array, Array]]:
     """For each chosen class its samples on the query's side and on the support's, both in random order.
 
     Without groups the query's side gets exactly the wanted number. With groups, whole groups go to it until it has
-    enough, one group at least staying on the other side; a group that an earlier class has placed stays there.
+    enough, and then up to half of them, so that queries are not all of one group (frames of one track); one group at
+    least and `shots` samples stay on the other side, and a group that an earlier class has placed stays where it is.
     """
     placed: dict[int, bool] = {}
     sides = []
@@ -257,13 +271,13 @@ def _sides(pool: Pool, chosen: Array, queries: list[int], rng: np.random.Generat
             sides.append((members[:wanted], members[wanted:]))
             continue
         groups = pool.groups[members]
-        _place(groups, wanted, placed)
+        _place(groups, wanted, shots, placed)
         asked = np.array([placed[int(group)] for group in groups], bool)
         sides.append((members[asked], members[~asked]))
     return sides
 
 
-def _place(groups: Array, wanted: int, placed: dict[int, bool]) -> None:
+def _place(groups: Array, wanted: int, shots: int, placed: dict[int, bool]) -> None:
     """Decide for each group of a class (in random order) whether it is asked; updates `placed`."""
     new = [int(group) for group in dict.fromkeys(groups.tolist()) if group not in placed]
     asked = sum(placed.get(int(group), False) for group in groups)
@@ -273,6 +287,18 @@ def _place(groups: Array, wanted: int, placed: dict[int, bool]) -> None:
         placed[group] = asked < wanted and not last_hope
         asked += int((groups == group).sum()) if placed[group] else 0
         given = given or not placed[group]
+    _spread(groups, new, min(wanted, len(np.unique(groups)) // 2), shots, placed)
+
+
+def _spread(groups: Array, new: list[int], wanted: int, shots: int, placed: dict[int, bool]) -> None:
+    """Ask further ones of the `new` groups, up to `wanted` groups, as long as `shots` samples of others remain."""
+    asked = sum(placed[int(group)] for group in np.unique(groups))
+    left = sum(not placed[int(group)] for group in groups)
+    for group in new:
+        size = int((groups == group).sum())
+        if asked < wanted and not placed[group] and left - size >= max(shots, 1):
+            placed[group] = True
+            asked, left = asked + 1, left - size
 
 
 def _check_sides(pool: Pool, chosen: Array, sides: list[tuple[Array, Array]], shots: int, queries: int) -> None:
@@ -282,7 +308,7 @@ def _check_sides(pool: Pool, chosen: Array, sides: list[tuple[Array, Array]], sh
                 f"class {pool.classes[number]}",
                 f"its groups split into {len(given)} support and {len(ask)} query samples",
                 f"at least {shots} and {queries}",
-                "ask for fewer shots or queries, or group the samples by something finer",
+                "ask for fewer shots or queries, or group by something finer (`class+COLUMN`: groups within classes)",
             )
 
 

@@ -60,7 +60,7 @@ def support_loss(
 ) -> Callable[[Tensor], Tensor]:
     """The same loss as a function of the features of [support; pseudo-query] in one tensor (N_s + N_q, D).
 
-    This is the form that `stages.sparse.updates.gradient_update` takes: it computes the features of the whole batch
+    This is the form that `stages.training.updates.gradient_update` takes: it computes the features of the whole batch
     without a graph, asks this function for the gradient at the features, and back-propagates in micro-batches.
     """
     size = len(labels_support)

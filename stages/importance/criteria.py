@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.owncode import answers, own
+
 Vector = NDArray[np.float64]
 
 
@@ -74,6 +76,14 @@ def _memory_share(e: Evidence) -> Vector:
 
 def _compute_share(e: Evidence) -> Vector:
     return e.macs / e.most_macs
+
+
+def criterion_named(name: str) -> Criterion:
+    """The criterion of the table, or the user's own function of `Evidence`: `package.module:function`."""
+    if name in CRITERIA:
+        return CRITERIA[name]
+    found = own(name, "--criterion")
+    return lambda evidence: answers(found, name, len(evidence.fisher), evidence)
 
 
 CRITERIA: dict[str, Criterion] = {

@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.errors import DataError
-from stages.importance.tape import backward, forward, kept_names
+from stages.graphs.graph import Graph
+from stages.importance.tape import LayerGradient, backward, forward, kept_names
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
+from stages.operators import Op
+from stages.operators.op import ELEMENT_BYTES
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
 """Features (n, D) and targets (n,) -> each sample's own loss (n,)."""
@@ -54,7 +56,7 @@ def fisher_bytes(graph: Graph, window: Iterable[str], micro_batch: int) -> int:
     The outputs of the inspected layers, and each value that enters the inspected part.
     """
     names = kept_names(graph, frozenset(window))
-    return 4 * micro_batch * sum(graph[name].elements for name in names)
+    return ELEMENT_BYTES * micro_batch * sum(graph[name].elements for name in names)
 
 
 def fisher_pass(
@@ -73,16 +75,17 @@ def fisher_pass(
     inspected = frozenset(window)
     graph, tensors = backbone.graph, backbone.tensors
     keep = frozenset(kept_names(graph, inspected))
-    layers = [op for op in graph.ops if op.is_layer and op.name in graph.downstream(inspected)]
+    behind = graph.downstream(graph.computed_by(inspected))
+    layers = [op for op in graph.layers if not behind.isdisjoint(use.name for use in graph.uses(op.name))]
     output = {op.name: np.zeros(op.out_channels) for op in layers}
     input = {op.name: np.zeros(op.in_channels) for op in layers}
     samples, total = 0, 0.0
     for x, y in batches:
         features, kept = forward(graph, tensors, x, keep)
         value, gradient = _features_gradient(loss, features, y)
-        for seen in backward(graph, tensors, kept, inspected, gradient):
-            output[seen.op.name] += _squared_sums(seen.output, seen.output_gradient)
-            input[seen.op.name] += _squared_sums(seen.input, seen.input_gradient)
+        for name, (at_output, at_input) in _sums(backward(graph, tensors, kept, inspected, gradient)).items():
+            output[name] += at_output.square().sum(0).numpy()
+            input[name] += at_input.square().sum(0).numpy()
         samples, total = samples + len(x), total + value
         on_step(samples)
     if samples == 0:
@@ -108,7 +111,19 @@ def _features_gradient(loss: SampleLoss, features: Tensor, targets: Tensor) -> t
     return value, gradient
 
 
-def _squared_sums(values: Tensor, gradients: Tensor) -> NDArray[np.float64]:
-    """sum_n (sum_d a g)^2 per channel: two (n, C, ...) -> (C,)."""
-    products = (values * gradients).flatten(2).sum(2) if values.ndim > 2 else values * gradients
-    return np.asarray(products.double().square().sum(0).numpy())
+def _sums(seen: Iterable[LayerGradient]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per layer sum_d a g at its output and its input, float64 (n, C); of all its calls where there are several."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for one in seen:
+        output = _channel_sums(one.op, one.output, one.output_gradient)
+        input = _channel_sums(one.op, one.input, one.input_gradient)
+        before = found.get(one.op.owner)
+        found[one.op.owner] = (output, input) if before is None else (before[0] + output, before[1] + input)
+    return found
+
+
+def _channel_sums(op: Op, values: Tensor, gradients: Tensor) -> Tensor:
+    """sum_d a g per sample and channel: two (n, ...) -> float64 (n, C)."""
+    products = values * gradients
+    axis = op.channel_axis % (products.ndim - 1) + 1
+    return products.movedim(axis, 1).flatten(2).sum(2).double() if products.ndim > 2 else products.double()

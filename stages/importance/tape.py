@@ -9,16 +9,16 @@ keeps 876, 790 and 536 KB for the same gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv1d_input, conv2d_input
 
-from stages.models.execute import apply
-from stages.models.graph import Graph, Op
-from stages.models.reach import within_reach
+from stages.engines.torch.reference import apply
+from stages.graphs.graph import Graph, last_readers
+from stages.operators import Op
+from stages.operators.op import Flow, Kept
 
 Tensors = Mapping[str, Tensor]
 
@@ -37,8 +37,8 @@ class LayerGradient:
 
 def kept_names(graph: Graph, window: frozenset[str]) -> tuple[str, ...]:
     """Names of the values kept for the way back from the features to the layers of `window`, in execution order."""
-    suffix = graph.downstream(window)
-    entering = {source for name in suffix for source in graph[name].inputs} - suffix
+    suffix = graph.made_with(graph.downstream(graph.computed_by(window)))
+    entering = set(graph.boundary(suffix))
     return tuple(op.name for op in graph.ops if op.name in entering or (op.name in suffix and op.is_layer))
 
 
@@ -49,13 +49,11 @@ def forward(graph: Graph, tensors: Tensors, x: Tensor, keep: frozenset[str]) -> 
     """
     values = {graph.ops[0].name: x}
     with torch.no_grad():
-        for op in graph.ops[1:]:
+        for op, dropped in zip(graph.ops[1:], last_readers(graph.ops[1:], keep | {graph.output}), strict=True):
             values[op.name] = apply(op, [values[source] for source in op.inputs], tensors)
-            for source in set(op.inputs) - keep:
-                if graph.consumers[source][-1] == op.name:
-                    del values[source]
-    features = values[graph.ops[-1].name]
-    return features, {name: values[name] for name in keep}
+            for source in dropped:
+                del values[source]
+    return values[graph.output], {name: values[name] for name in keep}
 
 
 def backward(
@@ -65,43 +63,41 @@ def backward(
 
     `kept` is what `forward` returned for `kept_names(graph, window)`. Weights get no gradient.
     """
-    suffix = graph.downstream(window)
-    pending = {graph.ops[-1].name: gradient}
+    suffix = graph.downstream(graph.computed_by(window))
+    pending = {graph.output: gradient}
     for op in reversed(graph.ops):
         if op.name not in suffix or op.name not in pending:
             continue
         g = pending.pop(op.name)
-        inputs = [_value(graph, kept, source) for source in op.inputs]
+        inputs = _values(graph, tensors, kept, op.inputs)
         if op.is_layer:
-            gradients: tuple[Tensor, ...] = (_input_gradient(op, tensors, inputs[0], g),)
+            gradients: tuple[Tensor, ...] = (_input_gradient(op, tensors, g),)
             yield LayerGradient(op, inputs[0], gradients[0], kept[op.name], g)
         else:
-            gradients = _pull(op, inputs, g)
+            gradients = _pull(op, tensors, inputs, g)
         for source, part in zip(op.inputs, gradients, strict=True):
             if source in suffix:
                 pending[source] = pending[source] + part if source in pending else part
 
 
-def _value(graph: Graph, kept: Tensors, name: str) -> Tensor:
-    """A kept value, or the value computed again from kept ones: only operators without weights lie between."""
-    if name in kept:
-        return kept[name]
-    op = graph[name]
+def _values(graph: Graph, tensors: Tensors, kept: Tensors, names: Sequence[str]) -> list[Tensor]:
+    """Kept values, or values computed again from kept ones: only operators without weights lie between."""
+    values, missing = dict(kept), graph.upstream_until(names, kept.keys())
     with torch.no_grad():
-        return apply(op, [_value(graph, kept, source) for source in op.inputs], {})
+        for op in missing:
+            values[op.name] = apply(op, [values[source] for source in op.inputs], tensors)
+    return [values[name] for name in names]
 
 
-def _input_gradient(op: Op, tensors: Tensors, x: Tensor, gradient: Tensor) -> Tensor:
-    weight = tensors[f"{op.name}.weight"]
-    if op.kind == "linear":
-        return gradient @ weight
-    op, weight = within_reach(op, weight)
-    conv_input: Callable[..., Tensor] = conv1d_input if len(op.kernel) == 1 else conv2d_input
-    return conv_input(x.shape, weight, gradient, op.stride, op.padding, op.dilation, op.groups)
+def _input_gradient(op: Op, tensors: Tensors, gradient: Tensor) -> Tensor:
+    """A layer is linear in its input: no value is needed for it."""
+    rule = op.operator.pull
+    assert rule is not None
+    return rule(op, tensors)(Kept({}, None, None, None), Flow(gradient, fresh=False))[0].gradient
 
 
-def _pull(op: Op, inputs: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+def _pull(op: Op, tensors: Tensors, inputs: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
     """Vector-Jacobian product of one operator without weights."""
     leaves = [value.detach().requires_grad_() for value in inputs]
     with torch.enable_grad():
-        return torch.autograd.grad(apply(op, leaves, {}), leaves, gradient)
+        return torch.autograd.grad(apply(op, leaves, tensors), leaves, gradient)

@@ -22,8 +22,8 @@ from stages.errors import DataError, UsageError
 from stages.fsl.augment import PSEUDO_QUERY, augment
 from stages.importance.fisher import SampleLoss
 from stages.models.deploy import Backbone
-from stages.models.heads import class_names, empty_head, extend, imprint, logits, prototype_head, rows
-from stages.models.inputs import adapt
+from stages.models.heads import class_names, cosine_scale, empty_head, extend, imprint, logits, prototype_head, rows
+from stages.models.inputs import adapt_block
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def pseudo_query(backbone: Backbone, support: Block, head: Head | None, rng: np.
     the layers on the support set itself.
     """
     inputs = _inputs(backbone, support)
-    scale = {"scale": head.scale} if head is not None and head.kind == "prototypes" else {}
-    means = prototype_head(backbone.features(inputs), support.y, class_names(support), **scale)
+    features = backbone.features(inputs)
+    means = prototype_head(features, support.y, class_names(support), scale=cosine_scale(head))
     seed = torch.Generator().manual_seed(int(rng.integers(2**63)))
     views = augment(inputs, backbone.input, seed, replace(PSEUDO_QUERY, coin="sample"))
     return _task(views, support, means)
@@ -107,4 +107,4 @@ def _task(inputs: Tensor, support: Block, head: Head) -> Task:
 def _inputs(backbone: Backbone, support: Block) -> Tensor:
     if not len(support):
         raise DataError("support", "no samples", "at least one of each of two classes")
-    return adapt(support.x[:], support.layout, backbone.input)
+    return adapt_block(support, backbone.input)

@@ -1,6 +1,6 @@
 """How long each layer takes on this machine, forward and backward, for one sample.
 
-Every operator of the graph is run by itself (`models.execute.apply`) and its two gradients are taken by themselves. The
+Every operator of the graph is run by itself (`reference.apply`) and its two gradients are taken by themselves. The
 time of an activation, a pooling or an addition counts with the layer before it.
 """
 
@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.models.execute import apply
-from stages.models.graph import Graph, Op
+from stages.engines.torch.reference import apply
+from stages.graphs.graph import Graph
+from stages.operators import Op
 
 WARM_UP = 2
 """Runs before the measured ones: the first allocates memory and chooses kernels."""

@@ -26,13 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.engines.torch.net import Boundary
+from stages.engines.torch.reference import apply
+from stages.graphs.graph import Graph, last_readers
 from stages.models.deploy import Backbone
-from stages.models.execute import apply
-from stages.models.graph import Graph, Op, Shape
-from stages.sparse.engine import Boundary
+from stages.operators import Op, Shape
 
 KIND = "lite-residual"
-"""Kind of the operator that adds a module's output to its block's: inputs (block's output, block's input)."""
+"""Last part of a module's name."""
 
 GROUPS = 2
 NORM_CHANNELS = 8
@@ -99,7 +100,7 @@ def _place(graph: Graph, block: str, kernel: int) -> Place | None:
     name = f"{block}.{KIND}"
     spatial = _spatial(f"{name}.spatial", pooled, kernel, stride)
     point = Op(
-        f"{name}.pointwise", "conv", (), (exit.out_channels, *spatial.shape[1:]), spatial.shape,
+        f"{name}.pointwise", "conv", (), (exit.out_channels, *spatial.shape[1:]), (spatial.shape,),
         kernel=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1),
     )  # fmt: skip
     return Place(block, entry.name, exit.name, pool, spatial, point, exit.shape)
@@ -113,13 +114,15 @@ def _spatial(name: str, pooled: Shape, kernel: int, stride: Shape) -> Op:
     out = tuple((size - 1) // step + 1 for size, step in zip(sizes, stride, strict=True))
     groups = gcd(GROUPS, pooled[0])
     return Op(
-        name, "conv", (), (pooled[0], *out), pooled,
+        name, "conv", (), (pooled[0], *out), (pooled,),
         kernel=kernels, stride=stride, padding=padding, dilation=(1, 1), groups=groups,
     )  # fmt: skip
 
 
 def with_modules(graph: Graph, places: Sequence[Place]) -> Graph:
-    """The graph with a `lite-residual` operator behind each block that has a module, read by all that read the block.
+    """The graph with an addition behind each block that has a module, read by all that read the block.
+
+    Its inputs are the block's output and the block's input, which the module makes into what is added.
 
     The layers are the backbone's own.
     """
@@ -131,7 +134,7 @@ def with_modules(graph: Graph, places: Sequence[Place]) -> Graph:
         if op.name in at:
             place = at[op.name]
             entry = moved.get(place.entry, place.entry)
-            ops.append(Op(place.name, KIND, (op.name, entry), op.shape, op.shape, block=op.block))
+            ops.append(Op(place.name, "add", (op.name, entry), op.shape, (op.shape,) * 2, block=op.block))
             moved[op.name] = place.name
     return Graph(tuple(ops), graph.blocks)
 
@@ -155,11 +158,11 @@ class LiteResidualNet:
         for place in places:
             self._trained |= {name: nn.Parameter(value) for name, value in _initial(place, rng).items()}
         self._tensors: dict[str, Tensor] = {**backbone.tensors, **self._trained}
-        moving = self.graph.downstream({*self._places, *biased})
+        moving = self.graph.made_with(self.graph.downstream({*self._places, *biased}))
         self._suffix = [op for op in self.graph.ops if op.name in moving]
-        sources = {name for op in self._suffix for name in op.inputs} if moving else {self.graph.ops[-1].name}
-        self.boundary = tuple(op.name for op in self.graph.ops if op.name in sources - moving)
-        self._prefix = _feeding(self.graph, self.boundary)
+        self.boundary = self.graph.boundary(moving) if moving else (self.graph.output,)
+        before = self.graph.upstream(self.boundary)
+        self._prefix = [op for op in self.graph.ops[1:] if op.name in before]
 
     def prefix(self, x: Tensor) -> Boundary:
         """Model input (N, *input) -> what enters the trained part, without autograd. Never changes while training."""
@@ -182,16 +185,14 @@ class LiteResidualNet:
 
     def _run(self, ops: Sequence[Op], values: dict[str, Tensor], keep: Collection[str]) -> dict[str, Tensor]:
         """The operators' values; those not in `keep` are dropped after their last reader."""
-        last = {name: op.name for op in ops for name in op.inputs}
-        for op in ops:
+        for op, dropped in zip(ops, last_readers(ops, keep), strict=True):
             inputs = [values[name] for name in op.inputs]
             place = self._places.get(op.name)
             values[op.name] = (
                 inputs[0] + residual(place, inputs[1], self._tensors) if place else apply(op, inputs, self._tensors)
             )
-            for name in set(op.inputs):
-                if last[name] == op.name and name not in keep:
-                    del values[name]
+            for name in dropped:
+                del values[name]
         return values
 
 
@@ -227,12 +228,3 @@ def _initial(place: Place, rng: torch.Generator) -> dict[str, Tensor]:
         tensors[f"{op.name}.norm.weight"] = scale(op.out_channels)
         tensors[f"{op.name}.norm.bias"] = torch.zeros(op.out_channels)
     return tensors
-
-
-def _feeding(graph: Graph, names: Sequence[str]) -> list[Op]:
-    """The operators that the named ones are computed from, themselves included, without the input."""
-    needed = set(names)
-    for op in reversed(graph.ops):
-        if op.name in needed:
-            needed.update(op.inputs)
-    return [op for op in graph.ops if op.name in needed and op.kind != "input"]

@@ -8,23 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from stages.artifacts.records import Array, LayerUpdate
-from stages.cost.model import full_backward_macs
+from stages.artifacts.records import LayerUpdate
 from stages.errors import UsageError, require
 from stages.fsl.protonet import cosine_logits, prototypes
+from stages.graphs.graph import Graph
 from stages.importance.criteria import CRITERIA
-from stages.importance.fisher import fisher_pass
-from stages.importance.tasks import build_task
-from stages.methods.layer_scores import GRADIENTS, LAYERS, SEARCHES, candidates, detached, scores_of
+from stages.methods.layer_scores import GRADIENTS, LAYERS, SEARCHES, Search
+from stages.methods.search import Wish, search, weights_of
 from stages.methods.task import Answer, Method, Task
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
 from stages.planning.baselines import SCHEMES, named_plan
 from stages.planning.budget import Budget, parse_macs, parse_memory
-from stages.planning.layers import SELECTORS, select_layers
-from stages.planning.problem import Channels, Evidence, pose
-from stages.sparse.adaptation import Adapting, adapt
-from stages.sparse.updates import features_of
+from stages.planning.layers import SELECTORS
+from stages.planning.problem import Channels
+from stages.training.adaptation import Adapting, adapt
+from stages.training.updates import features_of
 
 Updates = tuple[LayerUpdate, ...]
 Planner = Callable[[Backbone, Task, Adapting, np.random.Generator], Updates]
@@ -56,12 +54,12 @@ def nothing(backbone: Backbone, task: Task, how: Adapting, rng: np.random.Genera
 
 def named(name: str) -> Planner:
     """A plan that does not depend on the task."""
-    return lambda backbone, task, how, rng: named_plan(name, backbone.graph, tensors_l2=arrays(backbone))
+    return lambda backbone, task, how, rng: named_plan(name, backbone.graph, tensors_l2=weights_of(backbone))
 
 
 def sparse_update(backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Updates:
     """The published SparseUpdate scheme of about 100 KB for this backbone (Lin et al. 2022, arXiv:2206.15472)."""
-    return named_plan(scheme_for(backbone.graph), backbone.graph, tensors_l2=arrays(backbone))
+    return named_plan(scheme_for(backbone.graph), backbone.graph, tensors_l2=weights_of(backbone))
 
 
 def scheme_for(graph: Graph) -> str:
@@ -122,15 +120,15 @@ class TinyTrain:
 
     def __call__(self, backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Updates:
         """The plan for this task: a Fisher pass over its support, then layers and channels under the budgets."""
-        graph, size = backbone.graph, how.micro_batch or len(task.support)
-        pseudo_query = build_task("prototypes", backbone, task.support, None, rng)
-        window = candidates(graph, self.blocks, self.layers)
-        found = fisher_pass(backbone, pseudo_query.batches(size), pseudo_query.loss, window)
-        scores = scores_of(self.criterion, backbone, found, window, rng)
-        # spawned, so that random channels leave the draws of the support's views as they are
-        budget, evidence = self.budget(full_backward_macs(graph)), Evidence(arrays(backbone), rng.spawn(1)[0])
-        problem = pose(graph, scores, budget, self.channels(), evidence, detached=detached(graph, self.gradient))
-        return problem.complete(select_layers(problem, self.select).updates)
+        size = how.micro_batch or len(task.support)
+        wish = Wish(self.how(), self.channels(), self.budget, self.blocks, lambda graph, window: size)
+        return search(backbone, task.support, wish, rng).updates
+
+    def how(self) -> Search:
+        """How the plan is searched for."""
+        return Search(
+            criterion=self.criterion, select=self.select, ratios=self.ratios, layers=self.layers, gradient=self.gradient
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,8 +141,3 @@ class Shortcut(TinyTrain):
     ratios: tuple[float, ...] = SEARCHES["shortcut"].ratios
     layers: str = SEARCHES["shortcut"].layers
     gradient: str = SEARCHES["shortcut"].gradient
-
-
-def arrays(backbone: Backbone) -> dict[str, Array]:
-    """Tensors by name as arrays."""
-    return {name: tensor.numpy() for name, tensor in backbone.tensors.items()}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
-from stages.artifacts.files import atomic_write
+from stages.artifacts.files import atomic_write, check_writable
 from stages.errors import DataError, UsageError
 from stages.fsl.intervals import half_width
 
@@ -73,8 +74,8 @@ def results_file(
 ) -> Iterator[tuple[list[Row], Callable[[Row], None]]]:
     """A file of results that grows row by row: the rows that it has already, and what adds one.
 
-    Without `resume` it begins anew. With it, what an evaluation that was cut short has left is kept, all but a line
-    that it had not finished.
+    Without `resume` it begins anew, as soon as there is a first row: until then earlier results stay. With it, what an
+    evaluation that was cut short has left is kept, all but a line that it had not finished.
 
     Raises:
         DataError: to be resumed, and of another evaluation; the file is left as it is.
@@ -87,11 +88,17 @@ def results_file(
     if not whole.startswith(header):
         fix = "name another file, or remove this one to begin anew"
         raise DataError(path.name, "results of another evaluation", "of this model, samples, tasks and methods", fix)
-    if whole != found:
-        atomic_write(path, whole.encode())
-    with path.open("a", encoding="utf-8") as file:
+    check_writable(path)
+    begun = whole == found
+    with ExitStack() as stack:
+        file: TextIO | None = None
 
         def add(row: Row) -> None:
+            nonlocal file
+            if file is None:
+                if not begun:
+                    atomic_write(path, whole.encode())
+                file = stack.enter_context(path.open("a", encoding="utf-8"))
             file.write(row_line(row))
             file.flush()
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from stages.artifacts.records import Block, LayerUpdate
 from stages.cost.training import live_values, memory_bytes, plan_backward_macs
 from stages.fsl.episodes import Episode
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
-from stages.models.inputs import adapt
-from stages.sparse.adaptation import Adapting
+from stages.models.inputs import adapt_block
+from stages.training.adaptation import Adapting
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def make_task(block: Block, episode: Episode, backbone: Backbone) -> Task:
     support = replace(given, y=episode.support_labels, labels=None, names=None)
     return Task(
         support=support,
-        support_x=adapt(np.asarray(given.x), block.layout, backbone.input),
+        support_x=adapt_block(given, backbone.input),
         support_y=torch.from_numpy(episode.support_labels),
-        query_x=adapt(np.asarray(asked.x), block.layout, backbone.input),
+        query_x=adapt_block(asked, backbone.input),
         ways=episode.ways,
     )

@@ -14,17 +14,20 @@ import numpy as np
 import torch
 
 from stages.artifacts.records import LayerUpdate
-from stages.cost.ops import ELEMENT_BYTES, bit_mask_bytes, input_gradient_macs, kept_bytes, layer_macs
+from stages.cost.ops import input_gradient_macs, macs
 from stages.cost.training import memory_model
 from stages.errors import UsageError, require
 from stages.fsl.protonet import cosine_logits
+from stages.graphs.graph import Graph
+from stages.graphs.keeping import flow_holds
 from stages.methods.lite_residual import LiteResidualNet, Place, find_places, with_modules
 from stages.methods.task import Answer, Cost, Task
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph, Op
+from stages.operators import Op
+from stages.operators.op import ELEMENT_BYTES, Keep
 from stages.planning.channels import channel_count
-from stages.sparse.adaptation import Adapting, adapt_net
-from stages.sparse.updates import features_of
+from stages.training.adaptation import Adapting, adapt_net
+from stages.training.updates import features_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,9 +97,10 @@ def cost(graph: Graph, places: Sequence[Place], biases: Sequence[LayerUpdate] = 
     whole = with_modules(graph, places)
     reached = whole.downstream({*(place.name for place in places), *(update.layer for update in biases)})
     passed_on = sum(input_gradient_macs(op) for op in whole.layers if op.inputs[0] in reached)
-    modules = sum(2 * layer_macs(op) for place in places for op in place.convolutions)
-    unread = sum(layer_macs(place.spatial) for place in places if whole[place.name].inputs[1] not in reached)
-    saved = sum(kept_bytes(op, 1) for op in whole.ops if op.name in reached) + sum(map(_kept_by, places))
+    modules = sum(2 * macs(op) for place in places for op in place.convolutions)
+    unread = sum(macs(place.spatial) for place in places if whole[place.name].inputs[1] not in reached)
+    _, own = flow_holds(whole, reached, frozenset())
+    saved = sum(keep.own_bytes(whole[name], 1) for name, keep in own.items()) + sum(map(_kept_by, places))
     values = sum(place.values for place in places)
     bias_values = sum(len(update.bias) for update in biases)
 
@@ -117,4 +121,4 @@ def _kept_by(place: Place) -> int:
     def each(op: Op) -> int:
         return ELEMENT_BYTES * (op.in_elements + op.elements)
 
-    return sum(map(each, place.convolutions)) + bit_mask_bytes(place.spatial, 1)
+    return sum(map(each, place.convolutions)) + Keep(bits=True).own_bytes(place.spatial, 1)

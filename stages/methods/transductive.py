@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.artifacts.records import LayerUpdate
+from stages.engines.torch.net import SparseNet
 from stages.errors import require
 from stages.fsl.protonet import cosine_logits, prototypes
 from stages.methods.task import Answer, Task
 from stages.models.deploy import Backbone
 from stages.planning.baselines import named_plan
-from stages.sparse.adaptation import Adapting
-from stages.sparse.engine import SparseNet
-from stages.sparse.optimizers import checked_step, learning_rate, make_optimizer
-from stages.sparse.updates import features_of, gradient_update
+from stages.training.adaptation import Adapting
+from stages.training.optimizers import checked_step, learning_rate, make_optimizer
+from stages.training.updates import features_of, gradient_update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,32 +1,33 @@
-"""Deploy form: BatchNorm folded into the weights, as a model runs on the device.
+"""A record's model, ready to run: its graph and tensors in deploy form.
 
-A BatchNorm directly after a convolution or linear layer that nothing else reads is folded into it. Any other BatchNorm
-(pre-activation networks, after an addition) becomes a depthwise 1x1 convolution of the same name, which computes
-exactly the same and is a layer like others; on feature vectors it is an error.
-
-A user model that ends in a linear layer is a classifier. Whether that layer belongs to the backbone is read off the
-tensors: without tensors of its own it is cut, and the record's head stands in its place.
+A record of schema 1 has no graph: its architecture is built and captured again, for user models from the code that the
+caller allows.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stages.artifacts.records import Array, InputSpec, Model
-from stages.errors import DataError, UsageError
+from stages.engines.torch import reference
+from stages.engines.torch.program import Program, channels_last_is_faster, in_chunks
+from stages.errors import DataError
+from stages.graphs.blocks import with_blocks
+from stages.graphs.folding import fold
+from stages.graphs.graph import Graph
+from stages.graphs.record import check_tensors, graph_tree, read_graph, tensor_shapes
 from stages.models import registry
-from stages.models.builder import with_blocks
-from stages.models.fused import Program, channels_last_is_faster, in_chunks
-from stages.models.graph import Graph, Op
-from stages.models.tracing import Traced, trace_module
+from stages.operators import Shape
 
-FOLDABLE = frozenset({"conv", "linear"})
+WRONG_CODE = "are --arch and --arg those of the weights?"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Backbone:
 
     graph: Graph
     tensors: dict[str, Tensor]
-    """float32, contiguous, `<layer>.weight` and, where the operator has one, `<layer>.bias`."""
+    """float32, contiguous, `<operator>.<what>`."""
     input: InputSpec
 
     def features(self, x: Tensor) -> Tensor:
@@ -53,198 +54,163 @@ class Backbone:
         return Program(self.graph, self.tensors, names, names[-1:], channels_last=channels_last)
 
 
-# ----------------------------------------------------------------------------------------------------------- folding
-
-
-def fold(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Graph, dict[str, Tensor]]:
-    """Graph and tensors without BatchNorm, the same function in evaluation mode.
-
-    With s = gamma / sqrt(running_var + eps): weight' = s * weight, bias' = beta + s * (bias - running_mean), in
-    float64, returned in the tensors' own dtype. Raises `UsageError` for a BatchNorm that can neither be folded nor
-    become a convolution.
-    """
-    renamed: dict[str, str] = {}
-    ops: dict[str, Op] = {}
-    folded = {key: value for key, value in tensors.items() if _kind(graph, key) in FOLDABLE}
-    for op in graph.ops:
-        op = replace(op, inputs=tuple(renamed.get(name, name) for name in op.inputs))
-        if op.kind != "batchnorm":
-            ops[op.name] = op
-            continue
-        target, scale, shift = op.inputs[0], *_affine(op, tensors)
-        if _folds_into(graph, graph[op.name].inputs[0]) and target in ops:
-            ops[target] = replace(ops[target], bias=True)
-            folded.update(_scaled(target, folded, scale, shift))
-            renamed[op.name] = target
-        else:
-            ops[op.name] = _as_depthwise(op)
-            dtype = tensors[f"{op.name}.running_mean"].dtype
-            folded[f"{op.name}.weight"] = scale.reshape(-1, *(1,) * len(op.shape)).to(dtype)
-            folded[f"{op.name}.bias"] = shift.to(dtype)
-    return with_blocks(tuple(ops.values())), folded
-
-
-def _kind(graph: Graph, key: str) -> str:
-    return graph[key.rpartition(".")[0]].kind
-
-
-def _affine(op: Op, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in evaluation mode as x * scale + shift, float64 (C,)."""
-    gamma, beta, mean, var = (
-        tensors[f"{op.name}.{what}"].double() for what in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = gamma / torch.sqrt(var + tensors[f"{op.name}.eps"])
-    return scale, beta - scale * mean
-
-
-def _folds_into(graph: Graph, name: str) -> bool:
-    """Whether the BatchNorm that reads `name` can be merged into it: a layer whose output nothing else reads."""
-    return graph[name].kind in FOLDABLE and len(graph.consumers[name]) == 1
-
-
-def _scaled(layer: str, tensors: Mapping[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    weight, bias = tensors[f"{layer}.weight"], tensors.get(f"{layer}.bias")
-    by_row = scale.reshape(-1, *(1,) * (weight.dim() - 1))
-    moved = shift if bias is None else shift + scale * bias.double()
-    return {f"{layer}.weight": (weight.double() * by_row).to(weight.dtype), f"{layer}.bias": moved.to(weight.dtype)}
-
-
-def _as_depthwise(op: Op) -> Op:
-    axes = len(op.shape) - 1
-    if axes == 0:
-        raise UsageError(
-            op.name,
-            "BatchNorm on feature vectors that follows no linear layer",
-            "",
-            "put it after a linear layer, or before the pooling",
-        )
-    return replace(
-        op,
-        kind="conv",
-        kernel=(1,) * axes,
-        stride=(1,) * axes,
-        padding=(0,) * axes,
-        dilation=(1,) * axes,
-        groups=op.in_channels,
-        bias=True,
-    )
-
-
-# ----------------------------------------------------------------------------------------------- records and modules
-
-
-@dataclass(frozen=True)
-class Code:
-    """A record's architecture as code: the module with its initial weights, and its trace."""
-
-    module: nn.Module
-    traced: Traced
-    cut: str
-    """Name of the final linear layer that the record leaves to its head; empty when there is none."""
-
-
-def open_code(model: Model, *, allow: str | None = None) -> Code:
-    """Build and trace the architecture that a record names. Raises `UsageError` for code that `allow` does not name."""
-    module = registry.build(model.arch, model.arch_args, allow=allow)
-    traced = trace_module(module, model.input.shape)
-    last = final_linear(module, traced)
-    return Code(module, traced, "" if f"{last}.weight" in model.tensors else last)
-
-
-def final_linear(module: nn.Module, traced: Traced) -> str:
-    """Name of the linear layer that a user's classifier ends in; empty for a backbone."""
-    last = traced.graph.ops[-1]
-    is_layer = last.kind == "linear" and traced.names[f"{last.name}.weight"] == f"{last.name}.weight"
-    return last.name if is_layer and isinstance(module.get_submodule(last.name), nn.Linear) else ""
-
-
-def restore(model: Model, *, allow: str | None = None) -> nn.Module:
-    """The torch module of a record in `batchnorm` form with its weights: (N, *input.shape) -> features (N, D).
-
-    A classifier that the record cut off is replaced by the identity. Raises `DataError` when weights do not fit the
-    architecture, `UsageError` for another form and for code that `allow` does not name.
-    """
-    if model.form != "batchnorm":
-        raise UsageError(
-            "/model",
-            f"a model in {model.form} form",
-            "batchnorm form, as `edgetrain import` writes it",
-            "BatchNorm is folded away by `profile`: start from the record before it",
-        )
-    code = open_code(model, allow=allow)
-    if code.cut:
-        code.module.set_submodule(code.cut, nn.Identity())
-    _load(code.module, model, "")
-    return code.module.eval()
-
-
-def _load(module: nn.Module, model: Model, cut: str) -> None:
-    """Copy a record's weights into a module, whose layer `cut` keeps its own."""
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items() if is_weight(name)}
-    expected = {name: shape for name, shape in expected.items() if not cut or name.rpartition(".")[0] != cut}
-    check_tensors(expected, model.tensors)
-    weights = {name: torch.from_numpy(np.array(value)) for name, value in model.tensors.items()}
-    module.load_state_dict(weights, strict=False)  # what is missing are BatchNorm's counters and `cut`
-
-
-def state(module: nn.Module) -> dict[str, Array]:
-    """What a record in `batchnorm` form keeps of a module: its state dict without BatchNorm's batch counters."""
-    return {name: value.detach().cpu().numpy().copy() for name, value in module.state_dict().items() if is_weight(name)}
-
-
-def is_weight(name: str) -> bool:
-    """Whether records keep this entry of a state dict: everything but BatchNorm's batch counters."""
-    return not name.endswith("num_batches_tracked")
-
-
 def deploy(model: Model, *, allow: str | None = None) -> Backbone:
     """The record's backbone in deploy form, from either form.
 
-    Raises `DataError` when tensors do not fit the architecture, `UsageError` for code that `allow` does not name.
+    Raises `SchemaError` for a graph that is none, `DataError` when tensors do not fit it or are not finite, and for
+    schema 1 `UsageError` for code that `allow` does not name.
     """
-    return deploy_code(model, open_code(model, allow=allow))
-
-
-def deploy_code(model: Model, code: Code) -> Backbone:
-    """`deploy` for code that is open already; in `batchnorm` form its module gets the record's weights."""
+    model = with_graph(model, allow=allow)
+    graph, tensors = open_graph(model), dict(model.tensors)
+    check_tensors(tensor_shapes(graph), tensors, "/model/tensors")
     if model.form == "batchnorm":
-        _load(code.module, model, code.cut)  # in place: the trace's tensors share the module's memory
-    graph, tensors = fold(code.traced.graph, code.traced.tensors)
-    if code.cut:
-        graph = with_blocks(graph.ops[:-1])
-        tensors = {name: value for name, value in tensors.items() if name.rpartition(".")[0] != code.cut}
-    if model.form != "batchnorm":
-        check_tensors(tensor_shapes(graph), model.tensors)
-        tensors = {name: torch.from_numpy(np.array(value)) for name, value in model.tensors.items()}
-    tensors = {name: value.to(torch.float32).contiguous() for name, value in tensors.items()}
-    for name, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
-            raise DataError(f"/model/tensors/{name}", "a value that is not finite", "finite weights")
-    return Backbone(graph, tensors, model.input)
+        graph, tensors = fold(graph, tensors)
+    return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input)
+
+
+def open_graph(model: Model) -> Graph:
+    """The record's graph, in the record's own form. Raises `SchemaError` for one that is none or takes other inputs."""
+    assert model.graph is not None
+    graph = read_graph(model.graph)
+    if graph.input_shape != model.input.shape:
+        raise DataError("/model/graph", f"an input {graph.input_shape}", f"{model.input.shape}, as /model/input says")
+    return graph
+
+
+def _float32(name: str, array: Array) -> Tensor:
+    value = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape).copy())
+    if not bool(torch.isfinite(value).all()) and not name.endswith(".value"):
+        raise DataError(f"/model/tensors/{name}", "a value that is not finite", "finite weights")
+    return value
 
 
 def store(model: Model, backbone: Backbone) -> Model:
-    """The record with this backbone's tensors, in deploy form; head and version stay."""
+    """The record with this backbone, in deploy form; head and version stay."""
     tensors = {name: value.detach().cpu().numpy() for name, value in backbone.tensors.items()}
-    return replace(model, form="deploy", tensors=tensors, input=backbone.input)
+    return replace(model, form="deploy", tensors=tensors, input=backbone.input, graph=graph_tree(backbone.graph))
 
 
-def tensor_shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that a graph in deploy form needs."""
-    shapes = {f"{op.name}.weight": op.weight_shape for op in graph.layers}
-    return shapes | {f"{op.name}.bias": (op.out_channels,) for op in graph.layers if op.bias}
+# ---------------------------------------------------------------------------------------------------- the torch module
 
 
-def check_tensors(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Array], where: str = "/model/tensors"
-) -> None:
-    """Raise `DataError` for the first tensor that is missing, of another shape, or unknown."""
-    fix = "are --arch and --arg those of the weights?"
-    for name, shape in expected.items():
-        if name not in found:
-            raise DataError(f"{where}/{name}", "missing", f"shape {shape}", fix)
-        if found[name].shape != shape:
-            raise DataError(f"{where}/{name}", f"shape {found[name].shape}", f"{shape}", fix)
-    for name in found:
-        if name not in expected:
-            raise DataError(f"{where}/{name}", "not a tensor of this architecture", "", fix)
+class Net(nn.Module):
+    """A record's model as a torch module whose parameters train: (N, *input) -> (N, D), BatchNorm in place if it is."""
+
+    def __init__(self, graph: Graph, tensors: Mapping[str, Array], trained: frozenset[str]) -> None:
+        super().__init__()
+        self.graph, self.names = graph, tuple(tensors)
+        statistics = {f"{op.owner}.{what}" for op in graph.ops for what in op.operator.statistics}
+        for i, (name, array) in enumerate(tensors.items()):
+            value = torch.from_numpy(np.array(array, dtype=np.float32))
+            layer = graph[name.rpartition(".")[0]].is_layer
+            if name not in statistics and (name in trained or layer):
+                self.register_parameter(f"value{i}", nn.Parameter(value))
+            else:
+                self.register_buffer(f"value{i}", value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = {name: getattr(self, f"value{i}") for i, name in enumerate(self.names)}
+        return reference.run(self.graph, values, x, training=self.training)
+
+    def arrays(self, state: Mapping[str, Array]) -> dict[str, Array]:
+        """The graph's tensors from a state of this module."""
+        return {name: state[f"value{i}"] for i, name in enumerate(self.names)}
+
+
+def trainable(model: Model, *, allow: str | None = None) -> Net:
+    """The record's model as a module in evaluation mode, in the record's own form."""
+    from stages.models.state import trained_keys
+
+    model = with_graph(model, allow=allow)
+    graph = open_graph(model)
+    check_tensors(tensor_shapes(graph), model.tensors, "/model/tensors")
+    net = Net(graph, model.tensors, trained_keys(model))
+    return net.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------ schema 1
+
+
+def with_graph(model: Model, *, allow: str | None = None) -> Model:
+    """The record as schema 2 has it. Raises `UsageError` for code that `allow` does not name, `DataError` for tensors
+    that do not fit the architecture."""
+    if model.graph is not None:
+        return model
+    return _upgraded(model, allow)
+
+
+def _upgraded(model: Model, allow: str | None) -> Model:
+    from stages.models.state import from_state, state_rows
+
+    module, captured = code_of(model.arch, model.arch_args, model.input.shape, allow=allow)
+    last = final_linear(captured)
+    cut = last if last and f"{last}.weight" not in model.tensors else ""
+    state = {name: value.detach().cpu().numpy() for name, value in module.state_dict().items()}
+    if model.form == "batchnorm":
+        expected = {name: tuple(value.shape) for name, value in state.items() if is_weight(name)}
+        expected = {name: shape for name, shape in expected.items() if not cut or name.rpartition(".")[0] != cut}
+        check_tensors(expected, model.tensors, "/model/tensors", WRONG_CODE)
+        state |= model.tensors
+    tensors = from_state(captured, state)
+    graph: Graph = captured.graph
+    if cut:
+        graph, tensors = without_last(graph, tensors)
+    rows, rest = state_rows(state, captured, cut)
+    if model.form == "deploy":
+        graph, _ = fold(graph, tensors)
+        tensors = _old_tensors(graph, model.tensors)
+    return replace(model, tensors=tensors, graph=graph_tree(graph), state=rows, rest=rest)
+
+
+def _old_tensors(graph: Graph, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Schema 1's deploy form: a BatchNorm that is a layer was a depthwise convolution, (C, 1, 1) for (C,)."""
+    shapes = tensor_shapes(graph)
+    found = dict(tensors)
+    for name, shape in shapes.items():
+        if name in found and len(shape) == 1 and found[name].size == shape[0]:
+            found[name] = found[name].reshape(shape)
+    check_tensors(shapes, found, "/model/tensors", WRONG_CODE)
+    return found
+
+
+def code_of(
+    arch: str, arch_args: Mapping[str, Any], shape: Shape, *, allow: str | None = None
+) -> tuple[nn.Module, Any]:
+    """An architecture's module with its initial weights, and its capture."""
+    if ":" in arch:
+        from stages.graphs.capture import capture
+
+        module = registry.build(arch, arch_args, allow=allow)
+        return module, capture(module, shape)
+    return _known(arch, json.dumps(arch_args, sort_keys=True), shape)
+
+
+@lru_cache(maxsize=16)
+def _known(arch: str, arguments: str, shape: Shape) -> tuple[nn.Module, Any]:
+    from stages.graphs.capture import capture
+
+    module = registry.build(arch, json.loads(arguments))
+    return module, capture(module, shape)
+
+
+def final_linear(captured: Any) -> str:
+    """Name of the linear layer that a user's classifier ends in; empty for a backbone."""
+    last = captured.graph.ops[-1]
+    known = f"{last.name}.weight" in captured.origins
+    return last.name if last.is_layer and not last.kernel and last.operator.candidate and known else ""
+
+
+def without_last(graph: Graph, tensors: Mapping[str, Any]) -> tuple[Graph, dict[str, Any]]:
+    """The graph and tensors without the last operator and its tensors."""
+    last = graph.ops[-1].name
+    return with_blocks(graph.ops[:-1]), {k: value for k, value in tensors.items() if k.rpartition(".")[0] != last}
+
+
+def is_weight(name: str) -> bool:
+    """Whether schema 1 kept this entry of a state dict: everything but BatchNorm's batch counters."""
+    return not name.endswith("num_batches_tracked")
+
+
+def state(module: nn.Module) -> dict[str, Array]:
+    """A module's state dict as arrays, without BatchNorm's batch counters: a model in schema 1's batchnorm form."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in module.state_dict().items() if is_weight(name)}

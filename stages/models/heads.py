@@ -14,17 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.artifacts.records import Array, Block, Head
+from stages.artifacts.records import Array, Block, Head, check_labelled
 from stages.errors import DataError
 
 Names = Mapping[int, str]
 """Class label -> class name."""
 
+COSINE_SCALE = 10.0
+"""P>M>F's initial value (arXiv:2204.07305), where nothing has been learned."""
+
 
 def logits(head: Head, features: Tensor) -> Tensor:
     """Class scores (N, C) of features (N, D); their softmax are the probabilities.
 
-    A linear row that nobody has seen yet counts as probability 1 / C (design section 6): with u such rows its logit is
+    A linear row that nobody has seen yet counts as probability 1 / C: with u such rows its logit is
     logsumexp(known logits) - ln(C - u). Raises `DataError` for features of another width.
     """
     weight, bias = torch.tensor(head.weight), torch.tensor(head.bias)
@@ -52,6 +55,7 @@ def probabilities(head: Head, features: Tensor) -> Tensor:
 
 def empty_head(labels: Array, names: Names | None, dim: int) -> Head:
     """A linear head over these class labels that has seen none of them."""
+    check_labelled(labels, "y")
     distinct = np.unique(np.asarray(labels, dtype=np.int64))
     shape = (len(distinct), dim)
     return Head(
@@ -85,8 +89,14 @@ def imprint(head: Head, features: Tensor, rows: Array, weights: Array) -> Head:
     return replace(head, weight=weight, bias=bias, known=known)
 
 
-def prototype_head(features: Tensor, labels: Array, names: Names | None, *, scale: float = 10.0) -> Head:
+def cosine_scale(head: Head | None, otherwise: float = COSINE_SCALE) -> float:
+    """The cosine scale that meta-training left in a run's head; `otherwise` where it has no head of prototypes."""
+    return head.scale if head is not None and head.kind == "prototypes" else otherwise
+
+
+def prototype_head(features: Tensor, labels: Array, names: Names | None, *, scale: float = COSINE_SCALE) -> Head:
     """Class means of features (N, D) as a `prototypes` head over the distinct class labels."""
+    check_labelled(labels, "y")
     distinct, row = np.unique(np.asarray(labels, dtype=np.int64), return_inverse=True)
     sums = np.zeros((len(distinct), features.shape[1]))
     np.add.at(sums, row, features.detach().to(torch.float64).numpy())
@@ -108,6 +118,7 @@ def rows(head: Head, y: Array, names: Names | None = None) -> Array:
 
     Raises `DataError` for a class that the head does not have, and where integers agree but names do not.
     """
+    check_labelled(y, "y")
     distinct, back = np.unique(np.asarray(y, dtype=np.int64), return_inverse=True)
     known = _rows_by_key(head, names)
     found = np.array([known.get(_key(int(label), head, names), -1) for label in distinct], dtype=np.int64)
@@ -127,6 +138,7 @@ def extend(head: Head, y: Array, names: Names | None = None) -> Head:
 
     Names are kept while both sides have them. Raises `DataError` where a new class would take the integer of another.
     """
+    check_labelled(y, "y")
     distinct = np.unique(np.asarray(y, dtype=np.int64))
     known = _rows_by_key(head, names)
     new = np.array([int(c) for c in distinct if _key(int(c), head, names) not in known], dtype=np.int64)
@@ -162,14 +174,29 @@ def class_names(block: Block) -> Names | None:
 
 
 def _rows_by_key(head: Head, names: Names | None) -> dict[int | str, int]:
-    """Row by name when both sides have names, else by integer."""
+    """Row by name when both sides have names, else by integer: by the one that a name is, where all of them are."""
     if head.names is None or names is None:
-        return {int(label): row for row, label in enumerate(head.labels)}
+        numbers = numbers_of(head.names or ()) or head.labels.tolist()
+        return {int(label): row for row, label in enumerate(numbers)}
     return {name: row for row, name in enumerate(head.names)}
 
 
 def _key(label: int, head: Head, names: Names | None) -> int | str:
-    return label if head.names is None or names is None else _name(label, names)
+    if names is None or (head.names is None and not numbers_of(tuple(names.values()))):
+        return label
+    return _name(label, names) if head.names is not None else int(_name(label, names))
+
+
+def numbers_of(names: tuple[str, ...]) -> list[int] | None:
+    """The integers that class names are, where every name is one and no two are the same; None otherwise.
+
+    Arrays call a class 2 that a folder calls "2", whatever label the folders' order gave it.
+
+    >>> numbers_of(("0", "10", "2")), numbers_of(("cat", "2"))
+    ([0, 10, 2], None)
+    """
+    numbers = [int(name) for name in names if name.isascii() and name.isdigit()]
+    return numbers if names and len(set(numbers)) == len(names) else None
 
 
 def _name(label: int, names: Names | None) -> str:

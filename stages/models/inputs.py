@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.artifacts.records import Array, InputSpec, check_layout
+from stages.artifacts.records import Array, Block, InputSpec, check_layout
 from stages.errors import DataError
 
 LUMA = (0.299, 0.587, 0.114)
@@ -28,8 +28,46 @@ LAYOUTS_OF_KIND = {
 }
 DTYPES = ("uint8", "int16", "float32")
 INT16_FULL_SCALE = 32768.0
+LOUDEST = 2.0
+"""Recordings of floats reach from -1 to 1, a little more where they were mixed; beyond they are no such floats."""
+BYTE = 255
+STANDARDISED = 16.0
+"""Values on both sides of 0 that reach no further have had a mean taken off and been divided."""
+BYTE_SCALE = 0.1
+"""A model that multiplies pictures by less than this reads values from 0 to 255."""
 LOG_FLOOR = 1e-6
 """Added to mel energies before the logarithm: silence is ln(1e-6), about -13.8."""
+
+
+def adapt_block(block: Block, spec: InputSpec) -> Tensor:
+    """The samples of a block as the model's input: `adapt`, for samples whose rate and range of values it can read.
+
+    Every command that gives samples to a model does it here. Raises `DataError` as `adapt` does, and for recordings of
+    another rate than the model's or pictures whose values are from 0 to 1 where it reads 0 to 255.
+    """
+    rate = 0 if block.prepared is None else block.prepared.sample_rate_hz
+    if spec.sample_rate_hz and rate and rate != spec.sample_rate_hz:
+        fix = f"bring them to it with `edgetrain pack --rate {spec.sample_rate_hz}`"
+        raise DataError("x", f"{rate} samples per second", f"{spec.sample_rate_hz}, the model's", fix)
+    x = np.asarray(block.x[:])
+    _check_range(x, spec)
+    return adapt(x, block.layout, spec)
+
+
+def _check_range(x: Array, spec: InputSpec) -> None:
+    """Refuse numbers that must mean something else than the model reads: fractions for bytes, integers for shares."""
+    if not x.size or (x.dtype.kind == "f" and not np.isfinite(x).all()):
+        return
+    low, high = float(x.min()), float(x.max())
+    peak = max(-low, high)
+    of_bytes = spec.kind == "image" and max(spec.scale) < BYTE_SCALE
+    fractions = x.dtype.kind == "f" and 0 < peak <= 1
+    if of_bytes and (fractions or (low < 0 and peak <= STANDARDISED) or high > 2 * BYTE):
+        fix = "bring them there, from 0 to 1 with `edgetrain pack --scale 255 --dtype uint8`"
+        raise DataError("x", f"pictures of values from {low:g} to {high:g}", "0 to 255, as the model reads", fix)
+    if spec.kind == "sound" and x.dtype != np.int16 and peak > LOUDEST:
+        fix = "bring them there, 16-bit values with `edgetrain pack --dtype int16`"
+        raise DataError("x", f"recordings of values from {low:g} to {high:g}", "-1 to 1, or int16", fix)
 
 
 def adapt(x: Array, layout: str, spec: InputSpec) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from stages.artifacts.records import Array
 from stages.errors import DataError
-from stages.models.deploy import check_tensors, fold, is_weight, tensor_shapes
-from stages.models.graph import Shape
-from stages.models.tracing import Traced
+from stages.graphs.capture import Captured
+from stages.graphs.folding import fold
+from stages.graphs.record import check_tensors, tensor_shapes
+from stages.models.deploy import WRONG_CODE, is_weight
+from stages.operators import Shape
 
 WHERE = "weights"
 
@@ -27,22 +29,29 @@ class Matched:
     """Weight (C, D) and bias (C,) of a linear layer on the features that is not part of the architecture."""
 
 
-def match(module: nn.Module, traced: Traced, weights: Mapping[str, Array], *, ordered: bool) -> Matched:
-    """Fit `weights` to the traced `module`.
+def match(
+    module: nn.Module, capture: Callable[[], Captured], weights: Mapping[str, Array], *, ordered: bool
+) -> Matched:
+    """Fit `weights` to `module`, which is captured where its own names do not say it all.
 
     First by name: the module's state dict, then its deploy form. When no name is known and the file keeps an order
     (`ordered`), layer by layer in that order, all shapes agreeing. Raises `DataError` naming the tensor, the shape
     found and the shape expected.
     """
-    graph, _ = fold(traced.graph, traced.tensors)
-    expected = {"batchnorm": _shapes(module), "deploy": tensor_shapes(graph)}
+    own = _shapes(module)
+    if own.keys() == weights.keys():
+        check_tensors(own, weights, WHERE, WRONG_CODE)
+        return Matched("batchnorm", dict(weights), None)
+    captured = capture()
+    graph, _ = fold(captured.graph, {key: tensor.numpy() for key, tensor in captured.tensors.items()})
+    expected = {"batchnorm": own, "deploy": tensor_shapes(graph)}
     width = graph.feature_dim
     for form, shapes in expected.items():
         if shapes.keys() <= weights.keys():
             return _by_name(form, shapes, weights, width)
     form = max(expected, key=lambda form: len(expected[form].keys() & weights.keys()))
     if ordered and not expected[form].keys() & weights.keys():
-        return _by_order(_layers_of_module(module), _layers_of_graph(traced), weights, width)
+        return _by_order(_layers_of_module(module), _layers_of_graph(captured), weights, width)
     return _by_name(form, expected[form], weights, width)  # raises: a tensor is missing
 
 
@@ -54,7 +63,7 @@ def _by_name(form: str, shapes: Mapping[str, Shape], weights: Mapping[str, Array
     rest = {name: value for name, value in weights.items() if name not in shapes}
     classifier = _classifier(rest, width)
     tensors = {name: value for name, value in weights.items() if name in shapes or classifier is None}
-    check_tensors(shapes, tensors, WHERE)
+    check_tensors(shapes, tensors, WHERE, WRONG_CODE)
     return Matched(form, tensors, classifier)
 
 
@@ -124,10 +133,10 @@ def _layers_of_module(module: nn.Module) -> list[Layer]:
     return _grouped(_shapes(module))
 
 
-def _layers_of_graph(traced: Traced) -> list[Layer]:
-    """The traced layers in execution order, under the names of the module's state dict."""
-    layers: dict[str, Layer] = {op.name: {} for op in traced.graph.ops}
-    for key, name in traced.names.items():
+def _layers_of_graph(captured: Captured) -> list[Layer]:
+    """The captured layers in execution order, under the names of the module's state dict."""
+    layers: dict[str, Layer] = {op.name: {} for op in captured.graph.ops}
+    for key, origin in captured.origins.items():
         owner, _, what = key.rpartition(".")
-        layers[owner][what] = (name, tuple(traced.tensors[key].shape))
+        layers[owner][what] = (origin.name, tuple(captured.tensors[key].shape))
     return [layer for layer in layers.values() if layer]

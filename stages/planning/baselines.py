@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from stages.artifacts.records import Array, LayerUpdate
 from stages.cost.training import whole_update
 from stages.errors import DataError, UsageError, require
-from stages.models.graph import Graph, Op
+from stages.graphs.graph import Graph
+from stages.operators import Op
 from stages.planning.channels import ChannelEvidence, axis_of, l2, make_update
 
 

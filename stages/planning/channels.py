@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from stages.artifacts.records import Array, LayerUpdate
 from stages.errors import DataError, UsageError, require
-from stages.models.graph import Op
-
-AXES = ("output", "input")
+from stages.graphs.checking import AXES
+from stages.operators import Op
 
 
 def channel_count(ratio: float, channels: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,16 +20,15 @@ from numpy.typing import NDArray
 
 from stages.artifacts.records import LayerUpdate
 from stages.cost.latency import weight_gradient_ns
-from stages.cost.ops import input_gradient_macs, kept_bytes
+from stages.cost.ops import input_gradient_macs
 from stages.cost.training import (
-    kept_input,
     live_values,
     live_weights,
     memory_model,
     saved_activation_bytes,
     weight_gradient_macs,
 )
-from stages.models.graph import Op
+from stages.graphs.keeping import flow_holds, holding, kept_values, layer_holds, slice_bytes, value_bytes
 from stages.planning.problem import Problem
 
 Vector = NDArray[np.float64]
@@ -107,32 +106,53 @@ class Coupling:
     def start(self) -> State:
         """What the fixed updates have opened."""
         fixed = self.problem.fixed
-        return State(self._flow_of({update.layer for update in fixed}), self._kept_names(fixed))
+        held = holding(self.problem.graph, fixed) if fixed else None
+        return State(self._flow_of({update.layer for update in fixed}), held.values if held else frozenset())
 
     def flow_cost(self, state: State, candidate: int) -> Vector:
-        """(R,): what the operators cost that gradients reach only when the candidate joins."""
-        cost = np.zeros(len(self.capacity))
-        for name in self._reach[candidate] - state.reach:
-            cost = cost + self._flow[name]
-        return cost
+        """(R,): what it costs that gradients reach the candidate too."""
+        return self._vector(self._opening(state, state.reach | self._reach[candidate])[0])
 
     def ways(self, state: State, candidate: int) -> tuple[Way, ...]:
-        """How the candidate can join: its options, grouped by the shared tensor that they keep."""
+        """How the candidate can join: its options, grouped by the shared values that they keep."""
         if (state, candidate) not in self._ways:
             self._ways[state, candidate] = tuple(self._group_ways(state, candidate))
         return self._ways[state, candidate]
 
     def _group_ways(self, state: State, candidate: int) -> Iterator[Way]:
-        flow = self.flow_cost(state, candidate)
-        groups: dict[tuple[str | None, int], list[int]] = {}
-        for ratio, option in enumerate(self.problem.candidates[candidate].options):
-            tensor, size_bytes = kept_input(self.problem.graph, option.update, self.problem.budget.batch)
-            new = tensor in self._shared and tensor not in state.kept
-            groups.setdefault((tensor, size_bytes) if new else (None, 0), []).append(ratio)
-        for (tensor, size_bytes), ratios in groups.items():
-            kept = state.kept | ({tensor} if tensor else frozenset())
-            cost = flow + self._vector(Raw(saved_bytes=size_bytes))
-            yield Way(State(state.reach | self._reach[candidate], kept), np.array(ratios, dtype=np.int8), cost)
+        reach = state.reach | self._reach[candidate]
+        opened, kept = self._opening(state, reach)
+        groups: dict[frozenset[str], list[int]] = {}
+        for ratio, values in enumerate(self._values[candidate]):
+            groups.setdefault((values & self._shared) - kept, []).append(ratio)
+        for new, ratios in groups.items():
+            cost = self._vector(replace(opened, saved_bytes=opened.saved_bytes + self._bytes_of(new)))
+            yield Way(State(reach, kept | new), np.array(ratios, dtype=np.int8), cost)
+
+    def _opening(self, state: State, reach: frozenset[str]) -> tuple[Raw, frozenset[str]]:
+        """What it costs that gradients reach `reach` too, and all that is kept whole then."""
+        problem, graph = self.problem, self.problem.graph
+        measured = problem.measured.input_gradient_ns if problem.measured else {}
+        new = reach - state.reach
+        touched = new | {reader for name in new for reader in graph.consumers[name]}
+        saved_bytes = macs = latency_ns = 0
+        kept = set(state.kept)
+        for op in (graph[name] for name in touched & reach):
+            before = graph.wanted(op, state.reach, problem.detached)
+            after = graph.wanted(op, reach, problem.detached)
+            if after == before:
+                continue
+            keep = op.operator.keeps(op, after)
+            held = op.operator.keeps(op, before).own_bytes(op, problem.budget.batch) if before else 0
+            saved_bytes += keep.own_bytes(op, problem.budget.batch) - held
+            kept |= kept_values(graph, op, keep)
+            macs += input_gradient_macs(op) * (len(after) - len(before))
+            latency_ns += measured.get(op.owner, 0) * (len(after) - len(before))
+        saved_bytes += self._bytes_of(kept - state.kept)
+        return Raw(saved_bytes=saved_bytes, macs=macs, latency_ns=latency_ns), frozenset(kept)
+
+    def _bytes_of(self, values: Iterable[str]) -> int:
+        return sum(value_bytes(self.problem.graph, name, self.problem.budget.batch) for name in values)
 
     def forget(self, state: State, candidate: int) -> State:
         """The state without what no candidate from this one on can share."""
@@ -148,52 +168,47 @@ class Coupling:
         return self.problem.graph.gradient_flow(layers, self.problem.detached)
 
     @cached_property
-    def _shared(self) -> frozenset[str]:
-        """Tensors that more than one candidate, or a candidate and a fixed update, would keep whole."""
-        fixed = (self._kept_names([update]) for update in self.problem.fixed)
-        readers = Counter(name for names in (*self._tensors, *fixed) for name in names)
-        return frozenset(name for name, count in readers.items() if count > 1)
+    def _passing(self) -> frozenset[str]:
+        """Values that operators keep for gradients that pass them, whatever trains."""
+        everywhere = frozenset().union(self.start.reach, *self._reach)
+        return frozenset(flow_holds(self.problem.graph, everywhere, self.problem.detached)[0])
 
     @cached_property
-    def _tensors(self) -> tuple[frozenset[str], ...]:
-        """Tensors that a candidate may keep whole."""
-        return tuple(self._kept_names([o.update for o in one.options]) for one in self.problem.candidates)
+    def _shared(self) -> frozenset[str]:
+        """Values that more than one candidate, a candidate and a fixed update, or a passing gradient would keep."""
+        readers = Counter(name for options in self._values for name in frozenset().union(*options))
+        readers.update(self.start.kept)
+        return frozenset(name for name, count in readers.items() if count > 1) | self._passing
 
-    def _kept_names(self, updates: Iterable[LayerUpdate]) -> frozenset[str]:
-        names = (kept_input(self.problem.graph, update, 1)[0] for update in updates)
-        return frozenset(name for name in names if name is not None)
+    @cached_property
+    def _values(self) -> tuple[tuple[frozenset[str], ...], ...]:
+        """Per candidate and option: the values that it would keep whole for its own weight gradient."""
+        return tuple(tuple(self._layer_values(o.update) for o in one.options) for one in self.problem.candidates)
+
+    def _layer_values(self, update: LayerUpdate) -> frozenset[str]:
+        graph = self.problem.graph
+        return frozenset(name for op in graph.uses(update.layer) for name in layer_holds(graph, op, update)[0])
 
     @cached_property
     def _future(self) -> tuple[State, ...]:
         """Per candidate: everything that it or a later one may open."""
         futures = [State()]
-        for tensors, reach in zip(reversed(self._tensors), reversed(self._reach), strict=True):
-            futures.append(State(futures[-1].reach | reach, futures[-1].kept | (tensors & self._shared)))
+        for options, reach in zip(reversed(self._values), reversed(self._reach), strict=True):
+            passing = flow_holds(self.problem.graph, reach, self.problem.detached)[0] if self._passing else set()
+            own = frozenset().union(*options) & self._shared
+            futures.append(State(futures[-1].reach | reach, futures[-1].kept | own | passing))
         return tuple(reversed(futures))
 
-    @cached_property
-    def _flow(self) -> dict[str, Vector]:
-        """What each operator costs once gradients reach its output: its bits, and its readers' input gradients."""
-        return {op.name: self._vector(self._flow_cost(op)) for op in self.problem.graph.ops}
-
-    def _flow_cost(self, op: Op) -> Raw:
-        problem = self.problem
-        readers = [problem.graph[name] for name in problem.graph.consumers[op.name] if name not in problem.detached]
-        measured = problem.measured.input_gradient_ns if problem.measured else {}
-        return Raw(
-            saved_bytes=kept_bytes(op, problem.budget.batch),
-            macs=sum(input_gradient_macs(reader) for reader in readers),
-            latency_ns=sum(measured.get(reader.name, 0) for reader in readers),
-        )
-
     def _own(self, update: LayerUpdate) -> Raw:
-        problem = self.problem
-        op = problem.graph[update.layer]
-        tensor, size_bytes = kept_input(problem.graph, update, problem.budget.batch)
+        problem, graph = self.problem, self.problem.graph
+        sliced = sum(
+            slice_bytes(op, layer_holds(graph, op, update)[1], problem.budget.batch) for op in graph.uses(update.layer)
+        )
+        biases = memory_model(problem.budget.memory_model).biases * len(update.bias)
         return Raw(
-            values=live_weights(op, update) + memory_model(problem.budget.memory_model).biases * len(update.bias),
-            saved_bytes=0 if tensor in self._shared else size_bytes,
-            macs=weight_gradient_macs(op, update),
+            values=live_weights(graph[update.layer], update) + biases,
+            saved_bytes=sliced + self._bytes_of(self._layer_values(update) - self._shared),
+            macs=weight_gradient_macs(graph, update),
             latency_ns=weight_gradient_ns(problem.measured, update) if problem.measured else 0,
         )
 

@@ -10,17 +10,22 @@ The bound is Lagrangian: with prices p >= 0 per resource, no completion of a lab
 Prices come from a subgradient descent; any prices give a valid bound, good ones a tight one. A part is first searched
 with only the most promising labels, which finds a good plan soon; the number of labels is raised until none had to be
 left out, and by then the bounds leave little to search.
+
+Most problems are small for this; some are not, such as dense connections, of which every layer keeps what others share.
+The search therefore has a budget of labels, which bounds its time and its memory alike on every machine. When that is
+spent the best plan known is returned, without the proof that it is the optimum.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.planning.coupling import Coupling, State, Vector, Way
+from stages.planning.greedy import greedy
 from stages.planning.problem import Choice, Problem, choice
 
 BEAM = 64
@@ -30,6 +35,23 @@ RIVALS = 48
 """Each label is compared with so many of the best ones; comparing all with all would cost more than it saves."""
 TOLERANCE = 1e-9
 """Relative: a plan must be better by more to replace the best one."""
+STATE_LABELS = 200
+"""What handling one state costs beside its labels, in labels."""
+
+
+class Limits(NamedTuple):
+    """What a search may take, the same on every machine; about a million labels a second on a desktop processor."""
+
+    labels: int
+    """Labels that are made altogether."""
+    at_once: int
+    """Labels of one step; each takes about 0.1 kB, and is copied a few times."""
+
+
+SEARCH = Limits(20_000_000, 400_000)
+"""Where the optimum is what is wanted: four times what the paper's nets take when all their layers are candidates."""
+COMPARISON = Limits(2_000_000, 50_000)
+"""Where it is only compared with. TinyTrain's window of six blocks takes 10 thousand labels, 1 thousand at once."""
 
 
 class Labels(NamedTuple):
@@ -59,6 +81,25 @@ class Start:
     """No plan of this part is worth more."""
 
 
+class Effort:
+    """What a search may still do."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.left, self.at_once = limits
+
+    def spend(self, fronts: dict[State, Labels]) -> None:
+        """Count partial plans that have been made; too many at once are the end of the search."""
+        made = sum(len(labels.score) for labels in fronts.values())
+        self.left -= made + STATE_LABELS * len(fronts)
+        if made > self.at_once:
+            self.left = 0
+
+    @property
+    def spent(self) -> bool:
+        """Whether the search has to stop."""
+        return self.left <= 0
+
+
 @dataclass(frozen=True)
 class Best:
     """The best plan known."""
@@ -67,28 +108,33 @@ class Best:
     picks: NDArray[np.int8]
 
 
-def knapsack(problem: Problem) -> Choice:
+def knapsack(problem: Problem, limits: Limits = SEARCH) -> Choice:
     """The plan of highest total score under all budgets, over every combination of layers and ratios.
 
-    Exact up to rounding in the scores. Milliseconds to tenths of a second for 60 layers at 4 ratios.
+    Exact up to rounding in the scores, which the choice says (`optimal`). Milliseconds to tenths of a second for 60
+    layers at 4 ratios. At its `limits` the search is given up, and what is returned is the best plan that it has seen,
+    or greedy's where that is better.
     """
     coupling = Coupling(problem)
     count = len(problem.candidates)
     best = Best(0.0, np.full(count, -1, dtype=np.int8))
     if count == 0 or np.any(coupling.capacity < 0):
-        return Choice()
-    firsts, beam = list(range(count)), BEAM
-    while firsts:
+        return Choice(optimal=True)
+    firsts, beam, effort = list(range(count)), BEAM, Effort(limits)
+    while firsts and not effort.spent:
         found = [_start(coupling, first, best.score) for first in firsts]
         starts = sorted((start for start in found if start is not None), key=lambda start: -start.bound)
         firsts = []
         for start in starts:
             if _better(start.bound, best.score):
-                best, exact = _search(coupling, start, best, beam)
+                best, exact = _search(coupling, start, best, beam, effort)
                 firsts += [] if exact else [start.first]
         beam *= 4
     picked = [(one, int(r)) for one, r in zip(problem.candidates, best.picks, strict=True) if r >= 0]
-    return choice([one.options[r] for one, r in picked])
+    plan = choice([one.options[r] for one, r in picked])
+    if firsts:
+        return max(plan, greedy(problem), key=lambda one: one.score)
+    return replace(plan, optimal=True)
 
 
 def _better(value: float, score: float) -> bool:
@@ -149,13 +195,16 @@ def _prices(scores: Vector, costs: NDArray[np.float64], room: Vector, target: fl
 # ------------------------------------------------------------------------------------------------------------- search
 
 
-def _search(coupling: Coupling, start: Start, best: Best, beam: int) -> tuple[Best, bool]:
+def _search(coupling: Coupling, start: Start, best: Best, beam: int, effort: Effort) -> tuple[Best, bool]:
     """The best plan known after this part, and whether the part was searched exactly (no label left out)."""
     count = len(coupling.scores)
     empty = Labels(np.zeros(1), np.zeros((1, len(start.prices))), np.full((1, count), -1, dtype=np.int8))
     fronts = _extended(coupling, {coupling.start: empty}, start.first, optional=False)
     exact = True
     for j in range(start.first + 1, count + 1):
+        effort.spend(fronts)
+        if effort.spent:
+            return best, False
         kept: dict[State, Labels] = {}
         for state, labels in fronts.items():
             best = _improved(best, labels)

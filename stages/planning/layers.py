@@ -3,13 +3,15 @@
 * `greedy`: TinyTrain's. Layers in descending order of score; one that does not fit is skipped. All layers share one
   channel ratio; with several allowed, every ratio is tried and the plan of highest total score kept.
 * `strict-prefix`: the same, but the first layer that does not fit ends it (what the paper's formula says literally).
-* `knapsack`: the plan of highest total score over layers x ratios under all budgets, found exactly.
+* `knapsack`: the plan of highest total score over layers x ratios under all budgets, found exactly unless that would
+  take too long (`Choice.optimal`).
 * `exhaustive`: the same optimum by trying everything; for small models and for tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import product
 from math import prod
 
@@ -44,7 +46,7 @@ def exhaustive(problem: Problem) -> Choice:
         found = choice([option for option in picked if option is not None])
         if found.score > best.score and problem.fits(found.updates):
             best = found
-    return best
+    return replace(best, optimal=True)
 
 
 SELECTORS: Mapping[str, Selector] = {

@@ -25,16 +25,17 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 from stages.artifacts.records import Array, LayerUpdate, Plan
 from stages.cost.training import memory_bytes, plan_backward_macs
 from stages.errors import DataError
-from stages.models.graph import Graph, Op
-from stages.planning.channels import AXES, axis_of, make_update
+from stages.graphs.checking import AXES, check_updates
+from stages.graphs.graph import Graph
+from stages.operators import Op
+from stages.planning.channels import axis_of, make_update
 
 Ranking = Callable[[Op, str], Array]
 """(layer, axis) -> importance of its channels along the axis (C,)."""
@@ -70,41 +71,6 @@ def make_plan(
 def check_plan(plan: Plan, graph: Graph) -> None:
     """Raise `DataError` unless the plan is one for this model."""
     check_updates(plan.updates, graph)
-
-
-def check_updates(updates: Sequence[LayerUpdate], graph: Graph) -> None:
-    """Raise `DataError` unless the updates name layers of the model in execution order, each once, and their channels.
-
-    There must be something to train.
-    """
-    fix = "make a plan for this model with `edgetrain score-layers`"
-    if not any(update.channels or update.bias for update in updates):
-        raise DataError("/plan", "nothing trains", "at least one live channel or bias", fix)
-    for update in updates:
-        _check_update(update, graph, fix)
-    positions = [graph.position[update.layer] for update in updates]
-    if any(a >= b for a, b in pairwise(positions)):
-        raise DataError("/plan/layer", "layers repeated or out of order", "each layer once, in execution order", fix)
-
-
-def _check_update(update: LayerUpdate, graph: Graph, fix: str) -> None:
-    where = f"/plan ({update.layer})"
-    if update.layer not in graph.by_name or not graph[update.layer].is_layer:
-        raise DataError("/plan/layer", repr(update.layer), "a layer of this model", fix)
-    op = graph[update.layer]
-    if update.axis not in AXES:
-        raise DataError(where, f"axis {update.axis!r}", " or ".join(AXES), fix)
-    channels = op.out_channels if update.axis == "output" else op.in_channels
-    if update.axis_channels != channels:
-        raise DataError(where, f"{update.axis_channels} {update.axis} channels", f"{channels}", fix)
-    _check_indices(where, update.channels, channels, fix)
-    _check_indices(f"{where} bias", update.bias, op.out_channels if op.bias else 0, fix)
-
-
-def _check_indices(where: str, indices: tuple[int, ...], count: int, fix: str) -> None:
-    ascending = all(a < b for a, b in pairwise(indices))
-    if indices and not (ascending and indices[0] >= 0 and indices[-1] < count):
-        raise DataError(where, f"channels {indices[0]}..{indices[-1]}", f"ascending numbers from 0 to {count - 1}", fix)
 
 
 # ------------------------------------------------------------------------------------------------- hand-made plans

@@ -17,7 +17,8 @@ from stages.artifacts.records import Array, LayerUpdate, Scores
 from stages.cost.latency import Durations, predicted_latency_ns
 from stages.cost.training import memory_bytes, plan_backward_macs
 from stages.errors import BudgetError, DataError, require
-from stages.models.graph import Graph, Op
+from stages.graphs.graph import Graph
+from stages.operators import Op
 from stages.planning.budget import Budget, format_bytes
 from stages.planning.channels import ChannelEvidence, axis_of, channel_rule, make_update
 from stages.planning.shortcuts import with_detached
@@ -92,6 +93,8 @@ class Choice:
 
     updates: tuple[LayerUpdate, ...] = ()
     score: float = 0.0
+    optimal: bool = False
+    """Proven: no plan within the budgets is worth more."""
 
 
 def choice(options: Sequence[Option]) -> Choice:

@@ -16,14 +16,14 @@ from collections.abc import Iterable, Set
 from dataclasses import replace
 
 from stages.artifacts.records import LayerUpdate
-from stages.models.graph import Graph
+from stages.graphs.graph import Graph
 
 
 def residual_entries(graph: Graph) -> frozenset[str]:
     """The layers with which residual branches begin: additions whose one input feeds the other through layers."""
     found: set[str] = set()
     for op in graph.ops:
-        if op.kind == "add" and len(op.inputs) == 2:
+        if op.operator.joins == "sum":
             for short, long in (op.inputs, op.inputs[::-1]):
                 found |= _branch_entries(graph, short, long)
     return frozenset(found)

@@ -1,4 +1,4 @@
-"""The rivals' rules (titan.md section 1d): deterministic choices of `places` candidates, each biased by design."""
+"""Titan's rivals (arXiv:2505.16563, section 4.1): deterministic choices of `places` candidates, biased by design."""
 
 from __future__ import annotations
 

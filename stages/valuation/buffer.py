@@ -12,7 +12,7 @@ from stages.data.blocks import join_blocks
 from stages.errors import DataError
 from stages.randomness import generator
 from stages.valuation.class_statistics import ClassStatistics
-from stages.valuation.coarse import FILTERS, Arrivals, Filter, keys_of
+from stages.valuation.coarse import Arrivals, Filter, filter_named, keys_of
 from stages.valuation.coreset import coreset
 from stages.valuation.shares import ClassShares
 
@@ -29,7 +29,7 @@ class CandidateBuffer:
 
     def __init__(self, strategy: str, keep: int, *, features: Features | None, decay: float, seed: int) -> None:
         self.name, self.keep, self.seed = strategy, keep, seed
-        self.strategy: Filter = FILTERS[strategy]
+        self.strategy: Filter = filter_named(strategy)
         self.features = features
         self.statistics = ClassStatistics(decay)
         self.position = 0
@@ -116,8 +116,10 @@ class CandidateBuffer:
         return replace(chunk, columns={"index": places, **chunk.columns})
 
     def _arrivals(self, chunk: Block, draws: Array) -> Arrivals:
-        if self.strategy.needs in ("labels", "inputs"):
+        if self.strategy.needs == "labels":
             return Arrivals(chunk.y, draws)
+        if self.strategy.needs == "inputs":
+            return Arrivals(chunk.y, draws, inputs=np.asarray(chunk.x))
         if self.features is None:
             raise ValueError(f"filter strategy {self.name!r} needs features")
         features = self._finite(self.features(chunk))

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from stages.artifacts.records import Array
+from stages.owncode import answers, own
 from stages.valuation.class_statistics import ClassStatistics
 
 CENTRE_SHARE = 0.1
@@ -29,6 +30,8 @@ class Arrivals:
     features: Array | None = None
     """float (n, F): unit vectors where the strategy `needs` "directions"."""
     statistics: ClassStatistics | None = None
+    inputs: Array | None = None
+    """The samples as they came, (n, ...), where the strategy `needs` "inputs"."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,24 @@ FILTERS: Mapping[str, Filter] = MappingProxyType({
     "ocs": Filter(_ocs, "class", "directions", False, "of each class the most like its mean and unlike its samples"),
 })  # fmt: skip
 """Name -> strategy; all share one signature."""
+
+
+def filter_named(name: str) -> Filter:
+    """The strategy of the table, or the user's own: `package.module:function`.
+
+    A function of `Arrivals` returns what each sample is worth, float (n,), by its label and the sample itself
+    (`inputs`); of each class the worthiest stay. A `Filter` in place of a function says for itself what it needs.
+    """
+    if name in FILTERS:
+        return FILTERS[name]
+    found = own(name, "--strategy")
+    if isinstance(found, Filter):
+        return found
+
+    def worth(arrivals: Arrivals) -> Array:
+        return answers(found, name, len(arrivals.labels), arrivals)
+
+    return Filter(worth, "class", "inputs", False, f"your own {name}")
 
 
 def keys_of(strategy: Filter, worth: Array, draws: Array) -> Array:

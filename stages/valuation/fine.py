@@ -15,6 +15,8 @@ from types import MappingProxyType
 import numpy as np
 
 from stages.artifacts.records import Array
+from stages.errors import UsageError, require
+from stages.owncode import own
 from stages.valuation import baselines
 from stages.valuation.coreset import coreset
 from stages.valuation.designs import Design, Strata, divide, draw, equal_design, importance_design, random_variance
@@ -243,13 +245,45 @@ SELECTIONS: Mapping[str, Strategy] = MappingProxyType({
 """Name -> strategy; all share one signature."""
 
 
+def selection_named(name: str) -> Strategy:
+    """The strategy of the table, or the user's own: `package.module:function`.
+
+    A function chooses from a `GradientView` with gradients: `(view, places, epsilon, rng) -> Chosen`. A `Strategy` in
+    place of a function says for itself what it needs.
+    """
+    if name in SELECTIONS:
+        return SELECTIONS[name]
+    found = own(name, "--strategy")
+    return found if isinstance(found, Strategy) else Strategy(_checked(found, name), "gradients", False, name)
+
+
+def _checked(choose: Choose, name: str) -> Choose:
+    """The user's function; raises `UsageError` when it fails or returns no batch of the pool."""
+    require(callable(choose), name, f"a {type(choose).__name__}", "a function that chooses")
+
+    def checked(view: GradientView, places: int, epsilon: float, rng: np.random.Generator) -> Chosen:
+        try:
+            found = choose(view, places, epsilon, rng)
+        except Exception as error:
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(name, f"failed: {line}", "a function that chooses") from error
+        require(isinstance(found, Chosen), name, f"returned a {type(found).__name__}", "a Chosen batch")
+        rows = np.asarray(found.rows)
+        inside = len(rows) > 0 and bool((np.diff(rows) > 0).all()) and rows[0] >= 0 and rows[-1] < len(view.labels)
+        require(bool(inside), name, "rows that are no batch", "distinct rows of the pool, ascending")
+        require(bool(np.isfinite(found.weights).all()), name, "weights that are not finite", "finite weights")
+        return found
+
+    return checked
+
+
 # ------------------------------------------------------------------------------------------------------------ reporting
 
 
 def reference_variances(view: GradientView, places: int, epsilon: float) -> dict[str, float]:
-    """Closed-form variances of the pool for the two references: `variance_is` and `variance_random` (titan.md 1b).
+    """Closed-form variances of the pool for the two references: `variance_is` and `variance_random`.
 
-    The second is the paper's: drawing with replacement, by mass alone.
+    The second is Titan's (arXiv:2505.16563): drawing with replacement, by mass alone.
     """
     strata = view.whole
     return {

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from stages.artifacts.records import Array, Block, LayerUpdate
 from stages.cost.training import whole_update
+from stages.engines.torch.net import SparseNet
 from stages.errors import DataError, require
 from stages.models.deploy import Backbone
-from stages.models.inputs import adapt
-from stages.sparse.engine import SparseNet
-from stages.sparse.updates import PrefixCache
+from stages.models.inputs import adapt_block
+from stages.training.updates import PrefixCache
 from stages.valuation.scoring import CHUNK, Weights
 
 ANYTIME_CHUNK = 8
@@ -103,7 +103,7 @@ class Forward:
         return self._labelled(block, columns)
 
     def _pass(self, piece: Block) -> tuple[Block, Tensor]:
-        boundary = self._net.prefix(adapt(np.asarray(piece.x), piece.layout, self._start.input))
+        boundary = self._net.prefix(adapt_block(piece, self._start.input))
         with torch.no_grad():
             features = self._net.suffix(boundary)
         arrays = PrefixCache(boundary).arrays() if self._send else {}

@@ -36,7 +36,7 @@ class Gradients(Protocol):
 
 @dataclass(frozen=True)
 class LastLayer:
-    """Closed-form gradients of the last linear layer, weights and bias (titan.md section 1b).
+    """Closed-form gradients of the last linear layer, weights and bias (docs/choosing-samples.md).
 
     Any layer's gradient that is an outer product fits; for a head without bias the added one is a constant feature.
     """

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.artifacts.records import Array, Head, LayerUpdate
+from stages.engines.torch.net import Boundary, SparseNet
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
 from stages.models.heads import logits
-from stages.sparse.engine import Boundary, SparseNet
 
 
 def every_layer(graph: Graph) -> tuple[LayerUpdate, ...]:

@@ -14,7 +14,7 @@ from stages.artifacts.records import Array, Block, Head, LayerUpdate
 from stages.errors import DataError
 from stages.models import heads
 from stages.models.deploy import Backbone
-from stages.models.inputs import adapt
+from stages.models.inputs import adapt_block
 from stages.valuation.costs import Times
 from stages.valuation.fine import GradientView
 from stages.valuation.gradients import Gradients, Kernel, LastLayer
@@ -106,7 +106,7 @@ def scored(
     gradients: Gradients = LastLayer(residuals, features.double().numpy())
     if importance != "last-layer":
         live = every_layer(weights.backbone.graph) if importance == "full" else updates
-        inputs = adapt(np.asarray(block.x), block.layout, weights.backbone.input)
+        inputs = adapt_block(block, weights.backbone.input)
         behind = live_products(weights.backbone, live or (), head, inputs, targets)
         gradients = Kernel(gradients.inner_products() + behind)
     _check_finite(gradients.squared_norms, block, "gradient")
@@ -116,7 +116,7 @@ def scored(
 def _features(backbone: Backbone, block: Block) -> Tensor:
     """Backbone features in inference mode: float32 (n, D)."""
     with torch.inference_mode():
-        inputs = (adapt(np.asarray(part.x), part.layout, backbone.input) for part in block.slices(CHUNK))
+        inputs = (adapt_block(part, backbone.input) for part in block.slices(CHUNK))
         return torch.cat([backbone.features(x) for x in inputs])
 
 

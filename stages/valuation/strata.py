@@ -38,8 +38,9 @@ def merge_chain(pulls: Array, products: Array) -> Iterator[Level]:
     """Partitions of K classes into K, K-1, ..., 1 strata, each from the one before by merging two strata.
 
     Merged are the two that raise the sum of importances least. The sum never falls by merging (the reverse triangle
-    inequality of the light cone, titan.md section 1b), but the places freed may gain more. Greedy: not always the best
-    partition of its size; every partition is unbiased, so what is lost is variance only.
+    inequality: the vectors (sum q_i |g_i|, sum q_i g_i) of classes lie in a light cone), but the places freed may gain
+    more. Greedy: not always the best partition of its size; every partition is unbiased, so what is lost is variance
+    only.
 
     Args:
         pulls: float64 (K,): sum of q_i |g_i| of each class.

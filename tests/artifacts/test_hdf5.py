@@ -2,6 +2,7 @@
 
 import io
 import threading
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stages.artifacts import hdf5
-from stages.artifacts.records import Block, End, Group
+from stages.artifacts.codec import to_tree
+from stages.artifacts.records import PREPARED_FROM, Block, End, Group, LayerUpdate, Preparation
+from stages.artifacts.schema import VERSION
 from stages.errors import DataError, SchemaError
 
 
@@ -233,11 +236,18 @@ def test_a_flipped_bit_is_never_silently_wrong(block):
         ({"x": np.zeros((3, 4, 4))}, {}, "f4"),
         ({"y": np.zeros(3)}, {}, "integers"),
         ({"y": np.zeros(4, np.int64)}, {}, "N=3"),
-        ({"y": np.array([0, -1, 0])}, {}, "label -1"),
+        ({"y": np.array([0, -2, 0])}, {}, "label -2"),
         ({"y": np.array([0, 1, 5]), "classes": np.array([b"a", b"b"])}, {}, "label 5"),
         ({"x": np.zeros((3, 4, 4, 4), np.uint8)}, {}, "layout"),
         ({}, {"edgetrain": "cake"}, "'run' or 'block'"),
         ({}, {"edgetrain": "block", "schema": 99}, "update EdgeTrain"),
+        ({}, {"edgetrain": "block", "schema": VERSION + 1}, "update EdgeTrain"),
+        ({}, {"edgetrain": "block", "schema": 0}, "1 to 2"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": "{"}, "JSON"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"of": "cake"}'}, "pictures"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"turn": 90}'}, "turn"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"size": [0, 4]}'}, "size"),
+        ({}, {"edgetrain": "block", "schema": 2, "prepared": '{"invert": 1}'}, "invert"),
     ],
 )
 def test_malformed_blocks_say_what_is_wrong(datasets, attributes, words):
@@ -248,6 +258,77 @@ def test_malformed_blocks_say_what_is_wrong(datasets, attributes, words):
 
     with pytest.raises(DataError, match=words):
         hdf5.decode(image(fill))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "values"),
+    [
+        ("channels", [2]),  # of 2 channels there are 0 and 1
+        ("channels", [-1]),
+        ("axis", [b"sideways"]),
+        ("bias", [-1, 1]),
+        ("axis_channels", [1]),
+        ("channel_count", [2]),
+    ],
+)
+def test_a_malformed_plan_is_refused_when_it_is_read(run, dataset, values):
+    tree = to_tree(run)
+    arrays = tree.groups["plan"].arrays
+    arrays[dataset] = np.array(values, np.asarray(arrays[dataset]).dtype if dataset != "axis" else "S8")
+    with pytest.raises(SchemaError, match="/plan"):
+        hdf5.decode(hdf5.encode_tree(tree))
+
+
+def test_channels_of_a_plan_ascend(run):
+    """Once each: training one twice would count its gradient twice."""
+    for channels in ((1, 0), (1, 1)):
+        plan = replace(run.plan, updates=(LayerUpdate("stem", "output", channels, 2),))
+        with pytest.raises(SchemaError, match="ascending channels from 0 to 1"):
+            hdf5.decode(hdf5.encode(replace(run, plan=plan)))
+
+
+def test_samples_that_have_no_labels_yet_are_a_block():
+    def fill(file):
+        file["x"] = np.zeros((3, 4, 4), np.uint8)
+
+    found = hdf5.decode(image(fill))
+    assert found.y.tolist() == [-1, -1, -1]
+    assert hdf5.decode(hdf5.encode(found)).y.tolist() == [-1, -1, -1]
+
+
+def test_version_1_is_read_and_its_columns_keep_their_meaning():
+    def fill(file):
+        file["x"], file["y"], file["source"] = np.zeros((2, 3), "f4"), np.arange(2), np.array([7, 8])
+        file.attrs.update({"edgetrain": "block", "schema": 1, "layout": "ND", "prepared": 3, "sample_rate_hz": 8000})
+
+    found = hdf5.decode(image(fill))
+    assert found.columns["source_column"].tolist() == [7, 8]
+    assert (found.facts, found.prepared) == ({"prepared_fact": 3}, Preparation(sample_rate_hz=8000))
+    again = hdf5.decode(hdf5.encode(found))
+    assert (again.facts, again.prepared) == (found.facts, found.prepared)
+
+
+@given(
+    st.builds(
+        Preparation,
+        of=st.sampled_from(PREPARED_FROM),
+        size=st.none() | st.tuples(st.integers(1, 999), st.integers(1, 999)),
+        fit=st.sampled_from(["stretch", "crop", "pad"]),
+        colour=st.sampled_from(["", "gray", "rgb"]),
+        invert=st.booleans(),
+        dtype=st.sampled_from(["", "uint8"]),
+        scale=st.sampled_from([1.0, 15.9375]),
+        sample_rate_hz=st.sampled_from([0, 16000]),
+        seconds=st.sampled_from([0.0, 1.5]),
+        shape=st.none() | st.just((28, 28)),
+        layout=st.sampled_from(["", "NHW"]),
+    )
+)
+def test_how_samples_were_prepared_comes_back_as_it_was(prepared):
+    block = Block(np.zeros((1, 2), np.float32), np.zeros(1, np.int64), "ND", prepared=prepared)
+    found = hdf5.decode(hdf5.encode(block))
+    assert found.prepared == (None if prepared == Preparation() else prepared)
+    assert found.facts == {}
 
 
 def test_a_tree_of_any_kind_can_be_read(tmp_path):

@@ -1,14 +1,40 @@
 """The command line as a whole: what starting one command reads, and that a shell can complete all of them."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
-from edgetrain_cli.app import COMMANDS, application
+from edgetrain_cli.app import COMMANDS, application, body_of
+from edgetrain_cli.settings import parameters
+from stages.errors import UsageError
+from stages.importance.criteria import CRITERIA
+from stages.importance.tasks import TASKS
+from stages.methods.layer_scores import SEARCHES
+from stages.planning.layers import SELECTORS
+from stages.pretraining import AUGMENTATIONS
+from stages.settings import (
+    evaluation,
+    filtering,
+    importing,
+    packing,
+    pretraining,
+    profiling,
+    scoring,
+    selection,
+    training,
+)
+from stages.settings.declared import declared
+from stages.training.optimizers import OPTIMIZERS, SCHEDULES
+from stages.valuation.coarse import FILTERS
+from stages.valuation.fine import SELECTIONS
+from stages.valuation.scoring import IMPORTANCES
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,3 +83,70 @@ def test_what_follows_a_dash_dash_is_the_command():
     )
     assert result.returncode == 2
     assert b"--keep" in result.stderr
+
+
+def test_the_list_of_commands_says_what_their_help_does():
+    said = {name: " ".join((body_of(name).__doc__ or "").split("\n\n")[0].split()) for name in COMMANDS}
+    assert said == {name: listed.summary for name, listed in COMMANDS.items()}
+
+
+TABLES = {
+    filtering.STRATEGIES: FILTERS,
+    tuple(name for name in selection.STRATEGIES if name != selection.AUTO): SELECTIONS,
+    selection.IMPORTANCES: IMPORTANCES,
+    scoring.CRITERIA: CRITERIA,
+    scoring.SELECTORS: SELECTORS,
+    scoring.SEARCHES: SEARCHES,
+    scoring.HEADS: TASKS,
+    pretraining.AUGMENTATIONS: AUGMENTATIONS,
+    training.OPTIMIZERS: OPTIMIZERS,
+    training.SCHEDULES: SCHEDULES,
+}
+
+
+@pytest.mark.parametrize(("names", "table"), TABLES.items(), ids=str)
+def test_the_names_of_settings_are_those_of_the_tables(names, table):
+    assert set(names) == set(table)
+
+
+CONFIGURATIONS = [
+    kind
+    for module in (evaluation, filtering, importing, packing, pretraining, profiling, scoring, selection, training)
+    for kind in vars(module).values()
+    if is_dataclass(kind) and kind.__module__ == module.__name__
+]
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS, ids=lambda kind: kind.__name__)
+def test_every_setting_is_an_option_of_some_command(kind):
+    names = {field.name for field, _ in declared(kind)}
+    assert names
+    assert any(names <= options_of(name) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS, ids=lambda kind: kind.__name__)
+def test_bounds_and_choices_hold_for_whoever_makes_the_configuration(kind):
+    for field, known in declared(kind):
+        wrong = [known.least - 1] if known.least is not None else []
+        wrong += [known.most + 1] if known.most is not None else []
+        wrong += ["nonsense"] if known.choices else []
+        for value in wrong:
+            with pytest.raises(UsageError, match=re.escape(known.option(field.name))):
+                kind(**{field.name: value})
+
+
+def test_a_misspelt_choice_is_answered_with_the_nearest():
+    with pytest.raises(UsageError, match="did you mean stratified"):
+        selection.Selection(strategy="stratifed")
+
+
+def test_a_command_is_callable_with_plain_arguments(tmp_path):
+    source = tmp_path / "x.npz"
+    np.savez(source, x=np.zeros((6, 4, 4), np.uint8), y=np.arange(6) % 2)
+    body_of("pack")([str(source)], out=str(tmp_path / "x.h5"), block_length=2, quiet=True)
+    assert (tmp_path / "x.h5").read_bytes()[:4] == b"\x89HDF"
+
+
+def options_of(name):
+    body = body_of(name)
+    return {each.name for each in parameters(body)} if hasattr(body, "parameters") else set()

@@ -2,17 +2,16 @@
 
 from functools import cache
 
-from stages.models.deploy import fold
-from stages.models.graph import Graph, Op
+from stages.graphs.graph import Graph
 from stages.models.registry import build, input_spec
-from stages.models.tracing import trace
+from stages.operators import Op
+from tests.models.nets import folded
 
 
 @cache
 def backbone(arch: str, **arguments: object) -> Graph:
     """A registry model in deploy form at its default input."""
-    graph, _ = fold(*trace(build(arch, arguments), input_spec(arch, arguments).shape))
-    return graph
+    return folded(build(arch, arguments), input_spec(arch, arguments).shape)[0]
 
 
 def op_input(channels: int, size: int) -> Op:
@@ -27,7 +26,7 @@ def conv(name: str, source: Op, out: int, k: int = 1, stride: int = 1, groups: i
         "conv",
         (source.name,),
         shape,
-        source.shape,
+        (source.shape,),
         (k, k),
         (stride, stride),
         (k // 2, k // 2),
@@ -40,7 +39,7 @@ def conv(name: str, source: Op, out: int, k: int = 1, stride: int = 1, groups: i
 
 def unary(kind: str, source: Op, name: str | None = None) -> Op:
     shape = source.shape[:1] if kind == "global_pool" else source.shape
-    return Op(name or f"{source.name}.{kind}", kind, (source.name,), shape, source.shape)
+    return Op(name or f"{source.name}.{kind}", kind, (source.name,), shape, (source.shape,))
 
 
 def inverted_residual() -> Graph:
@@ -53,7 +52,7 @@ def inverted_residual() -> Graph:
     depthwise = conv("b.depthwise", expand_act, 8, k=3, groups=8, block=0)
     depthwise_act = unary("relu6", depthwise)
     project = conv("b.project", depthwise_act, 4, block=0)
-    total = Op("b.add", "add", ("b.project", stem_act.name), (4, 8, 8), (4, 8, 8), block=0)
+    total = Op("b.add", "add", ("b.project", stem_act.name), (4, 8, 8), ((4, 8, 8),) * 2, block=0)
     ops = (x, stem, stem_act, expand, expand_act, depthwise, depthwise_act, project, total, unary("global_pool", total))
     return Graph(ops, ("b",))
 
@@ -65,8 +64,9 @@ def fire() -> Graph:
     act = unary("relu", squeeze)
     left, right = conv("left", act, 5), conv("right", act, 6, k=3)
     left_act, right_act = unary("relu", left), unary("relu", right)
-    both = Op("cat", "concat", (left_act.name, right_act.name), (11, 6, 6), (5, 6, 6))
-    pooled = Op("pool", "max_pool", ("cat",), (11, 3, 3), (11, 6, 6), (2, 2), (2, 2), (0, 0), (1, 1))
+    shapes = (left_act.shape, right_act.shape)
+    both = Op("cat", "concat", (left_act.name, right_act.name), (11, 6, 6), shapes, args=(("axis", 0),))
+    pooled = Op("pool", "max_pool", ("cat",), (11, 3, 3), ((11, 6, 6),), (2, 2), (2, 2), (0, 0), (1, 1))
     last = conv("last", pooled, 3)
     return Graph((x, squeeze, act, left, left_act, right, right_act, both, pooled, last, unary("global_pool", last)))
 
@@ -76,10 +76,10 @@ def classifier() -> Graph:
     x = op_input(2, 4)
     first = conv("conv", x, 3, k=3)
     act = unary("relu", first)
-    flat = Op("flat", "flatten", (act.name,), (48,), act.shape)
-    middle = Op("fc1", "linear", ("flat",), (5,), (48,), bias=True)
+    flat = Op("flat", "flatten", (act.name,), (48,), (act.shape,))
+    middle = Op("fc1", "linear", ("flat",), (5,), ((48,),), bias=True)
     middle_act = unary("relu", middle)
-    last = Op("fc2", "linear", (middle_act.name,), (4,), (5,), bias=True)
+    last = Op("fc2", "linear", (middle_act.name,), (4,), ((5,),), bias=True)
     return Graph((x, first, act, flat, middle, middle_act, last))
 
 

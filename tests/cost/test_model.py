@@ -12,7 +12,8 @@ from stages.cost.model import (
     weight_count,
 )
 from stages.errors import UsageError
-from stages.models.graph import Graph, Op
+from stages.graphs.graph import Graph
+from stages.operators import Op
 from tests.cost.nets import backbone, classifier, conv, inverted_residual, op_input, unary
 
 KB = 1024
@@ -72,8 +73,8 @@ def test_an_activation_overwrites_its_input_only_where_nothing_else_reads_it():
     x = op_input(1, 4)
     a, b = conv("a", x, 4), conv("b", op_input(1, 4), 4)
     act = unary("relu", a)
-    after = Op("sum", "add", (act.name, "b"), (4, 4, 4), (4, 4, 4))
-    shared = Op("sum", "add", (act.name, "a"), (4, 4, 4), (4, 4, 4))
+    after = Op("sum", "add", (act.name, "b"), (4, 4, 4), ((4, 4, 4),) * 2)
+    shared = Op("sum", "add", (act.name, "a"), (4, 4, 4), ((4, 4, 4),) * 2)
     assert inference_peak_bytes(Graph((x, a, act))) == 4 * (16 + 64)
     assert inference_peak_bytes(Graph((x, a, act, b, after))) == 4 * (16 + 64 + 64)
     assert inference_peak_bytes(Graph((x, a, act, shared))) == 4 * (64 + 64)

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from stages.cost import ops
 from stages.cost.model import forward_macs
 from stages.errors import UsageError
-from stages.models.graph import KINDS, Op
 from stages.models.registry import ARCHITECTURES, build, input_spec
+from stages.operators import TABLE, Op, Operator
+from stages.operators.op import keeps_nothing, same_shape
 from tests.cost.nets import backbone, conv, op_input
 
 PAPER_NETS = [
@@ -32,21 +33,25 @@ def test_convolution_by_hand(groups, expected):
 
 
 def test_one_dimensional_convolution_and_linear_by_hand():
-    sound = Op("c", "conv", ("x",), (6, 10), (4, 20), (5,), (2,), (2,), (1,))
+    sound = Op("c", "conv", ("x",), (6, 10), ((4, 20),), (5,), (2,), (2,), (1,))
     assert ops.macs(sound) == 6 * 4 * 5 * 10
-    assert ops.macs(Op("l", "linear", ("x",), (7,), (9,), bias=True)) == 63
+    assert ops.macs(Op("l", "linear", ("x",), (7,), ((9,),), bias=True)) == 63
 
 
-def test_every_kind_has_a_rule_or_a_reason():
-    assert set(ops.RULES) | set(ops.FREE) == KINDS
-    assert not set(ops.RULES) & set(ops.FREE)
-    assert all(ops.FREE.values())
+@pytest.mark.parametrize("operator", TABLE.values(), ids=TABLE)
+def test_every_kind_has_a_rule_or_a_reason(operator):
+    assert callable(operator.macs) or (isinstance(operator.macs, str) and operator.macs)
+
+
+def test_a_kind_without_a_rule_cannot_be_made():
+    with pytest.raises(TypeError, match="macs"):
+        Operator(kind="gate", doc="", shape=same_shape, keeps=keeps_nothing, forward=None, onnx=None, aten={})
 
 
 def test_an_operator_without_a_rule_is_refused_by_name():
-    op = replace(conv("blocks.3.gate", op_input(2, 4), 2), kind="sigmoid")
+    op = replace(conv("blocks.3.gate", op_input(2, 4), 2), kind="gate")
     for count in (ops.macs, ops.input_gradient_macs, ops.weight_gradient_macs):
-        with pytest.raises(UsageError, match=r"blocks\.3\.gate.*sigmoid"):
+        with pytest.raises(UsageError, match=r"blocks\.3\.gate.*'gate'"):
             count(op)
 
 
@@ -54,7 +59,8 @@ def test_an_operator_without_a_rule_is_refused_by_name():
 def test_kept_bytes_round_the_bits_of_the_whole_batch_up(batch, bits, indices):
     shape = (2, 5, 5)
     for kind, expected in (("relu", bits), ("relu6", bits), ("max_pool", indices), ("add", 0), ("conv", 0)):
-        assert ops.kept_bytes(Op("o", kind, ("x",), shape, shape), batch) == expected
+        op = Op("o", kind, ("x",), shape, (shape,))
+        assert op.operator.keeps(op, {0}).own_bytes(op, batch) == expected
 
 
 @pytest.mark.parametrize(("arch", "arguments", "expected"), PAPER_NETS)

@@ -10,7 +10,6 @@ from stages.cost import training
 from stages.cost.model import full_backward_macs, inference_peak_bytes, last_blocks, paper_peak_bytes
 from stages.cost.training import (
     full_training_bytes,
-    kept_input,
     live_values,
     memory_bytes,
     plan_backward_macs,
@@ -19,10 +18,11 @@ from stages.cost.training import (
     whole_update,
     with_head,
 )
+from stages.engines.torch.net import SparseNet
 from stages.errors import UsageError
+from stages.graphs.graph import Graph
+from stages.graphs.keeping import layer_holds, slice_bytes, value_bytes
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph
-from stages.sparse.engine import SparseNet
 from tests.cost.nets import HAND_MADE, backbone, classifier, conv, fire, inverted_residual, op_input
 from tests.cost.test_model import net
 
@@ -104,6 +104,14 @@ def test_everything_trains_at_twice_the_forward_less_the_stems_input_gradient():
     assert plan_backward_macs(graph, updates) == full_backward_macs(graph) - graph.layers[0].weights * 64 * 64
 
 
+def kept_input(graph: Graph, update: LayerUpdate, batch: int) -> tuple[str | None, int]:
+    """What a live layer keeps of its input: the value's name, none where it keeps a slice of its own, and the bytes."""
+    op = graph[update.layer]
+    whole, channels = layer_holds(graph, op, update)
+    name = next(iter(whole), None)
+    return name, value_bytes(graph, name, batch) if name else slice_bytes(op, channels, batch)
+
+
 def test_kept_input_follows_the_axis():
     graph = inverted_residual()
     assert kept_input(graph, update(graph, "b.project", 1), 2) == ("b.depthwise.relu6", 2 * 4 * 512)
@@ -174,7 +182,7 @@ def test_unknown_names_are_refused_with_the_known_ones(wrong):
 def test_live_share_is_exact_where_the_ratio_is_no_binary_fraction():
     op = conv("c", op_input(6, 5), 6, k=3)
     graph = Graph((op_input(6, 5), op))
-    assert weight_gradient_macs(op, update(graph, "c", 1)) * 6 == weight_gradient_macs(op, update(graph, "c"))
+    assert weight_gradient_macs(graph, update(graph, "c", 1)) * 6 == weight_gradient_macs(graph, update(graph, "c"))
 
 
 # ------------------------------------------------------------------------------------------------- against the engine

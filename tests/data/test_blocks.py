@@ -130,8 +130,8 @@ def test_finite_rows() -> None:
 
 
 def test_labels_below_zero_and_beyond_the_names() -> None:
-    check_labels(np.array([0, 4]), 5, "ok")
-    with pytest.raises(DataError, match=r"here: label -1 \(of 2"):
-        check_labels(np.array([0, -1, -2]), None, "here")
-    with pytest.raises(DataError, match=r"label 5.*below 5"):
-        check_labels(np.array([5]), 5, "here")
+    check_labels(np.array([0, 4, -1]), range(5), "ok")
+    with pytest.raises(DataError, match=r"here: label -3 \(of 2"):
+        check_labels(np.array([0, -1, -3, -2]), (), "here")
+    with pytest.raises(DataError, match=r"label 5.*one of the 5 that have names"):
+        check_labels(np.array([5]), range(5), "here")

@@ -17,6 +17,7 @@ from stages.data.images import (
     resize_arrays,
     resolve_colour,
 )
+from stages.data.samples import Notes
 from stages.errors import DataError, UsageError
 
 GRAY, RGB = ImageForm(colour="gray"), ImageForm(colour="rgb")
@@ -82,7 +83,7 @@ def test_auto_takes_the_first_readable_image_and_never_loses_colour(tmp_path: Pa
         read_image(colour, form)
     assert read_image(grey, resolve_colour([colour], ImageForm())).shape == (2, 2, 3)
     assert read_image(colour, GRAY).shape == (2, 2)
-    with pytest.raises(DataError, match="none of 1 images"):
+    with pytest.raises(DataError, match=r"broken\.png: cannot be read as an image"):
         resolve_colour([tmp_path / "broken.png"], ImageForm())
 
 
@@ -161,3 +162,104 @@ def test_sizes_as_people_write_them() -> None:
     for text in ("", "x", "0", "-3", "1x2x3"):
         with pytest.raises(UsageError):
             height_width(text)
+
+
+# ------------------------------------------------------------------------------------------- nothing is lost unheard
+
+
+def test_floating_point_pictures_are_refused_not_made_black(tmp_path: Path) -> None:
+    path = saved(tmp_path / "f.tif", np.tile(np.linspace(0, 1, 8, dtype=np.float32), (8, 1)))
+    with pytest.raises(DataError, match=r"f\.tif: floating-point grey values from 0 to 1, expected 8 or 16 bits"):
+        read_image(path, GRAY)
+    assert resolve_colour([path], ImageForm()).colour == "gray"
+
+
+def test_sixteen_bits_keep_their_upper_eight_unless_nothing_would_be_left(tmp_path: Path) -> None:
+    notes = Notes()
+    path = saved(tmp_path / "w.png", np.array([[0, 256], [0xFFFF, 0x1234]], np.uint16))
+    assert read_image(path, GRAY, notes=notes).tolist() == [[0, 1], [255, 0x12]]
+    assert notes.lines() == ["kept the upper 8 of the 16 bits of 1 images: w.png"]
+    with pytest.raises(DataError, match="16-bit grey values up to 200, expected some that 8 bits do not make black"):
+        read_image(saved(tmp_path / "dark.png", np.array([[0, 200]], np.uint16)), GRAY)
+    assert read_image(saved(tmp_path / "black.png", np.zeros((2, 2), np.uint16)), GRAY).max() == 0
+    with pytest.raises(DataError, match="32-bit grey values from 0 to 70000"):
+        read_image(saved(tmp_path / "i.tif", np.array([[0, 70000]], np.int32)), GRAY)
+
+
+def test_of_several_pictures_in_a_file_the_first_counts_which_is_said(tmp_path: Path) -> None:
+    first, second = (Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (10, 200))
+    first.save(tmp_path / "pages.tif", save_all=True, append_images=[second])
+    notes = Notes()
+    assert read_image(tmp_path / "pages.tif", GRAY, notes=notes).max() == 10
+    assert notes.lines() == ["took the first image of 1 files that hold several: pages.tif"]
+
+
+@pytest.mark.parametrize("kind", ["L", "LA", "P"])
+def test_grey_with_transparency_is_grey(tmp_path: Path, kind: str) -> None:
+    image = Image.fromarray(np.array([[0, 90], [180, 255]], np.uint8))
+    if kind == "LA":
+        image.putalpha(Image.fromarray(np.array([[0, 255], [255, 255]], np.uint8)))
+    else:
+        image = image.convert(kind)
+    image.save(tmp_path / "t.png", **({} if kind == "LA" else {"transparency": 0}))
+    strict = ImageForm(colour="gray", strict=True)
+    assert read_image(tmp_path / "t.png", strict).tolist() == [[255, 90], [180, 255]]
+    assert resolve_colour([tmp_path / "t.png"], ImageForm()).colour == "gray"
+
+
+def test_white_on_transparent_does_not_become_an_empty_sheet(tmp_path: Path) -> None:
+    ink = np.full((4, 4, 4), 255, np.uint8)
+    ink[1:3, 1:3, 3] = 0
+    with pytest.raises(DataError, match="white on transparent: nothing is left"):
+        read_image(saved(tmp_path / "white.png", ink), RGB)
+    ink[..., 3] = 255
+    assert read_image(saved(tmp_path / "sheet.png", ink), RGB).min() == 255
+
+
+def test_a_palette_of_colours_is_no_grey(tmp_path: Path) -> None:
+    path = saved(tmp_path / "c.png", np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8))
+    with Image.open(path) as opened:
+        opened.convert("P").save(tmp_path / "p.png")
+    assert resolve_colour([tmp_path / "p.png"], ImageForm()).colour == "rgb"
+    assert read_image(tmp_path / "p.png", RGB).tolist() == [[[255, 0, 0], [0, 0, 255]]]
+
+
+GREEN = [0, 255, 0]
+
+
+def turned(path: Path, orientation: int, size: tuple[int, int] = (6, 10)) -> Path:
+    """A grey picture whose stored rows 1, 2 and columns 2 to 4 are green, with an EXIF orientation."""
+    pixels = np.full((*size, 3), 90, np.uint8)
+    pixels[1:3, 2:5] = GREEN
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+    return path
+
+
+STORED_BOX = (2, 1, 5, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_drawn_in_the_stored_picture_are_cut_from_it(tmp_path: Path, orientation: int) -> None:
+    path = turned(tmp_path / "t.png", orientation)
+    found = read_image(path, ImageForm(colour="rgb", boxes="stored"), STORED_BOX)
+    assert found.shape == ((3, 2, 3) if orientation >= 5 else (2, 3, 3))
+    assert (found == GREEN).all()
+    upright = read_image(path, RGB)
+    rows, columns = np.nonzero((upright == GREEN).all(axis=2))
+    box = (float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1))
+    assert np.array_equal(read_image(path, ImageForm(colour="rgb", boxes="upright"), box), found)
+
+
+def test_the_size_that_annotations_state_tells_which_picture_boxes_were_drawn_in(tmp_path: Path) -> None:
+    path = turned(tmp_path / "t.png", 6)
+    assert (read_image(path, RGB, STORED_BOX, (10, 6)) == GREEN).all()
+    assert (read_image(path, RGB, (3, 2, 5, 5), (6, 10)) == GREEN).all()
+    for drawn in (None, (0, 0)):
+        with pytest.raises(DataError, match=r"EXIF orientation \(6\) turns.*--boxes stored"):
+            read_image(path, RGB, STORED_BOX, drawn)
+    with pytest.raises(DataError, match=r"orientation \(3\)"):
+        read_image(turned(tmp_path / "half.png", 3), RGB, STORED_BOX, (10, 6))
+    with pytest.raises(DataError, match="10 x 6 pixels, annotated as 20 x 12"):
+        read_image(turned(tmp_path / "small.png", 1), RGB, STORED_BOX, (20, 12))

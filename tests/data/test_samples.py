@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.data import samples
-from stages.data.samples import Chain, FileReader, Prepared, Source, class_numbers, column_of, gather
+from stages.data.samples import (
+    Chain,
+    FileReader,
+    Notes,
+    Prepared,
+    Source,
+    class_numbers,
+    classes_of_texts,
+    column_of,
+    gather,
+)
 from stages.errors import DataError
 
 
@@ -81,11 +91,45 @@ def test_columns_take_the_narrowest_type_that_holds_them() -> None:
     assert column_of(["1", "-2"]).dtype == np.int64
     assert column_of(["1", "2.5"]).dtype == np.float64
     assert column_of(["1", "é"]).tolist() == [b"1", "é".encode()]
-    assert column_of([str(2**70), "1"]).dtype.kind in "Sf"
+    assert column_of([str(2**70), "1"]).dtype.kind == "S"
+
+
+@pytest.mark.parametrize("texts", [["007", "12"], ["1e5", "2"], ["1_000"], ["1.10", "1.1"], ["", "1"], ["+1"], ["nan"]])
+def test_ids_that_numbers_would_change_stay_texts(texts: list[str]) -> None:
+    assert column_of(texts).tolist() == [text.encode() for text in texts]
 
 
 @given(st.lists(st.text(max_size=5), min_size=1))
 def test_class_numbers_point_back_to_the_names(classes: list[str]) -> None:
-    y, names = class_numbers(classes)
-    assert [names[label] for label in y] == classes
-    assert list(names) == sorted(set(classes))
+    y, labels, names = class_numbers(classes)
+    assert labels is not None
+    assert names is not None
+    name_of = dict(zip(labels.tolist(), names, strict=True))
+    assert [name_of.get(label, "") for label in y.tolist()] == classes
+    assert (np.diff(labels) > 0).all()
+    assert set(names) == set(classes) - {""}
+
+
+def test_names_that_are_numbers_keep_their_numbers() -> None:
+    assert class_numbers(["10", "2", "2"]).y.tolist() == [10, 2, 2]
+    assert class_numbers(["00010", "00002"]).names == ("00002", "00010")
+    for not_numbers in (["10", "2", "x"], ["7", "007"], ["1" * 19, "2"], ["²", "1"]):
+        assert sorted(class_numbers(not_numbers).y.tolist()) == list(range(len(not_numbers)))
+
+
+def test_classes_of_a_tables_texts() -> None:
+    assert classes_of_texts(["3", "1", ""], "t") == (pytest.approx(np.array([3, 1, -1])), None, None)
+    assert classes_of_texts(["1.0", "2.0"], "t").y.tolist() == [1, 2]
+    assert classes_of_texts(["a", "", "b"], "t").y.tolist() == [0, -1, 1]
+    assert classes_of_texts(["007", "12"], "t").names == ("007", "12")
+    with pytest.raises(DataError, match="t: labels: numbers with fractions"):
+        classes_of_texts(["0.5", "1"], "t")
+
+
+def test_notes_count_and_name_a_few() -> None:
+    notes = Notes()
+    notes.say("a guess")
+    notes.say("a guess")
+    for i in range(5):
+        notes.count("left out {} files", f"{i}.txt")
+    assert notes.lines() == ["a guess", "left out 5 files: 0.txt, 1.txt, 2.txt, ..."]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from stages.data.samples import Notes
 from stages.data.sounds import SoundForm, read_sound, resolve_rate
 from stages.errors import DataError, UsageError
 
@@ -49,6 +51,13 @@ def test_channels_are_averaged(tmp_path: Path) -> None:
     assert sound.tolist() == [200, -32768, 32767]
 
 
+def test_channels_that_cancel_each_other_out_are_refused(tmp_path: Path) -> None:
+    both = np.array([[500, -500], [-300, 300]], "<i2")
+    with pytest.raises(DataError, match=r"a\.wav: channels that cancel each other out"):
+        read_sound(record(tmp_path / "a.wav", both.tobytes(), channels=2), FORM)
+    assert not read_sound(record(tmp_path / "b.wav", bytes(8), channels=2), FORM).any()
+
+
 def test_length_is_cut_or_filled_with_silence(tmp_path: Path) -> None:
     path = record(tmp_path / "a.wav", np.arange(1, 11, dtype="<i2").tobytes(), rate=10)
     assert read_sound(path, SoundForm(rate_hz=10, seconds=0.5)).tolist() == [1, 2, 3, 4, 5]
@@ -67,10 +76,14 @@ def test_a_tone_keeps_its_pitch_when_resampled(tmp_path: Path) -> None:
 def test_without_a_rate_the_first_recording_sets_it_and_others_are_refused(tmp_path: Path) -> None:
     first = record(tmp_path / "a.wav", bytes(20), rate=8000)
     other = record(tmp_path / "b.wav", bytes(20), rate=16000)
-    form = resolve_rate(first, SoundForm())
+    empty = tmp_path / "0.wav"
+    empty.touch()
+    form = resolve_rate([empty, first, other], SoundForm())
     assert form.rate_hz == 8000
     with pytest.raises(DataError, match=r"b\.wav: 16000 samples per second.*--rate"):
         read_sound(other, form)
+    with pytest.raises(DataError, match=r"0\.wav: 0 bytes of sound"):
+        resolve_rate([empty], SoundForm())
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF", b"\xff\xd8\xff\xe0 a picture"], ids=["empty", "cut", "jpeg"])
@@ -81,16 +94,61 @@ def test_what_is_no_recording_is_named(tmp_path: Path, content: bytes) -> None:
         read_sound(path, FORM)
 
 
-def test_a_missing_a_silent_and_a_float_recording(tmp_path: Path) -> None:
+def riff(path: Path, tag: int, bits: int, data: bytes, more: bytes = b"", stated: int | None = None) -> Path:
+    """A .wav file of one channel at 8000 Hz; `stated` is how many bytes of sound its header promises."""
+    kind = struct.pack("<HHIIHH", tag, 1, 8000, 8000 * bits // 8, bits // 8, bits) + more
+    stated = len(data) if stated is None else stated
+    body = b"WAVEfmt " + struct.pack("<I", len(kind)) + kind + b"data" + struct.pack("<I", stated) + data
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+    return path
+
+
+PCM, FLOAT, EXTENSIBLE = 1, 3, 65534
+
+
+def test_extensible_pcm_is_pcm(tmp_path: Path) -> None:
+    guid = bytes.fromhex("0100000000001000800000aa00389b71")
+    data = (0x123456).to_bytes(3, "little") + (-256).to_bytes(3, "little", signed=True)
+    path = riff(tmp_path / "a.wav", EXTENSIBLE, 24, data, struct.pack("<HHI", 22, 24, 4) + guid)
+    assert read_sound(path, FORM).tolist() == [0x1234, -1]
+
+
+def test_floats_are_shares_of_full_scale(tmp_path: Path) -> None:
+    notes = Notes()
+    path = riff(tmp_path / "a.wav", FLOAT, 32, np.array([0.5, -1.0, 1.0, 1.25], "<f4").tobytes())
+    assert read_sound(path, FORM, notes).tolist() == [16384, -32768, 32767, 32767]
+    assert notes.lines() == ["cut off what is louder than full scale in 1 recordings: a.wav"]
+    for wrong in (30000.0, np.nan, np.inf):
+        path = riff(tmp_path / "b.wav", FLOAT, 64, np.array([0.5, wrong], "<f8").tobytes())
+        with pytest.raises(DataError, match=r"b\.wav: floating-point values up to .*, expected values from -1 to 1"):
+            read_sound(path, FORM)
+
+
+@pytest.mark.parametrize("keep", [46, 44 + 999])
+def test_what_was_cut_off_is_no_recording(tmp_path: Path, keep: int) -> None:
+    path = record(tmp_path / "a.wav", bytes(2000))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=r"of the 2000 bytes of its 'data' part"):
+        read_sound(path, FORM)
+    promised = riff(tmp_path / "pipe.wav", PCM, 16, bytes(100), stated=0xFFFFFFFF)
+    with pytest.raises(DataError, match="wrote to a pipe"):
+        read_sound(promised, FORM)
+
+
+def test_parts_that_are_no_sound_are_passed_over(tmp_path: Path) -> None:
+    path = record(tmp_path / "a.wav", np.array([1, 2], "<i2").tobytes())
+    whole = path.read_bytes() + b"cue " + struct.pack("<I", 3) + b"abc\0"
+    path.write_bytes(whole[:4] + struct.pack("<I", len(whole) - 8) + whole[8:])
+    assert read_sound(path, FORM).tolist() == [1, 2]
+
+
+def test_a_missing_a_silent_and_a_compressed_recording(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_sound(tmp_path / "none.wav", FORM)
     with pytest.raises(DataError, match="0 bytes of sound"):
         read_sound(record(tmp_path / "empty.wav", b""), FORM)
-    header = bytearray(record(tmp_path / "float.wav", bytes(8), width=4).read_bytes())
-    header[20:22] = (3).to_bytes(2, "little")  # WAVE_FORMAT_IEEE_FLOAT
-    (tmp_path / "float.wav").write_bytes(header)
-    with pytest.raises(DataError, match="PCM"):
-        read_sound(tmp_path / "float.wav", FORM)
+    with pytest.raises(DataError, match=r"law\.wav: cannot be read as a recording \(Unknown wave file format: MULAW"):
+        read_sound(riff(tmp_path / "law.wav", 7, 8, bytes(10)), FORM)
 
 
 def test_forms_check_themselves() -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
+from stages.artifacts.records import Preparation
 from stages.data.images import ImageForm
 from stages.data.listings import Columns
 from stages.data.sounds import SoundForm
-from stages.data.sources import FILES, FOLDERS, MEDIA_KINDS, OPENERS, Opening, detect, image_files, open_source
+from stages.data.sources import FILES, FOLDERS, MEDIA_KINDS, OPENERS, Opening, detect, open_source
+from stages.data.tables import Writing
 from stages.errors import DataError, InputMissing, UsageError
 
 
@@ -80,6 +83,9 @@ def make(kind: str, root: Path) -> list[Path]:
         with h5py.File(root / "d.h5", "w") as file:
             file["x"], file["y"] = x, y
         return [root / "d.h5"]
+    if kind == "matlab":
+        scipy.io.savemat(root / "d.mat", {"X": np.moveaxis(x[:, :, :3], 0, 2), "y": y[:, None]})
+        return [root / "d.mat"]
     if kind == "cifar":
         (root / "batches.meta.txt").write_text("a\nb\n")
         (root / "data_batch_1.bin").write_bytes(b"".join(bytes([c]) + bytes(3072) for c in y))
@@ -99,8 +105,8 @@ def make(kind: str, root: Path) -> list[Path]:
 
 
 def test_there_is_a_sample_of_every_opener() -> None:
-    assert len(OPENERS) == 12
-    assert {*FILES.values(), *FOLDERS, *MEDIA_KINDS, "csv", "list", "npy"} == OPENERS.keys()
+    assert len(OPENERS) == 13
+    assert {*FILES.values(), *FOLDERS, *MEDIA_KINDS, "csv", "list", "npy", "npy-folder"} == OPENERS.keys()
 
 
 @pytest.mark.parametrize("kind", list(OPENERS))
@@ -116,7 +122,7 @@ def test_every_kind_is_recognised_and_read(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(again[0], x[1])
 
 
-@pytest.mark.parametrize("kind", ["images", "list", "coco", "npz", "npy", "npy-folder", "hdf5", "cifar"])
+@pytest.mark.parametrize("kind", ["images", "list", "coco", "npz", "npy", "npy-folder", "hdf5", "matlab", "cifar"])
 def test_images_of_every_kind_take_a_size(tmp_path: Path, kind: str) -> None:
     source = open_source(make(kind, tmp_path), Opening(image=ImageForm(size=(3, 5))))
     x, _ = source.reader.read(np.array([1]), stop)
@@ -160,7 +166,7 @@ def test_recordings_of_different_lengths_need_seconds(tmp_path: Path) -> None:
         open_source([tmp_path], Opening()).reader.read(np.array([0, 1]), stop)
     source = open_source([tmp_path], Opening(sound=SoundForm(seconds=0.6)))
     assert source.reader.read(np.array([0, 1]), stop)[0].shape == (2, 60)
-    assert (source.layout, source.facts) == ("NT", {"sample_rate_hz": 100})
+    assert (source.layout, source.prepared) == ("NT", Preparation(of="recordings", sample_rate_hz=100, seconds=0.6))
 
 
 def test_text_classes_of_a_table_of_numbers_get_names(tmp_path: Path) -> None:
@@ -170,13 +176,57 @@ def test_text_classes_of_a_table_of_numbers_get_names(tmp_path: Path) -> None:
     assert source.layout == "ND"
 
 
-def test_images_for_prediction_need_no_classes(tmp_path: Path) -> None:
+def test_pictures_need_no_classes_where_labels_are_not_wanted(tmp_path: Path) -> None:
     for name in ("b.png", "a.jpg", "sub/c.png"):
         image(tmp_path / name, 1)
-    (tmp_path / "notes.txt").touch()
-    assert [path.name for path in image_files(tmp_path)] == ["a.jpg", "b.png", "c.png"]
-    with pytest.raises(DataError, match="no image"):
-        image_files(tmp_path / "sub" / "none")
+    source = open_source([tmp_path], Opening(labelled=False))
+    assert source.files is not None
+    assert source.files.tolist() == [b"a.jpg", b"b.png", b"sub/c.png"]
+    assert source.y.tolist() == [-1, -1, 0]
+    with pytest.raises(DataError, match="outside every class folder"):
+        open_source([tmp_path], Opening())
+
+
+def test_class_folders_are_not_lost_to_an_array_beside_them(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png"):
+        image(tmp_path / name, 1)
+    np.save(tmp_path / "mean.npy", np.zeros((6, 4, 3), np.float32))
+    source = open_source([tmp_path], Opening())
+    assert source.names == ("a", "b")
+    assert source.notes.lines() == ["left out 1 of another kind: mean.npy"]
+    np.save(tmp_path / "std.npy", np.zeros((6, 4, 3), np.float32))
+    (tmp_path / "b/1.png").rename(tmp_path / "a/2.png")
+    (tmp_path / "b").rmdir()
+    with pytest.raises(DataError, match=r"images and arrays, expected .*--format images` or `--format npy-folder"):
+        open_source([tmp_path], Opening())
+
+
+def test_names_that_are_numbers_are_their_labels_at_every_door(tmp_path: Path) -> None:
+    for name in ("2", "10"):
+        image(tmp_path / "d" / name / "1.png", 1)
+    (tmp_path / "list.csv").write_text("file,label\nd/2/1.png,2\nd/10/1.png,10\n")
+    (tmp_path / "rows.csv").write_text("a,label\n1,2\n2,10\n")
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 3), np.uint8), y=["2", "10"])
+    for name in ("d", "list.csv", "rows.csv", "d.npz"):
+        source = open_source([tmp_path / name], Opening())
+        assert sorted(source.y.tolist()) == [2, 10]
+        assert source.name_of in ({}, {2: "2", 10: "10"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        *((kind, b"a/0.png") for kind in ("images", "list", "coco")),
+        ("sounds", b"a/0.wav"),
+        ("npy-folder", b"a.npy"),
+        ("cifar", b"data_batch_1.bin"),
+        ("harbox", b"1/a_train.txt"),
+    ],
+)
+def test_the_file_of_each_sample_is_kept(tmp_path: Path, kind: str, expected: bytes) -> None:
+    source = open_source(make(kind, tmp_path), Opening())
+    assert source.files is not None
+    assert source.files[0] == expected
 
 
 def test_sources_that_are_refused(tmp_path: Path) -> None:
@@ -194,7 +244,9 @@ def test_sources_that_are_refused(tmp_path: Path) -> None:
     sound(tmp_path / "b" / "1.wav", 10)
     with pytest.raises(DataError, match="--format images"):
         open_source([tmp_path], Opening())
-    assert len(open_source([tmp_path], Opening(format="sounds"))) == 1
+    with pytest.raises(DataError, match=r"/a: no file of the kind in this folder"):
+        open_source([tmp_path], Opening(format="sounds"))
+    assert len(open_source([tmp_path], Opening(format="sounds", skip_empty=True))) == 1
     with pytest.raises(UsageError, match=r"x\.npy y\.npy"):
         open_source([make("npy", tmp_path)[0]], Opening())
     with pytest.raises(UsageError, match="3 sources"):
@@ -222,6 +274,8 @@ def test_sensor_values_become_windows(tmp_path: Path) -> None:
         ("cifar", "--shape", {"shape": (32, 32, 3)}),
         ("images", "--box-scale", {"image": ImageForm(box_scale=1.2)}),
         ("harbox", "--raw", {"raw": True}),
+        ("npz", "--boxes", {"image": ImageForm(boxes="stored")}),
+        ("images", "--delimiter", {"writing": Writing(delimiter=";")}),
         ("npz", "--box", {"columns": Columns(box=("1", "2", "3", "4"))}),
         ("npz", "--column", {"columns": Columns(kept=("user",))}),
         ("npz", "--colour", {"image": ImageForm(colour="gray")}),

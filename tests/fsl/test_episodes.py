@@ -37,7 +37,7 @@ def check_episode(data, task):
 
 
 def test_sizes_by_hand():
-    # Meta-Dataset's formulas (papers: section 4)
+    # Meta-Dataset's formulas (Triantafillou et al., arXiv:1903.03096, appendix)
     assert query_size(np.array([30, 7, 100]), 10) == 3
     assert query_size(np.array([30, 40]), 10) == 10
     # floor(.5 * 20 + 1) + floor(.5 * 100 + 1) = 11 + 51, then the cap
@@ -72,7 +72,7 @@ def test_statistics_over_many_tasks_match_the_formulas():
     assert ways.max() == 20
     assert ways.mean() == pytest.approx(12.5, abs=4 * np.std(ways) / 100)
     assert all(len(task.query) == 10 * task.ways for task in tasks)
-    # an independent simulation of section 4, vectorised over tasks with plain numpy
+    # an independent simulation of them, vectorised over tasks with plain numpy
     rng = np.random.default_rng(1)
     expected = []
     for _ in range(10_000):
@@ -225,3 +225,55 @@ def test_a_task_that_asks_what_it_shows_is_refused():
     tree.arrays["query"][0] = tree.arrays["support"][0]
     with pytest.raises(SchemaError, match="both in support and in query"):
         from_tree(tree, data_hash(data), len(data), "tasks.h5")
+
+
+def tracks(classes: int = 3, groups: int = 6, frames: int = 30) -> Block:
+    """Traffic signs: tracks of `frames` pictures, whose numbers start anew in every class."""
+    y = np.repeat(np.arange(classes), groups * frames)
+    track = np.tile(np.repeat(np.arange(groups), frames), classes)
+    return Block(np.zeros((len(y), 1), np.float32), y, "ND", {"track": track})
+
+
+def test_groups_within_classes_are_apart_from_those_of_the_same_number_elsewhere() -> None:
+    block = tracks(groups=2, frames=4)
+    nested, shared = pool_of(block, group="class+track").groups, pool_of(block, group="track").groups
+    assert nested is not None
+    assert shared is not None
+    assert (len(np.unique(nested)), len(np.unique(shared))) == (6, 2)
+    assert (np.unique(nested, return_index=True)[1] == np.arange(0, 24, 4)).all()
+    with pytest.raises(DataError, match=r"no column 'frame', expected one of its columns \(class, track\)"):
+        pool_of(block, group="class+frame")
+
+
+@pytest.mark.parametrize("shape", [FixedShape(ways=3, shots=5, queries=10), VariousShape(least_ways=3)], ids=str)
+def test_queries_come_from_more_than_one_group_where_there_are_enough(shape: FixedShape | VariousShape) -> None:
+    block = tracks()
+    pool = pool_of(block, group="class+track")
+    for episode in draw_episodes(pool, shape, 0, range(5)):
+        for way in range(3):
+            asked = block.columns["track"][episode.query[episode.query_labels == way]]
+            given = block.columns["track"][episode.support[episode.support_labels == way]]
+            assert len(np.unique(asked)) >= 2
+            assert not {*asked.tolist()} & {*given.tolist()}
+
+
+def test_groups_stay_on_the_supports_side_where_it_needs_them() -> None:
+    pool = pool_of(tracks(groups=6, frames=10), group="class+track")
+    (episode,) = draw_episodes(pool, FixedShape(ways=3, shots=45, queries=5), 0, range(1))
+    assert len(episode.support) == 3 * 45
+    with pytest.raises(DataError, match=r"class\+COLUMN"):
+        next(draw_episodes(pool, FixedShape(ways=3, shots=55, queries=5), 0, range(1)))
+
+
+def test_samples_without_a_label_are_no_class() -> None:
+    block = tracks()
+    with pytest.raises(DataError, match="1 of 540 samples have no label"):
+        pool_of(Block(block.x, np.where(np.arange(540) == 7, -1, block.y), "ND"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "option"), [({"most_ways": 3}, "--max-ways"), ({"most_support": 20}, "--max-support")]
+)
+def test_shapes_name_their_options(wrong: dict[str, int], option: str) -> None:
+    with pytest.raises(UsageError, match=option):
+        VariousShape(**wrong)

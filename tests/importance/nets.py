@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from stages.artifacts.records import InputSpec
-from stages.models.deploy import Backbone, fold
-from stages.models.tracing import trace
+from stages.models.deploy import Backbone
+from tests.models.nets import folded
 
 
 class Bottleneck(nn.Module):
@@ -80,7 +80,6 @@ def mixed(seed: int = 0) -> Mixed:
         return net.eval().requires_grad_(False)
 
 
-def deployed(net: nn.Module, spec: InputSpec = INPUT) -> Backbone:
-    """The deploy form of a module."""
-    graph, tensors = fold(*trace(net, spec.shape))
-    return Backbone(graph, tensors, spec)
+def deployed(net: nn.Module, dtype: torch.dtype = torch.float32) -> Backbone:
+    """The deploy form of a module, folded in this precision."""
+    return Backbone(*folded(net, INPUT.shape, dtype), INPUT)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from stages.graphs.graph import Graph
 from stages.measurement.latency import WARM_UP, median_and_spread, repeat, time_layers
-from stages.models.graph import Graph
 from tests.cost.nets import HAND_MADE, inverted_residual
 
 

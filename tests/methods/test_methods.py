@@ -15,7 +15,7 @@ from stages.models.deploy import deploy, state
 from stages.models.registry import build, input_spec
 from stages.planning.baselines import named_plan
 from stages.randomness import generator
-from stages.sparse.adaptation import Adapting
+from stages.training.adaptation import Adapting
 from tests.test_pretraining import random_run, squares
 
 HOW = Adapting(iterations=3, learning_rates=(3e-3,), micro_batch=8)

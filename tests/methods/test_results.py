@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from stages.errors import DataError, UsageError
-from stages.methods.results import Row, header_line, merge_results, read_results, row_line, summarise
+from stages.errors import DataError, OutputError, UsageError
+from stages.methods.results import Row, header_line, merge_results, read_results, results_file, row_line, summarise
 
 ROW = Row("birds", 0, "none", 0.5, 5, 25, 50, 0.0, 0, 0, 0, 0, 0)
 
@@ -103,3 +103,25 @@ def test_methods_that_were_measured_apart_stand_side_by_side():
         [("a", {"seed": 1, "methods": ["none"]}, one), ("b", {"seed": 1, "methods": ["full"]}, other)]
     )
     assert summarise(joined, "none")[1].difference == pytest.approx(0.4)
+
+
+def test_earlier_results_stay_until_there_is_a_first_new_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with results_file(path, {"seed": 0}) as (known, add):
+        assert known == []
+        assert not path.exists()
+        add(ROW)
+    before = path.read_text()
+    with pytest.raises(DataError), results_file(path, {"seed": 1}):
+        raise DataError("samples", "too few")
+    assert path.read_text() == before
+    with results_file(path, {"seed": 1}) as (_, add):
+        add(replace(ROW, method="b"))
+    header, rows = read_results(path.read_text(), "rows")
+    assert (header["seed"], [each.method for each in rows]) == (1, ["b"])
+    with results_file(path, {"seed": 1}, resume=True) as (known, add):
+        assert [each.method for each in known] == ["b"]
+        add(replace(ROW, method="b", task=1))
+    assert len(read_results(path.read_text(), "rows")[1]) == 2
+    with pytest.raises(OutputError), results_file(tmp_path / "none" / "rows.jsonl", {}):
+        pass

@@ -9,6 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.graphs.capture import capture
+from stages.graphs.folding import fold
+from stages.graphs.graph import Graph
+
+
+def folded(
+    module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> tuple[Graph, dict[str, Tensor]]:
+    """A module's graph and tensors in deploy form, folded in this precision, or the module's own."""
+    captured = capture(module, shape)
+    arrays = {name: value.detach().to(dtype or value.dtype).numpy() for name, value in captured.tensors.items()}
+    graph, arrays = fold(captured.graph, arrays)
+    return graph, {name: torch.from_numpy(array) for name, array in arrays.items()}
+
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights and BatchNorm statistics, so that no part of a BatchNorm is the identity."""
@@ -107,6 +121,35 @@ class Pools(nn.Module):
         x = F.relu(self.wide(x)) + x
         x = F.avg_pool2d(x, (2, 2), ceil_mode=True)
         return F.relu(self.fc(x.flatten(1)))
+
+
+class DenseLayer(nn.Module):
+    """BatchNorm, ReLU, convolution, twice; its output is joined to its input, so the first one cannot be folded."""
+
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, 4 * growth, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = self.conv1(F.relu(self.norm1(x)))
+        return torch.cat((x, self.conv2(F.relu(self.norm2(new)))), 1)
+
+
+def dense_net(growth: int = 6, depth: int = 5) -> nn.Module:
+    """A DenseNet (arXiv:1608.06993) of three dense blocks with so many layers each."""
+    channels = 2 * growth
+    parts: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
+    for block in range(3):
+        parts += [DenseLayer(channels + i * growth, growth) for i in range(depth)]
+        channels += depth * growth
+        parts += [nn.BatchNorm2d(channels), nn.ReLU()]
+        if block < 2:
+            parts += [nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2)]
+            channels //= 2
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def write_module(folder: Path, name: str = "user_models") -> None:

@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stages.artifacts.records import InputSpec, Model
+from stages.engines.torch.program import FROZEN_CHUNK
+from stages.engines.torch.reference import run
 from stages.errors import DataError, UsageError
-from stages.models.deploy import Backbone, deploy, fold, restore, state, store
-from stages.models.execute import run
-from stages.models.fused import FROZEN_CHUNK
+from stages.models.deploy import Backbone, deploy, open_graph, state, store, trainable, with_graph
 from stages.models.registry import build, input_spec
-from stages.models.tracing import trace
-from tests.models.nets import Classifier, PreActivation, randomise, write_module
+from tests.models.nets import Classifier, PreActivation, folded, randomise, write_module
 from tests.models.test_registry import SMALL
+from tests.rounding import longest_sum, no_worse
 
 
 def folded_error(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:
     """Largest difference between a module and its folded graph, relative to the largest output."""
     module = module.to(dtype)
-    graph, tensors = fold(*trace(module, shape))
+    graph, tensors = folded(module, shape)
     assert all(op.kind != "batchnorm" for op in graph.ops)
     x = torch.randn(3, *shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -39,7 +39,11 @@ def folded_error(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) 
 @pytest.mark.parametrize("arch", SMALL)
 def test_folding_is_exact_on_the_registry(arch: str) -> None:
     module, shape = randomise(build(arch, SMALL[arch])), input_spec(arch, SMALL[arch]).shape
-    assert folded_error(module, shape, torch.float32) < 1e-5
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(2))
+    graph, tensors = folded(module, shape)
+    with torch.no_grad():
+        found, plain, exact = run(graph, tensors, x), module(x), module.double()(x.double())
+    no_worse(found, plain, exact, longest_sum(graph))
     assert folded_error(module, shape, torch.float64) < 1e-10
 
 
@@ -82,22 +86,23 @@ def test_folding_any_chain(kinds: list[str], channels: int, affine: bool, eps: f
     assert folded_error(module, (2, 5, 5), torch.float64) < 1e-10
 
 
-def test_a_batchnorm_that_cannot_be_folded_becomes_a_depthwise_layer_of_its_name() -> None:
-    graph, tensors = fold(*trace(randomise(PreActivation()), (3, 8, 8)))
+def test_a_batchnorm_that_cannot_be_folded_becomes_a_scale_of_its_name() -> None:
+    graph, tensors = folded(randomise(PreActivation()), (3, 8, 8))
     assert [op.name for op in graph.layers] == ["stem", "bn1", "conv1", "conv2"]  # bn2 is folded into conv1
+    assert graph["bn1"].kind == "scale"
     assert graph["bn1"].is_depthwise
-    assert tensors["bn1.weight"].shape == graph["bn1"].weight_shape == (6, 1, 1, 1)
+    assert tensors["bn1.weight"].shape == graph["bn1"].weight_shape == (6,)
     assert graph["conv1"].bias
 
 
 def test_a_layer_that_others_read_is_not_changed() -> None:
     """The stem's output goes into bn1 and into the sum: folding bn1 into it would change the sum."""
     module = randomise(PreActivation())
-    _, tensors = fold(*trace(module, (3, 8, 8)))
+    _, tensors = folded(module, (3, 8, 8))
     assert torch.equal(tensors["stem.weight"], module.stem.weight)
 
 
-def test_batchnorm_on_vectors_without_a_layer_before_it_is_refused() -> None:
+def test_batchnorm_on_vectors_without_a_layer_before_it_becomes_a_scale_of_features() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -106,17 +111,27 @@ def test_batchnorm_on_vectors_without_a_layer_before_it_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.late(self.conv(x).mean((2, 3)))
 
-    graph, tensors = trace(Late().eval(), (3, 8, 8))
-    with pytest.raises(UsageError, match="late: BatchNorm on feature vectors"):
-        fold(graph, tensors)
+    late = randomise(Late())
+    graph, tensors = folded(late, (3, 8, 8))
+    assert [(op.name, op.kind, op.shape) for op in graph.layers] == [
+        ("conv", "conv", (4, 6, 6)),
+        ("late", "scale", (4,)),
+    ]
+    assert tensors["late.weight"].shape == (4,)
+    assert folded_error(late, (3, 8, 8), torch.float64) < 1e-10
 
 
 # ------------------------------------------------------------------------------------------------------------ records
 
 
-def record(arch: str, **arch_args: Any) -> Model:
+def old_record(arch: str, **arch_args: Any) -> Model:
+    """As schema 1 has it: tensors under the names of the module's state dict, and no graph."""
     module = randomise(build(arch, arch_args))
     return Model(arch, arch_args, input_spec(arch, arch_args), "batchnorm", state(module))
+
+
+def record(arch: str, **arch_args: Any) -> Model:
+    return with_graph(old_record(arch, **arch_args))
 
 
 @pytest.mark.parametrize("arch", SMALL)
@@ -124,7 +139,8 @@ def test_deploy_and_store_keep_the_features(arch: str) -> None:
     model = record(arch, **SMALL[arch])
     x = torch.rand(2, *model.input.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = restore(model)(x)
+        expected, trains = randomise(build(arch, SMALL[arch]))(x), trainable(model)(x)
+    torch.testing.assert_close(trains, expected, rtol=1e-5, atol=1e-6)
     first = deploy(model)
     torch.testing.assert_close(first.features(x), expected, rtol=1e-4, atol=1e-5)
     stored = store(model, first)
@@ -158,6 +174,37 @@ def test_deploy_does_not_share_memory_with_the_record() -> None:
     np.testing.assert_array_equal(model.tensors["blocks.00.linear.weight"], before)
 
 
+@pytest.mark.parametrize("arch", SMALL)
+def test_a_record_of_schema_1_is_read_as_the_same_model(arch: str) -> None:
+    old = old_record(arch, **SMALL[arch])
+    new = with_graph(old)
+    assert old.graph is None
+    assert new.graph is not None
+    x = torch.rand(2, *old.input.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(deploy(old).features(x), deploy(new).features(x))
+    stored = store(old, deploy(old))
+    as_schema_1 = replace(stored, graph=None)
+    assert torch.equal(deploy(as_schema_1).features(x), deploy(old).features(x))
+    assert with_graph(new) is new
+
+
+def test_a_scale_was_a_depthwise_convolution_in_schema_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old_preactivation.py").write_text("from tests.models.nets import PreActivation as Net\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    arch = "old_preactivation:Net"
+    module = randomise(PreActivation())
+    old = Model(arch, {}, InputSpec("image", (3, 8, 8)), "batchnorm", state(module))
+    new = store(old, deploy(old, allow=arch))
+    wide = {name: array.reshape(-1, 1, 1, 1) if name == "bn1.weight" else array for name, array in new.tensors.items()}
+    again = with_graph(replace(new, graph=None, tensors=wide), allow=arch)
+    assert open_graph(again) == open_graph(new)
+    assert again.tensors["bn1.weight"].shape == (6,)
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(deploy(again).features(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("schema", [1, 2])
 @pytest.mark.parametrize("form", ["batchnorm", "deploy"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -168,22 +215,45 @@ def test_deploy_does_not_share_memory_with_the_record() -> None:
         (lambda tensors: tensors["stem.weight"].fill(np.nan), "stem.* not finite"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(form: str, change: Any, message: str) -> None:
-    model = record("mcunet-5fps", size=32)
+def test_tensors_that_do_not_fit_are_named(schema: int, form: str, change: Any, message: str) -> None:
+    model = record("mcunet-5fps", size=32) if schema == 2 else old_record("mcunet-5fps", size=32)
     model = store(model, deploy(model)) if form == "deploy" else model
+    model = replace(model, graph=None) if schema == 1 else model
     tensors = {name: value.copy() for name, value in model.tensors.items()}
     change(tensors)
     with pytest.raises(DataError, match=message):
         deploy(replace(model, tensors=tensors))
 
 
-def test_restore_needs_batchnorm_form() -> None:
-    model = record("mlp", **SMALL["mlp"])
-    with pytest.raises(UsageError, match="deploy form"):
-        restore(store(model, deploy(model)))
+def test_what_trains_is_in_the_records_own_form() -> None:
+    model = record("cnn4", **SMALL["cnn4"])
+    deployed = store(model, deploy(model))
+    x = torch.rand(2, *model.input.shape)
+    for one, statistics in ((model, 8), (deployed, 0)):
+        net = trainable(one)
+        assert not net.training
+        assert len(list(net.buffers())) == statistics  # mean and variance of four BatchNorms
+        assert len(list(net.parameters())) == len(one.tensors) - statistics
+        state = {name: value.numpy() for name, value in net.state_dict().items()}
+        assert {name: array.tolist() for name, array in net.arrays(state).items()} == {
+            name: array.tolist() for name, array in one.tensors.items()
+        }
+        with torch.no_grad():
+            torch.testing.assert_close(net(x), deploy(one).features(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_users_classifier_is_cut_when_its_tensors_are_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_training_batchnorm_takes_the_batchs_statistics_and_collects_them() -> None:
+    model, module = record("cnn4", **SMALL["cnn4"]), randomise(build("cnn4", SMALL["cnn4"]))
+    net, x = trainable(model).train(), torch.rand(5, *model.input.shape)
+    torch.testing.assert_close(net(x), module.train()(x), rtol=1e-5, atol=1e-6)
+    collected = net.arrays({name: value.numpy() for name, value in net.state_dict().items()})
+    for name, value in state(module).items():
+        np.testing.assert_allclose(collected[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_users_classifier_is_cut_when_its_tensors_are_absent_from_schema_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_module(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     arch = "user_models:classifier"
@@ -199,8 +269,9 @@ def test_a_users_classifier_is_cut_when_its_tensors_are_absent(tmp_path: Path, m
     assert layers(deploy(whole, allow=arch))[-1] == "fc"
     assert deploy(whole, allow=arch).features(x).shape == (2, 5)
     assert layers(deploy(cut, allow=arch))[-1] == "point"
-    assert deploy(cut, allow=arch).features(x).shape == restore(cut, allow=arch)(x).shape == (2, 16)
-    stored = store(cut, deploy(cut, allow=arch))
-    assert torch.equal(deploy(stored, allow=arch).features(x), deploy(cut, allow=arch).features(x))
+    assert deploy(cut, allow=arch).features(x).shape == trainable(cut, allow=arch)(x).shape == (2, 16)
+    stored, features = store(cut, deploy(cut, allow=arch)), deploy(cut, allow=arch).features(x)
     with pytest.raises(UsageError, match="repeat --arch"):
-        deploy(stored)
+        deploy(cut)
+    monkeypatch.setattr("stages.models.registry.build", None)  # the record carries its graph: no code is needed now
+    assert torch.equal(deploy(stored).features(x), features)

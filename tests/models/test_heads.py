@@ -108,6 +108,8 @@ NAMED = ("cat", "dog", "emu")
         (None, {2: "x", 9: "y"}, [9, 2], [2, 0]),
         (NAMED, {0: "emu", 1: "cat"}, [0, 1, 1], [2, 0, 0]),
         (NAMED, {2: "emu", 9: "cat"}, [2, 9], [2, 0]),
+        (("10", "11", "2"), None, [2, 10, 11], [2, 0, 1]),
+        (None, {0: "9", 1: "2", 2: "5"}, [0, 1, 2], [2, 0, 1]),
     ],
 )
 def test_classes_find_their_rows(head_names: Any, names: Any, y: list[int], expected: list[int]) -> None:
@@ -159,3 +161,15 @@ def test_names_of_a_block() -> None:
     block = Block(x, np.array([4, 6]), "ND", labels=np.array([4, 6]), names=("a", "b"))
     assert class_names(block) == {4: "a", 6: "b"}
     assert class_names(Block(x, np.array([4, 6]), "ND")) is None
+
+
+@pytest.mark.parametrize("use", [rows, extend], ids=["rows", "extend"])
+def test_samples_without_a_label_belong_to_no_class(use: Any) -> None:
+    with pytest.raises(DataError, match=r"1 of 2 samples have no label \(y = -1\)"):
+        use(linear(), np.array([2, -1]))
+    for make in (
+        lambda: prototype_head(torch.ones(2, 3), np.array([2, -1]), None),
+        lambda: empty_head(np.array([-1]), None, 3),
+    ):
+        with pytest.raises(DataError, match="have no label"):
+            make()

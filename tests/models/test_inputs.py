@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.artifacts.records import Array, InputSpec
+from stages.artifacts.records import Array, Block, InputSpec, Preparation
 from stages.errors import DataError
-from stages.models.inputs import LOG_FLOOR, adapt, log_mel, mel_filters
+from stages.models.inputs import LOG_FLOOR, adapt, adapt_block, log_mel, mel_filters
 
 
 def image(*shape: int, scale: tuple[float, ...] = (1.0,), offset: tuple[float, ...] = (0.0,)) -> InputSpec:
@@ -191,3 +192,46 @@ def test_every_filter_of_the_default_front_end_hears_something() -> None:
         assert filters.shape == (window // 2 + 1, bands)
         assert bool((filters.amax(0) > 0).all())
         assert float(filters.max()) <= 1.0
+
+
+# ------------------------------------------------------------------------------------------ blocks, by what they mean
+
+
+BYTES = InputSpec("image", (1, 2, 2), (2 / 255,), (-1.0,))
+
+
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_pictures_of_fractions_are_not_read_as_bytes(low: float) -> None:
+    x = np.linspace(low, 1, 8, dtype=np.float32).reshape(2, 2, 2)
+    block = Block(x, np.zeros(2, np.int64), "NHW")
+    with pytest.raises(DataError, match=r"pictures of values from -?\d to 1, expected 0 to 255.*--scale 255"):
+        adapt_block(block, BYTES)
+    assert adapt_block(replace(block, x=np.abs(x) * 255), BYTES).shape == (2, 1, 2, 2)
+    assert adapt_block(replace(block, x=x * 0), BYTES).max() == -1
+    fractions = replace(BYTES, scale=(2.0,))
+    assert torch.equal(adapt_block(block, fractions), adapt(x, "NHW", fractions))
+
+
+@pytest.mark.parametrize("values", [(-2.1, 2.6), (0, 65535), (-1, 0)])
+def test_standardised_and_sixteen_bit_pictures_are_not_read_as_bytes(values: tuple[float, float]) -> None:
+    block = Block(np.array([[values]], np.float32), np.zeros(1, np.int64), "NHW")
+    with pytest.raises(DataError, match="expected 0 to 255"):
+        adapt_block(block, BYTES)
+    noisy = np.array([[[-20.0, 270.0]]], np.float32)  # bytes with noise
+    assert torch.isfinite(adapt_block(replace(block, x=noisy), BYTES)).all()
+
+
+def test_recordings_of_integers_are_not_read_as_fractions() -> None:
+    x = np.full((1, 640), 9000, np.float32)
+    block = Block(x, np.zeros(1, np.int64), "NT")
+    with pytest.raises(DataError, match=r"recordings of values from 9000 to 9000, expected -1 to 1.*--dtype int16"):
+        adapt_block(block, SOUND)
+    assert torch.isfinite(adapt_block(replace(block, x=x.astype(np.int16)), SOUND)).all()
+
+
+def test_a_rate_that_is_known_must_be_the_models() -> None:
+    block = Block(np.zeros((1, 640), np.int16), np.zeros(1, np.int64), "NT")
+    for rate in (0, 8000):
+        adapt_block(replace(block, prepared=Preparation(sample_rate_hz=rate)), SOUND)
+    with pytest.raises(DataError, match=r"44100 samples per second, expected 8000, the model's; .*--rate 8000"):
+        adapt_block(replace(block, prepared=Preparation(sample_rate_hz=44100)), SOUND)

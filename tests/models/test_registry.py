@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from stages.engines.torch.reference import run
 from stages.errors import PartMissing, UsageError
-from stages.models.execute import run
-from stages.models.graph import Graph
+from stages.graphs.capture import capture
+from stages.graphs.graph import Graph
 from stages.models.registry import ARCHITECTURES, build, input_spec
-from stages.models.tracing import trace
 from tests.models.nets import write_module
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def graph_of(arch: str, **arch_args: Any) -> Graph:
-    return trace(build(arch, arch_args), input_spec(arch, arch_args).shape)[0]
+    return capture(build(arch, arch_args), input_spec(arch, arch_args).shape).graph
 
 
 def weights_and_macs(graph: Graph) -> tuple[int, int]:
@@ -40,7 +40,7 @@ def weights_and_macs(graph: Graph) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("arch", "mix", "weights", "macs", "layers", "blocks"),
-    [  # TinyTrain Table 4 and the committed nets it was computed from (papers' page, section 3a)
+    [  # TinyTrain Table 4 and the committed nets it was computed from (arXiv:2307.09988, appendix A.2)
         ("mcunet-5fps", False, 463_216, 22_453_504, 42, 14),
         ("mobilenetv2-w0.35", False, 238_688, 16_646_912, 51, 17),
         ("mobilenetv2-w0.35", True, 288_864, 17_449_728, 52, 17),
@@ -79,12 +79,13 @@ def test_every_architecture_has_small_arguments_here() -> None:
 
 
 @pytest.mark.parametrize("arch", SMALL)
-def test_traced_graph_computes_what_the_module_computes(arch: str) -> None:
+def test_captured_graph_computes_what_the_module_computes(arch: str) -> None:
     module, shape = build(arch, SMALL[arch]), input_spec(arch, SMALL[arch]).shape
-    graph, tensors = trace(module, shape)
+    captured = capture(module, shape)
+    graph = captured.graph
     x = torch.rand(3, *shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected, found = module(x), run(graph, tensors, x)
+        expected, found = module(x), run(graph, captured.tensors, x)
     assert expected.shape == (3, graph.feature_dim)
     assert float(expected.std()) > 0
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,8 @@ import numpy as np
 from stages.artifacts.records import LayerUpdate
 from stages.engines.native.lowering import lower
 from stages.engines.native.program import encode
-from stages.models.graph import Graph, Op
+from stages.graphs.graph import Graph
+from stages.operators import Op
 
 
 def conv(name: str, source: str, before: tuple[int, ...], after: tuple[int, ...], kernel: int, **facts) -> Op:

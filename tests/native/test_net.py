@@ -13,12 +13,13 @@ from stages.artifacts.records import LayerUpdate, Model, detached_layers
 from stages.engines.native import library
 from stages.engines.native.lowering import NotCovered, arena_bytes, lower, uncovered
 from stages.engines.native.net import LOT, NativeNet
+from stages.engines.torch.live import Live
+from stages.engines.torch.net import SparseNet
 from stages.errors import DataError
+from stages.graphs.graph import Graph
 from stages.models import registry
 from stages.models.deploy import Backbone, deploy
-from stages.models.graph import Graph, Op
-from stages.sparse.engine import SparseNet
-from stages.sparse.live import Live
+from stages.operators import Op
 from tests.sparse.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
 
 pytestmark = pytest.mark.skipif(not library.is_built(), reason="the native library is not built: make setup")

@@ -46,6 +46,26 @@ def test_a_full_disk_in_the_live_directory_still_gives_a_model(stream):
     assert list((stream.directory / "live").iterdir()) == [], "no half version is left"
 
 
+@pytest.mark.parametrize("command", ["filter", "select"])
+def test_a_stage_that_waits_for_input_ends_when_its_reader_leaves(command, stream):
+    """The source neither writes nor closes, so nothing but the watch on the output can end the stage."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgetrain_cli", command, "-q"],
+        cwd=stream.directory, env=environment() | {"PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        process.stdin.write((stream.directory / "run.h5").read_bytes())
+        process.stdin.flush()
+        assert process.stdout.read(8) == b"\x89HDF\r\n\x1a\n", "the run record is forwarded at once"
+        process.stdout.close()
+        assert process.wait(timeout=20) in (141, -signal.SIGPIPE)
+        assert process.stderr.read() == b"", "quietly"
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize("kind", ["garbage", "half", "another run's"])
 def test_a_bad_version_is_refused_by_name(tmp_path, kind):
     from stages.errors import DataError

@@ -10,7 +10,7 @@ from subprocess import PIPE
 
 import pytest
 
-from edgetrain_cli.pipe import PIPE_BYTES
+from edgetrain_cli.streams import PIPE_BYTES
 
 ROOT = Path(__file__).parents[2]
 ALLOWED = Path("/proc/sys/fs/pipe-max-size")

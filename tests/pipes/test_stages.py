@@ -7,6 +7,7 @@ import pytest
 
 from edgetrain_cli.app import COMMANDS, STAGES
 from stages.artifacts.hdf5 import encode
+from stages.artifacts.history import file_hash
 from stages.artifacts.records import Block, End, Group, Run
 from stages.artifacts.stream import open_records
 
@@ -19,6 +20,11 @@ LINES = {
     "select": "cat marked.h5 stream.h5 | edgetrain select -q",
     "train-sparse": "edgetrain train-sparse marked.h5 support.h5 --iterations 2 --lr 0.001 -q",
 }
+PLACES_AND_MANNERS = {
+    "source", "support", "run_file", "out", "live", "resume", "checkpoint", "metrics", "plot",
+    "quiet", "as_json", "only_json", "cpus", "history", "max_record",
+}  # fmt: skip
+"""Arguments that say where from, where to and how loud: inputs are in the history by their hashes."""
 FIRST_OF_RUN = {"pretrain-fsl": "base.h5"}
 """Where a stage cannot go on from the planned run: what it starts from instead."""
 
@@ -51,9 +57,24 @@ def test_a_stage_keeps_its_promises(shell, stage):
     assert len(run.history) == len(start.history) + 1
     assert run.history[-1].command == stage
     assert all(len(digest) == 64 for digest in run.history[-1].inputs.values())
+    assert PLACES_AND_MANNERS.isdisjoint(run.history[-1].arguments), "only what affects the result"
     bare = next(open_records(shell.directory / "bare.h5"))
     assert bare.history == start.history
     check_rounds(blocks, rounds=stage in ("filter", "select"))
+
+
+def test_inputs_of_one_name_are_both_in_the_history(shell):
+    """a/same.h5 and b/same.h5 are two files; one file read twice is one."""
+    result = shell(
+        """set -e
+        mkdir a b && cp profiled.h5 a/same.h5 && cp support.h5 b/same.h5
+        edgetrain score-layers a/same.h5 --support b/same.h5 --memory 64KB --macs 60% -q -o out.h5
+        """
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    inputs = next(open_records(shell.directory / "out.h5")).history[-1].inputs
+    hashes = {file: file_hash(shell.directory / file) for file in ("a/same.h5", "b/same.h5")}
+    assert inputs == {"same.h5": hashes["a/same.h5"], "same.h5 (2)": hashes["b/same.h5"]}
 
 
 def check_rounds(blocks, *, rounds: bool) -> None:

@@ -7,10 +7,10 @@ from stages.artifacts.records import LayerUpdate, Scores
 from stages.cost.latency import Durations
 from stages.cost.model import full_backward_macs
 from stages.cost.training import MEMORY_MODELS, OPTIMIZER_STATE, memory_bytes, plan_backward_macs, whole_update
-from stages.models.graph import Graph
+from stages.graphs.graph import Graph
 from stages.planning.budget import Budget
 from stages.planning.problem import Channels, Evidence, Problem, pose
-from tests.cost.nets import HAND_MADE
+from tests.cost.nets import HAND_MADE, conv, op_input, unary
 
 
 def random_scores(graph: Graph, seed: int, layers: tuple[str, ...] | None = None) -> Scores:
@@ -73,6 +73,25 @@ def problems(draw: st.DrawFn) -> Problem:
         graph, random_scores(graph, seed, tuple(scored)), budget, how, Evidence(),
         fixed=fixed, measured=measured, detached=detached,
     )  # fmt: skip
+
+
+def chain_problem(seed: int, layers: int = 7) -> Problem:
+    """A chain of random convolutions under a memory and a MAC budget, both tight: `exhaustive` is soon done."""
+    rng = np.random.default_rng(seed)
+    ops = [op_input(3, 8)]
+    for i in range(layers):
+        kernel, stride = int(rng.choice([1, 3])), int(rng.choice([1, 1, 1, 2]))
+        layer = conv(f"c{i}", ops[-1], int(rng.integers(2, 9)), k=kernel, stride=stride)
+        ops += [layer, unary("relu", layer)]
+    graph = Graph(tuple(ops))
+    everything = [whole_update(op) for op in graph.layers]
+    shares = rng.uniform(0.2, 0.7, 2)
+    budget = Budget(
+        memory_bytes=int(memory_bytes(graph, everything, model="saved") * shares[0]),
+        backward_macs=int(plan_backward_macs(graph, everything) * shares[1]),
+        memory_model="saved",
+    )
+    return pose(graph, random_scores(graph, seed), budget, Channels(ratios=(1.0, 0.5)), Evidence())
 
 
 def all_heard(graph: Graph, detached: set[str]) -> bool:

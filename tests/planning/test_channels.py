@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.errors import DataError, UsageError
-from stages.models.graph import Op
+from stages.operators import Op
 from stages.planning.channels import (
     CHANNEL_RULES,
     ChannelEvidence,

@@ -11,18 +11,70 @@ from stages.artifacts.records import Scores
 from stages.cost.latency import predicted_latency_ns
 from stages.cost.model import full_backward_macs, last_blocks
 from stages.errors import BudgetError, DataError, UsageError
-from stages.models.graph import Graph
+from stages.graphs.graph import Graph
 from stages.planning.budget import Budget
+from stages.planning.knapsack import Limits
+from stages.planning.knapsack import _extended as extended
 from stages.planning.layers import SELECTORS, exhaustive, greedy, knapsack, select_layers, strict_prefix
 from stages.planning.problem import Channels, Evidence, Problem, nothing_fits, pose
 from tests.cost.nets import backbone, conv, inverted_residual, op_input, unary
-from tests.planning.problems import costs, problems, random_scores
+from tests.models.nets import dense_net, folded
+from tests.planning.problems import chain_problem, costs, problems, random_scores
 
 
 @settings(max_examples=100, deadline=None)
 @given(problem=problems())
 def test_knapsack_is_the_optimum(problem):
     assert knapsack(problem).score == pytest.approx(exhaustive(problem).score, rel=1e-7, abs=0)
+
+
+def test_knapsack_is_the_optimum_of_longer_chains():
+    """Long enough that a label which is cheaper in one resource only, and wrongly dropped, belongs to the optimum."""
+    for problem in map(chain_problem, range(60)):
+        assert knapsack(problem).score == pytest.approx(exhaustive(problem).score, rel=1e-7, abs=0)
+
+
+def dense_problem() -> Problem:
+    """A DenseNet, all of whose layers may train: what one keeps others share, so there are very many states."""
+    graph, _ = folded(dense_net(), (3, 32, 32))
+    scores = random_scores(graph, 0)
+    costs = [op.weights * op.weights * int(np.prod(op.shape[1:])) for op in graph.layers]
+    sized = replace(scores, score=scores.score / np.array(costs))
+    budget = Budget(memory_bytes=2**19, backward_macs=full_backward_macs(graph) * 15 // 100)
+    return pose(graph, sized, budget, Channels(), Evidence())
+
+
+def test_a_search_that_would_take_too_long_is_given_up():
+    """Work and memory are counted in labels, so the outcome is the same on every machine."""
+    problem, limits = dense_problem(), Limits(200_000, 20_000)
+    made, most = 0, 0
+
+    def counted(*args, **options):
+        nonlocal made, most
+        fronts = extended(*args, **options)
+        count = sum(len(labels.score) for labels in fronts.values())
+        made, most = made + count, max(most, count)
+        return fronts
+
+    with patch("stages.planning.knapsack._extended", counted):
+        found = knapsack(problem, limits)
+    assert not found.optimal
+    assert problem.fits(found.updates)
+    assert found.score >= greedy(problem).score
+    assert found == knapsack(problem, limits)
+    step = 1 + len(problem.candidates[0].options) * 2  # each label frozen, or at one of the ratios, kept whole or not
+    assert made <= limits.labels + limits.at_once * step
+    assert most <= limits.at_once * step
+
+
+def test_a_search_within_its_limits_is_the_same_as_without():
+    for problem in map(chain_problem, range(5)):
+        plain = knapsack(problem)
+        assert plain.optimal
+        assert knapsack(problem, Limits(10**9, 10**9)) == plain
+        nothing = knapsack(problem, Limits(0, 0))
+        assert not nothing.optimal
+        assert nothing == greedy(problem)
 
 
 @settings(max_examples=60, deadline=None)
@@ -192,6 +244,17 @@ def test_a_partial_layer_is_worth_its_share_of_fisher():
     assert whole.score == pytest.approx(scores.score[1])
     assert quarter.score == pytest.approx(scores.score[1] * information[:2].sum() / information.sum())
     assert set(np.argsort(-scores.output_fisher[1])[:2]) == set(quarter.update.channels)
+
+
+def test_a_partial_layer_without_information_is_worth_its_part_of_the_channels():
+    """One channel of its four: a quarter of the score, not all of it and not nothing."""
+    graph = inverted_residual()
+    scores = random_scores(graph, 2)
+    blank = replace(scores, output_fisher=tuple(np.zeros_like(values) for values in scores.output_fisher))
+    problem = pose(graph, blank, Budget(), Channels(ratios=(1.0, 0.25)), Evidence())
+    for one, score, channels in zip(problem.candidates, scores.score, (4, 8, 8, 4), strict=True):
+        assert [option.score for option in one.options] == [score, score / 4]
+        assert [len(option.update.channels) for option in one.options] == [channels, channels // 4]
 
 
 def test_layers_that_score_nothing_are_left_out():

@@ -9,7 +9,8 @@ import pytest
 from stages.artifacts.records import LayerUpdate
 from stages.cost.training import live_values, memory_bytes, plan_backward_macs
 from stages.errors import DataError, UsageError
-from stages.models.graph import Graph, Op
+from stages.graphs.graph import Graph
+from stages.operators import Op
 from stages.planning.baselines import SCHEMES, named_plan, plan_names
 from stages.planning.plans import check_plan, check_updates, make_plan, parse_plan
 from tests.cost.nets import backbone, inverted_residual

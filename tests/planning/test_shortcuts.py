@@ -6,9 +6,10 @@ import pytest
 from stages.artifacts.records import LayerUpdate, Model
 from stages.cost.model import block_entries, last_blocks
 from stages.cost.training import plan_backward_macs, reached, saved_activation_bytes, whole_update
+from stages.graphs.graph import Graph
 from stages.models import registry
 from stages.models.deploy import deploy, state
-from stages.models.graph import Graph, Op
+from stages.operators import Op
 from stages.planning.budget import Budget
 from stages.planning.layers import select_layers
 from stages.planning.problem import Channels, Evidence, pose
@@ -22,12 +23,12 @@ def graph_of(arch: str) -> Graph:
 
 
 def conv(name: str, source: str, out: int = 4) -> Op:
-    return Op(name, "conv", (source,), (out, 3, 3), in_shape=(4, 3, 3), kernel=(1, 1), stride=(1, 1), padding=(0, 0),
-              dilation=(1, 1), bias=False)  # fmt: skip
+    return Op(name, "conv", (source,), (out, 3, 3), in_shapes=((4, 3, 3),), kernel=(1, 1), stride=(1, 1),
+              padding=(0, 0), dilation=(1, 1), bias=False)  # fmt: skip
 
 
 def plain(name: str, kind: str, *sources: str) -> Op:
-    return Op(name, kind, sources, (4, 3, 3), in_shape=(4, 3, 3))
+    return Op(name, kind, sources, (4, 3, 3), in_shapes=((4, 3, 3),))
 
 
 def residual() -> Graph:
@@ -42,7 +43,7 @@ def residual() -> Graph:
             conv("b", "mask"),
             plain("sum", "add", "start", "b"),
             conv("last", "sum"),
-            Op("features", "global_pool", ("last",), (4,), in_shape=(4, 3, 3)),
+            Op("features", "global_pool", ("last",), (4,), in_shapes=((4, 3, 3),)),
         )
     )
 

@@ -102,7 +102,7 @@ def test_extremes_are_kept_by_rep_and_div():
 
 
 def test_the_published_score_drops_whole_classes():
-    """titan.md section 1a: the score ranks classes by feature variance."""
+    """Titan's literal score (arXiv:2505.16563, section 3.3): it ranks classes by feature variance."""
     rng = np.random.default_rng(0)
     labels = np.arange(100) % 10
     candidates = buffer("rep-div", keep=30)

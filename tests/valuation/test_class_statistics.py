@@ -44,7 +44,7 @@ def test_scores_by_their_definitions():
 
 
 def test_the_published_score_is_constant_within_a_class():
-    """titan.md section 1a and test 11: Rep + Div = trace of the class's feature covariance, whatever the sample."""
+    """Rep + Div = trace of the class's feature covariance, whatever the sample."""
     labels, features = stream(300)
     statistics = filled(1.0, [], labels, features)
     score = statistics.representativeness(labels, features) + statistics.diversity(labels, features)

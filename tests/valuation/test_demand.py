@@ -74,6 +74,19 @@ def test_the_backlog_is_bounded_and_what_exceeds_it_is_counted_by_class():
     assert all(a < b for a, b in pairwise(found.columns["index"].tolist()))
 
 
+def test_what_one_round_missed_is_not_counted_again_in_the_next():
+    buffer = demand(keep=6, backlog=10)
+    buffer.arrive(block([0] * 30))
+    look(buffer)
+    assert buffer.close().per_class["missed"].tolist() == [25]  # half a backlog was kept
+    buffer.arrive(block([0, 0, 0, 0], 30))
+    look(buffer)
+    second = buffer.close()
+    assert second.per_class["seen"].tolist() == [4]
+    assert second.per_class["missed"].tolist() == [0]
+    assert second.columns["weight"].tolist() == [0.25] * 4
+
+
 def test_a_class_missed_altogether_leaves_its_mass_to_the_others():
     buffer = demand(keep=2, backlog=2)
     buffer.arrive(block([0, 1, 2, 3]))

@@ -17,7 +17,7 @@ from stages.valuation.designs import (
 from tests.valuation.pools import moments, pool, random_pool
 
 TOY = pool([(3, 0), (0, 3), (1, 1), (1, 1)], [0, 0, 1, 1])
-"""titan.md section 3, test 1."""
+"""Two classes of two gradients, small enough to enumerate every draw."""
 
 
 def by_class(view):
@@ -59,7 +59,7 @@ def test_enumeration_gives_the_mean_and_the_closed_form_variance(strata_of, make
 
 
 def test_monte_carlo_agrees():
-    """titan.md section 3, tests 2 and 3, with the generator that is really used."""
+    """The mean and the variance that the closed form promises, with the generator that is really used."""
     rng = np.random.default_rng(5)
     gradients, view = random_pool(rng, n=30, dim=8, classes=3)
     design = importance_design(by_class(view), 10, 0.2)
@@ -77,7 +77,7 @@ def bias_in_standard_errors(estimates, truth):
 
 
 def test_a_rule_that_is_biased_fails_the_same_test():
-    """titan.md section 3, test 8: weights 1 / (N p) need draws with replacement."""
+    """Weights 1 / (N p) need draws with replacement."""
     rng = np.random.default_rng(0)
     values = rng.gamma(1.0, size=30)
     p = values / values.sum()
@@ -95,7 +95,7 @@ pools = st.integers(0, 2**32 - 1).map(lambda seed: random_pool(np.random.default
 @given(pools)
 @settings(max_examples=200)
 def test_classified_importance_sampling_beats_flat_beats_random(found):
-    """Real-valued allocation: (sum a)^2 / B <= flat IS <= RS (titan.md section 1b)."""
+    """Real-valued allocation: (sum a)^2 / B <= flat IS <= RS."""
     _, view = found
     strata = by_class(view)
     spread = importance_spread(strata, importance_probabilities(strata, 0.0))
@@ -106,7 +106,7 @@ def test_classified_importance_sampling_beats_flat_beats_random(found):
 
 
 def test_variance_identity():
-    """V(g) - V(|g|) = (mean |g|)^2 - |mean g|^2, uniform over the class (titan.md section 3, test 4)."""
+    """V(g) - V(|g|) = (mean |g|)^2 - |mean g|^2, uniform over the class (Titan, arXiv:2505.16563, Lemma 2)."""
     gradients, view = random_pool(np.random.default_rng(3), classes=1, even=True)
     norms = np.linalg.norm(gradients, axis=1)
     spread = importance_spread(as_one(view), importance_probabilities(as_one(view), 0.0))
@@ -114,7 +114,7 @@ def test_variance_identity():
 
 
 def test_one_class_is_flat_importance_sampling_with_weights_mean_over_own():
-    """titan.md section 3, test 7: weights mean(s) / s_i per 1/B (idiap's BiasedReweightingPolicy, k = 1)."""
+    """Weights mean(s) / s_i per 1/B (idiap's BiasedReweightingPolicy, k = 1)."""
     gradients, view = random_pool(np.random.default_rng(4), classes=1, even=True)
     rows, times, weights = draw(importance_design(by_class(view), 5, 0.0), np.random.default_rng(0))
     norms = np.linalg.norm(gradients, axis=1)

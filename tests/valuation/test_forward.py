@@ -8,11 +8,11 @@ import torch
 
 from stages.artifacts.live import Version
 from stages.artifacts.records import Block, Model
+from stages.engines.torch.reference import run
 from stages.errors import DataError, UsageError
+from stages.graphs.graph import Graph
 from stages.models import registry
 from stages.models.deploy import deploy, state
-from stages.models.execute import run
-from stages.models.graph import Graph
 from stages.models.inputs import adapt
 from stages.planning.baselines import named_plan
 from stages.valuation.forward import ANYTIME_CHUNK, Forward, scoring_order, standing_for

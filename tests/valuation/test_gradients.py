@@ -17,7 +17,6 @@ def last_layer(rng, n=20, classes=4, dim=5):
 
 
 def test_equals_per_sample_gradients_of_torch_func():
-    """titan.md section 3, test 6."""
     rng = np.random.default_rng(0)
     layer = torch.nn.Linear(6, 3)
     x, y = torch.from_numpy(rng.normal(size=(12, 6))).float(), torch.from_numpy(rng.integers(0, 3, 12))

@@ -10,8 +10,8 @@ from stages.models.deploy import deploy, state
 from stages.models.inputs import adapt
 from stages.pipeline import Pipeline, simulate
 from stages.selection import Selection, Weights
-from stages.sparse.optimizers import Optimizing
 from stages.sparse_training import StreamTraining
+from stages.training.optimizers import Optimizing
 from stages.valuation import fine
 from stages.valuation.designs import divide, importance_spread
 from stages.valuation.scoring import scored
@@ -49,7 +49,7 @@ def accuracy_of(run, digits):
 
 
 def test_choosing_learns_faster_than_chance(digits):
-    """titan.md section 3, test 12: accuracy early in training, mean over the seeds."""
+    """Accuracy early in training, mean over the seeds."""
     accuracies = {
         name: np.mean([accuracy_of(trained(digits, seed, *how), digits) for seed in range(SEEDS)])
         for name, how in {"random": RANDOM, "c-is": CLASSIFIED}.items()
@@ -58,7 +58,7 @@ def test_choosing_learns_faster_than_chance(digits):
 
 
 def test_last_layer_scores_serve_the_whole_model(digits):
-    """titan.md section 3, test 10: drawn by last-layer norms, the gradient of all parameters varies less too."""
+    """Drawn by last-layer norms, the gradient of all parameters varies less too."""
     run = trained(digits, 0, *CLASSIFIED)
     x, y = digits
     pool = Block(x[:100], y[:100], "ND")

@@ -3,8 +3,9 @@ import pytest
 
 from stages.artifacts.records import Block, InputSpec
 from stages.errors import UsageError
+from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.graph import Graph, Op
+from stages.operators import Op
 from stages.valuation.shallow import shallow_features
 
 
@@ -12,8 +13,8 @@ def two_blocks():
     """Features (3,) -> relu, block 0 -> relu6, block 1."""
     ops = (
         Op("input", "input", (), (3,)),
-        Op("blocks.0.relu", "relu", ("input",), (3,), (3,), block=0),
-        Op("blocks.1.relu6", "relu6", ("blocks.0.relu",), (3,), (3,), block=1),
+        Op("blocks.0.relu", "relu", ("input",), (3,), ((3,),), block=0),
+        Op("blocks.1.relu6", "relu6", ("blocks.0.relu",), (3,), ((3,),), block=1),
     )
     return Backbone(Graph(ops, ("blocks.0", "blocks.1")), {}, InputSpec("features", (3,)))
 

@@ -26,7 +26,8 @@ from stages.engines.native.program import (
     Tensors,
 )
 from stages.engines.native.program import PANEL as LANES
-from stages.models.graph import Graph, Op, Shape
+from stages.graphs.graph import Graph
+from stages.operators import Op, Shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from stages.engines.native.layers import macs_of
 from stages.engines.native.program import MOST_STAGES
 from stages.engines.native.rules import RULES
 from stages.engines.native.units import Unit
-from stages.models.graph import Graph, Op
+from stages.graphs.graph import Graph
+from stages.operators import Op
 
 SHORT_ROW = 8
 """Pixels that a kernel's tile takes at once."""

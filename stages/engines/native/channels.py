@@ -14,7 +14,8 @@ import numpy as np
 
 from stages.artifacts.records import LayerUpdate
 from stages.engines.native.program import Integers
-from stages.models.graph import Graph, Op
+from stages.graphs.graph import Graph
+from stages.operators import Op
 
 Run = tuple[int, int, bool]
 """First channel, end, whether they are live."""

@@ -24,7 +24,7 @@ from stages.engines.native.program import (
     Tensors,
 )
 from stages.engines.native.units import Unit
-from stages.models.graph import Op
+from stages.operators import Op
 
 Array = NDArray[np.generic]
 
@@ -85,7 +85,8 @@ class Layer:
         if not on:
             return Part(i0, i1, o0, o1, on, self.builder.constant(lambda tensors: cut(tensors[name]), ids.size))
         weight = self.builder.live(lambda tensors: cut(tensors[name]), ids.size)
-        self.place[ids[ids >= 0]] = weight.offset + np.flatnonzero(ids >= 0)
+        mine: NDArray[np.bool_] = np.greater_equal(ids, 0)
+        self.place[ids[mine]] = weight.offset + np.flatnonzero(mine)
         return Part(i0, i1, o0, o1, on, weight)
 
     def _packed(self, weight: Array, i0: int, i1: int, o0: int, o1: int, fill: int) -> Array:

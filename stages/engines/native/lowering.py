@@ -20,7 +20,7 @@ from stages.engines.native.program import Buffer, Lowering, Step
 from stages.engines.native.rules import RULES, Node, apply_bits, in_place, keep_bits, plus
 from stages.engines.native.units import BITS, Unit, units_of
 from stages.errors import UsageError
-from stages.models.graph import Graph
+from stages.graphs.graph import Graph
 
 
 class NotCovered(UsageError):

@@ -19,7 +19,7 @@ from stages.engines.native.library import Sizes, aligned, check, inspect, librar
 from stages.engines.native.lowering import lower
 from stages.engines.native.program import Lowering, encode
 from stages.errors import DataError
-from stages.models.graph import Graph
+from stages.graphs.graph import Graph
 
 Floats = NDArray[np.float32]
 Boundary = tuple[Floats, ...]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from stages.artifacts.records import LayerUpdate, detached_layers
 from stages.errors import DataError
-from stages.models.graph import Graph
+from stages.graphs.graph import Graph
 
 
 def check_plan(graph: Graph, updates: Sequence[LayerUpdate]) -> None:

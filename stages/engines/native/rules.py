@@ -10,7 +10,7 @@ from stages.engines.native import layers
 from stages.engines.native.builder import Builder, geometry, map_of
 from stages.engines.native.program import ACTIVATIONS, COUNT_PAD, Buffer, Ref, Step
 from stages.engines.native.units import BITS, Unit
-from stages.models.graph import Op
+from stages.operators import Op
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from stages.models.graph import Graph, Op
+from stages.graphs.graph import Graph
+from stages.operators import Op
 
 BITS = ("relu", "relu6")
 """Activations that a layer computes on its way out, and that keep one bit per value."""

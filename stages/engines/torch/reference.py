@@ -1,0 +1,35 @@
+"""The plain interpreter of a `Graph`: the table's torch rules, one after the other.
+
+It is differentiable where the tensors require gradients, so it also serves as the dense oracle of the sparse engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from stages.graphs.graph import Graph, last_readers
+from stages.operators import Op
+
+
+def run(graph: Graph, tensors: Mapping[str, Tensor], x: Tensor, *, training: bool = False) -> Tensor:
+    """Output of the last operator for x (N, *graph.input_shape).
+
+    Outputs are dropped after their last use. `training` takes the rules of meta-training (BatchNorm by the batch's own
+    statistics, which it collects in place). Raises `DataError` for an input of another shape.
+    """
+    graph.check_input(x.shape)
+    values = {graph.ops[0].name: x}
+    for op, dropped in zip(graph.ops[1:], last_readers(graph.ops[1:], {graph.output}), strict=True):
+        values[op.name] = apply(op, [values[name] for name in op.inputs], tensors, training=training)
+        for name in dropped:
+            del values[name]
+    return values[graph.output]
+
+
+def apply(op: Op, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor], *, training: bool = False) -> Tensor:
+    """One operator on its inputs (N, *shape); its tensors are `tensors[f"{op.owner}.weight"]` and so on."""
+    operator = op.operator
+    rule = operator.forward_training if training and operator.forward_training is not None else operator.forward
+    return rule(op, inputs, tensors)

@@ -1,0 +1,656 @@
+"""What translators of ATen calls work with: values of single samples, constants, and a graph under construction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from stages.errors import UsageError
+from stages.graphs.origins import Origin
+from stages.operators import TABLE, Op, Shape
+from stages.operators.shapes import DROPPED
+
+BATCH = 65521
+"""Samples in the captured batch: a prime that no network has as a size."""
+
+
+class Value(NamedTuple):
+    """The output of an operator for one sample, and how the captured call sees it for the whole batch."""
+
+    op: str
+    shape: Shape
+    """Per sample."""
+    full: Shape
+    """As captured, the batch somewhere in it."""
+
+    @property
+    def batch_axis(self) -> int:
+        """The axis of `full` that the batch is in."""
+        return next(i for i, size in enumerate(self.full) if size % BATCH == 0 and size)
+
+    @property
+    def batch_alone(self) -> bool:
+        """Whether that axis holds the batch and nothing else."""
+        return self.full[self.batch_axis] == BATCH
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that no input changes."""
+
+    tensor: Tensor
+    origin: Origin | None = None
+    """Its place in the state dict, where it is an entry or rows of one."""
+    sources: frozenset[str] = frozenset()
+    """The entries of the state dict that it was made from."""
+
+
+@dataclass
+class Construction:
+    """A graph under construction."""
+
+    program: Any
+    ops: list[Op] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
+    computed: dict[str, frozenset[str]] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    owners: dict[Any, str] = field(default_factory=dict)
+    """Identity of a weight -> the operator that holds it."""
+
+    def placeholder(self, node: Any) -> Value | Constant:
+        """The input, a parameter or a buffer."""
+        signature = self.program.graph_signature
+        name = node.name
+        if name in signature.user_inputs:
+            if self.ops:
+                raise UsageError("the model's forward", f"a second input {name}", "one input tensor")
+            shape = tuple(node.meta["val"].shape)[1:]
+            self.add(Op(self.fresh("input"), "input", (), shape))
+            return Value(self.ops[0].name, shape, (BATCH, *shape))
+        place = signature.inputs_to_parameters.get(name) or signature.inputs_to_buffers.get(name)
+        if place is None:
+            lifted = signature.inputs_to_lifted_tensor_constants[name]
+            return Constant(self.program.constants[lifted].detach())
+        parameter = name in signature.inputs_to_parameters
+        stored = self.program.state_dict.get(place)
+        tensor = self.program.constants[place] if stored is None else stored
+        if stored is None:  # a buffer that the state dict leaves out
+            return Constant(tensor.detach())
+        return Constant(tensor.detach(), Origin(place, trains=parameter), frozenset({place}))
+
+    def add(self, op: Op) -> None:
+        self.ops.append(op)
+        self.taken.add(op.name)
+
+    def fresh(self, base: str) -> str:
+        """A free name: the base, numbered when taken."""
+        if base not in self.taken:
+            return base
+        return next(name for i in range(1, len(self.taken) + 2) if (name := f"{base}_{i}") not in self.taken)
+
+    def shape_of(self, name: str) -> Shape:
+        return next(op.shape for op in reversed(self.ops) if op.name == name)
+
+    def settled(self, found: Value, full: Shape | None) -> Value:
+        """The value as the captured call sees it. Raises `UsageError` where the batch is lost."""
+        if full is None or found.full == full:
+            return found
+        return found._replace(full=full)
+
+
+class Call:
+    """One ATen call on its way into the graph: what translators may ask and do."""
+
+    def __init__(self, b: Construction, node: Any, name: str, path: str, full: Shape | None) -> None:
+        self.b, self.node, self.name, self.path, self.full = b, node, name, path, full
+
+    # ---------------------------------------------------------------------------------------------------- running
+
+    def run(self, args: Sequence[Any], kwargs: Any) -> Any:
+        """The call's result: a value, a constant, or several of them."""
+        if not _values_in((args, kwargs)):
+            return self._folded(args, kwargs)
+        rule = DROPPED.get(self.name) or _translators().get(self.name)
+        if rule is None:
+            self.refuse(f"operator {as_written(self.node, self.name)}", "one of docs/operators.md", _advice(self.name))
+        try:
+            found = rule(self, *args, **kwargs)
+        except TypeError as error:
+            self.refuse(f"{as_written(self.node, self.name)} is called in an unsupported way: {error}", "")
+        return self._settled(found)
+
+    def _settled(self, found: Any) -> Any:
+        if isinstance(found, Value) and self.full is not None:
+            if self.per_sample(self.full) != found.shape:
+                self.refuse(f"{self.name} gives {self.per_sample(self.full)}", f"{found.shape}")
+            return self.b.settled(found, self.full)
+        return found
+
+    def _folded(self, args: Sequence[Any], kwargs: Any) -> Any:
+        """What depends on no input, computed for a batch of one."""
+        constants = _constants_in((args, kwargs))
+        plain = [_evaluable(arg) for arg in args]
+        named = {key: _evaluable(value) for key, value in kwargs.items()}
+        with torch.no_grad():
+            found = self.node.target(*plain, **named)
+        sources = frozenset().union(*(constant.sources for constant in constants))
+        if isinstance(found, Tensor):
+            return Constant(found, self._origin(args, found), sources)
+        if isinstance(found, list | tuple):
+            return [self._part(args, part, found[:i], sources) for i, part in enumerate(found)]
+        return found
+
+    def _part(self, args: Sequence[Any], part: Any, before: Sequence[Any], sources: frozenset[str]) -> Any:
+        """One of several results; rows of an entry stay rows of it."""
+        if not isinstance(part, Tensor):
+            return part
+        first = args[0]
+        whole = isinstance(first, Constant) and first.origin is not None
+        if whole and self.name.startswith(("split", "chunk")) and (len(args) < 3 or args[2] == 0):
+            start = sum(len(piece) for piece in before)
+            return Constant(part, replace(first.origin, start=first.origin.start + start, rows=len(part)), sources)
+        return Constant(part, None, sources)
+
+    def _origin(self, args: Sequence[Any], found: Tensor) -> Origin | None:
+        """The entry that a folded call only hands on: whole, some rows, or turned."""
+        first = args[0] if args else None
+        if not isinstance(first, Constant) or first.origin is None:
+            return None
+        same = found.data_ptr() == first.tensor.data_ptr() and found.numel() == first.tensor.numel()
+        if self.name in ("t.default", "transpose.int", "permute.default", "numpy_T.default") and found.ndim == 2:
+            return (
+                replace(first.origin, transposed=not first.origin.transposed)
+                if found.T.shape == first.tensor.shape
+                else None
+            )
+        if same and found.shape == first.tensor.shape:
+            return first.origin
+        if (
+            self.name == "slice.Tensor"
+            and found.shape[1:] == first.tensor.shape[1:]
+            and (len(args) < 2 or args[1] == 0)
+        ):
+            start = args[2] if len(args) > 2 and args[2] else 0
+            step = args[4] if len(args) > 4 else 1
+            return replace(first.origin, start=first.origin.start + start, rows=len(found)) if step == 1 else None
+        return None
+
+    def apply(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """The result of another ATen call that this one consists of."""
+        base, _, overload = name.partition(".")
+        target = getattr(getattr(torch.ops.aten, base), overload or "default")
+        full = None
+        if _values_in((args, kwargs)):
+            like = [_like(arg) for arg in args]
+            result = target(*like, **{key: _like(value) for key, value in kwargs.items()})
+            result = result[0] if isinstance(result, tuple) else result
+            full = tuple(result.shape) if isinstance(result, Tensor) else None
+        node = _Node(target, self.node)
+        return Call(self.b, node, name, self.path, full).run(args, kwargs)
+
+    def apply_list(self, name: str, *args: Any) -> list[Any]:
+        """The results of another ATen call that gives several."""
+        found: list[Any] = self.apply(name, *args)
+        return found
+
+    # ---------------------------------------------------------------------------------------------------- emitting
+
+    def emit(self, kind: str, values: Sequence[Value], *, own: Any = None, **more: Any) -> Value:
+        """Append an operator; its shape follows from the kind's rule."""
+        plain = more.pop("plain", True)
+        operator = TABLE[kind]
+        held = {what: self._constant(part) for what, part in (own or {}).items() if part is not None}
+        name, shares = self._place(kind, held, plain)
+        channels = more.pop("out_channels", None)
+        fields = {key: more.pop(key) for key in operator.fields if key in more}
+        args = tuple((key, more[key]) for key in operator.args)
+        op = Op(
+            name, kind, tuple(value.op for value in values), (), tuple(value.shape for value in values),
+            args=args, shares=shares, **fields,
+        )  # fmt: skip
+        given = (channels,) if channels is not None else ()
+        try:
+            op = replace(op, shape=operator.shape(replace(op, shape=given or op.in_shape)))
+        except ValueError as error:
+            self.refuse(f"{as_written(self.node, self.name)}: {error}", "shapes that fit")
+        self.b.add(op)
+        if not shares:
+            for what, part in held.items():
+                self._hold(f"{name}.{what}", part)
+        full = (BATCH, *op.shape) if self.full is None or self.per_sample(self.full) != op.shape else self.full
+        return Value(name, op.shape, full)
+
+    def _place(self, kind: str, held: dict[str, Constant], plain: bool) -> tuple[str, str]:
+        """The operator's name, and the operator whose tensors it shares."""
+        weight = held.get("weight") or held.get("value") or held.get("running_mean")
+        base = self._base(kind) if plain else f"{self.path}.{kind}".lstrip(".")
+        if weight is None:
+            return self.b.fresh(base), ""
+        if weight.origin is not None:
+            base = _owner(weight.origin, weight.tensor, self.path, kind)
+        elif entry := _parametrized(weight.sources):
+            base = _owner(Origin(entry), weight.tensor, self.path, kind)
+        elif not plain or kind == "scale":
+            base = self.path or base
+        key = (weight.tensor.data_ptr(), tuple(weight.tensor.shape), weight.tensor.stride())
+        if weight.tensor.numel() and weight.sources and key in self.b.owners:
+            owner = self.b.owners[key]
+            self._check_shared(owner, held)
+            return self.b.fresh(owner), owner
+        name = self.b.fresh(base)
+        if weight.sources:
+            self.b.owners[key] = name
+        return name, ""
+
+    def _check_shared(self, owner: str, held: dict[str, Constant]) -> None:
+        for what, part in held.items():
+            other = self.b.tensors.get(f"{owner}.{what}")
+            if other is None or other.data_ptr() != part.tensor.data_ptr():
+                self.refuse(
+                    f"the weight of {owner} is used again with another {what}", "a layer's own tensors together"
+                )
+
+    def _base(self, kind: str) -> str:
+        """A module that is a single operator gives it its name; elsewhere the kind stands behind the path."""
+        if not self.path:
+            return kind
+        return self.path if _is_leaf(self.node) else f"{self.path}.{kind}"
+
+    def _hold(self, key: str, part: Constant) -> None:
+        self.b.tensors[key] = part.tensor
+        if part.origin is not None:
+            self.b.origins[key] = part.origin
+        elif part.sources:
+            self.b.computed[key] = part.sources
+
+    def constant(self, part: Constant, tensor: Tensor) -> Value:
+        """The tensor of a constant, shaped for single samples, as an operator without inputs."""
+        part = replace(part, tensor=tensor.to(torch.float32) if not tensor.is_floating_point() else tensor)
+        name = self.b.fresh(part.origin.name if part.origin is not None else f"{self.path}.constant".lstrip("."))
+        self.b.add(Op(name, "constant", (), tuple(part.tensor.shape)))
+        self._hold(f"{name}.value", part)
+        return Value(name, tuple(part.tensor.shape), tuple(part.tensor.shape))
+
+    def scaled(self, x: Value, weight: Any, bias: Any, *, axes: int = 1, channel_axis: int | None = None) -> Value:
+        """What a norm's own parameters make of its normalised value: a layer of their name."""
+        if weight is None:
+            return x
+        if axes > 1:
+            product = self.emit("multiply", [x, self.constant(weight, weight.tensor)])
+            return product if bias is None else self.emit("add", [product, self.constant(bias, bias.tensor)])
+        axis = len(x.shape) - 1 if channel_axis is None else channel_axis
+        own = {"weight": weight, "bias": bias}
+        return self.emit("scale", [x], own=own, axis=axis, bias=bias is not None)
+
+    def as_scale(self, a: Any, b: Any) -> Value | None:
+        """A product with a parameter that has one number per channel, as a layer; None where it is something else."""
+        value, part = (a, b) if isinstance(a, Value) else (b, a)
+        if not isinstance(part, Constant) or part.origin is None or not part.origin.trains or part.tensor.numel() < 2:
+            return None
+        tensor = self._for_samples(part.tensor, value)
+        long = [i for i, size in enumerate(tensor.shape) if size > 1]
+        axis = len(value.shape) - tensor.ndim + long[0] if len(long) == 1 else -1
+        if axis < 0 or value.shape[axis] != tensor.numel():
+            return None
+        return self.emit(
+            "scale", [value], own={"weight": replace(part, tensor=part.tensor.flatten())}, axis=axis, bias=False
+        )
+
+    # ------------------------------------------------------------------------------------------------------ asking
+
+    def refuse(self, found: str, expected: str, fix: str = "") -> NoReturn:
+        """Raise `UsageError` that names the module the call stands in."""
+        raise UsageError(self.path or "the model's forward", found, expected, fix)
+
+    def per_sample(self, full: Shape) -> Shape:
+        """A captured shape without the batch. Refuses one in which the batch is missing or twice."""
+        axes = [i for i, size in enumerate(full) if size and size % BATCH == 0]
+        if len(axes) != 1:
+            self.refuse(
+                f"{as_written(self.node, self.name)} mixes the samples of a batch: shape {_shown(full)}",
+                "each sample by itself",
+                "keep the batch in an axis of its own",
+            )
+        axis = axes[0]
+        inside = full[axis] // BATCH
+        return (*full[:axis], *((inside,) if inside > 1 else ()), *full[axis + 1 :])
+
+    def out_shape(self) -> Shape:
+        """Shape per sample of the call's first result."""
+        if self.full is None:
+            self.refuse(f"{self.name} in another call", "a call of its own")
+        return self.per_sample(self.full)
+
+    def is_value(self, x: Any) -> bool:
+        return isinstance(x, Value)
+
+    def value(self, x: Any) -> Value:
+        """`x` as a value. Refuses constants."""
+        if not isinstance(x, Value):
+            self.refuse(f"{as_written(self.node, self.name)} of {x!r:.60}", "an activation")
+        return x
+
+    def first_value(self, parts: Sequence[Any]) -> Value:
+        return next(part for part in parts if isinstance(part, Value))
+
+    def _constant(self, x: Any) -> Constant:
+        if not isinstance(x, Constant):
+            self.refuse(f"{as_written(self.node, self.name)} with a weight computed from activations", "a parameter")
+        return x
+
+    def tensor_shape(self, x: Any) -> Shape:
+        return tuple(self._constant(x).tensor.shape)
+
+    def tensor_rank(self, x: Any) -> int:
+        return self._constant(x).tensor.ndim
+
+    def numbers(self, x: Any) -> list[Any]:
+        """The entries of a constant of whole numbers. Refuses what depends on the input."""
+        if not isinstance(x, Constant) or x.tensor.is_floating_point():
+            self.refuse(f"{as_written(self.node, self.name)} by computed numbers", "fixed numbers")
+        found: list[Any] = x.tensor.flatten().tolist()
+        return found
+
+    def numbers_shape(self, x: Any) -> Shape:
+        """Shape of a constant of whole numbers."""
+        return tuple(x.tensor.shape) if isinstance(x, Constant) else ()
+
+    def filled_like(self, x: Any, value: float) -> Constant:
+        """A constant of another's shape and dtype."""
+        return Constant(torch.full_like(self._constant(x).tensor, value))
+
+    def rank(self, x: Any) -> int:
+        """Number of axes as captured."""
+        return len(x.full) if isinstance(x, Value) else self._constant(x).tensor.ndim
+
+    def full_size(self, x: Any, dim: int) -> int:
+        size: int = x.full[dim] if isinstance(x, Value) else self._constant(x).tensor.shape[dim]
+        return size
+
+    def per_sample_axes(self, x: Value) -> list[int]:
+        """The captured axes that single samples have, in order."""
+        return [i for i in range(len(x.full)) if not (i == x.batch_axis and x.batch_alone)]
+
+    def axis(self, x: Any, dim: int) -> int:
+        """The axis of single samples that a captured dimension is. Refuses the batch."""
+        x = self.value(x)
+        axes = self.per_sample_axes(x)
+        if dim % len(x.full) not in axes:
+            self.refuse(f"{as_written(self.node, self.name)} over the batch", "each sample by itself")
+        return axes.index(dim % len(x.full))
+
+    # ----------------------------------------------------------------------------------------------------- shaping
+
+    def map(self, x: Any, axes: int) -> Value:
+        """`x` as a map: batch, channels and `axes` positions. Refuses anything else."""
+        value = self.value(x)
+        if len(value.full) != axes + 2 or value.batch_axis != 0 or not value.batch_alone:
+            self.refuse(
+                f"{as_written(self.node, self.name)} of {_shown(value.full)}",
+                "(N, C, T) or (N, C, H, W), N the batch alone",
+                "keep the batch in the first axis",
+            )
+        return value
+
+    def channels_first(self, x: Any) -> Value:
+        """`x` with its channels behind the batch, as norms read it. Refuses a batch elsewhere."""
+        value = self.value(x)
+        if len(value.full) < 2 or value.batch_axis != 0:
+            self.refuse(f"{as_written(self.node, self.name)} of {_shown(value.full)}", "(N, C, ...)")
+        return value
+
+    def grouped(self, x: Any) -> Value:
+        """`x` with its channels first in every sample. Refuses a batch that shares its axis."""
+        value = self.channels_first(x)
+        if not value.batch_alone:
+            self.refuse(f"{as_written(self.node, self.name)} of {_shown(value.full)}", "(N, C, ...), N the batch alone")
+        return value
+
+    def last_axis_free(self, x: Any) -> Value:
+        """`x` with something else than the batch in its last axis."""
+        value = self.value(x)
+        if value.batch_axis == len(value.full) - 1:
+            self.refuse(f"{as_written(self.node, self.name)} over the batch", "each sample by itself")
+        return value
+
+    def reshape(self, x: Any) -> Any:
+        """`x` in the shape of the call's result."""
+        x, shape = self.value(x), self.out_shape()
+        if shape == x.shape:
+            return x
+        return self.emit("flatten", [x]) if shape == (prod(x.shape),) else self.emit("reshape", [x], to=shape)
+
+    def permute(self, x: Any, order: Sequence[int]) -> Any:
+        if isinstance(x, Constant):
+            return self.apply("permute.default", x, list(order))
+        axes = self.per_sample_axes(x)
+        kept = tuple(axes.index(axis) for axis in order if axis in axes)
+        return x if kept == tuple(range(len(kept))) else self.emit("permute", [x], order=kept)
+
+    def expand(self, x: Any) -> Any:
+        x, shape = self.value(x), self.out_shape()
+        return x if shape == x.shape else self.emit("expand", [x], to=shape)
+
+    def cut(self, x: Any, dim: int, start: int, stop: int, step: int) -> Any:
+        """A range of one axis."""
+        if isinstance(x, Constant):
+            return self.apply("slice.Tensor", x, dim, start, stop, step)
+        if start == 0 and stop == x.full[dim] and step == 1:
+            return x
+        axis = self.axis(x, dim)
+        full = list(x.full)
+        full[dim] = -(-(stop - start) // step)
+        inner = Call(self.b, self.node, self.name, self.path, tuple(full))
+        if stop <= start or x.full[dim] % BATCH == 0:
+            self.refuse(f"{as_written(self.node, self.name)} {start}:{stop} of {_shown(x.full)}", "part of a sample")
+        return inner.emit("slice", [x], axis=axis, start=start, stop=stop, step=step)
+
+    def aligned(self, a: Any, b: Any) -> list[Value]:
+        """Two operands that broadcast against each other as values of single samples."""
+        if isinstance(a, Value) and isinstance(b, Value):
+            behind = [len(x.full) - x.batch_axis for x in (a, b)]
+            if behind[0] != behind[1]:
+                self.refuse(
+                    f"{as_written(self.node, self.name)} of {_shown(a.full)} and {_shown(b.full)}", "one batch axis"
+                )
+            return [a, b]
+        value = a if isinstance(a, Value) else b
+        return [x if isinstance(x, Value) else self._beside(x, value) for x in (a, b)]
+
+    def _beside(self, x: Any, value: Value) -> Value:
+        part = x if isinstance(x, Constant) else Constant(torch.tensor(float(x)))
+        return self.constant(part, self._for_samples(part.tensor, value))
+
+    def _for_samples(self, tensor: Tensor, value: Value) -> Tensor:
+        """A constant that is broadcast against a value, without the axis that meets the batch."""
+        at = tensor.ndim - (len(value.full) - value.batch_axis)
+        if at < 0 or not value.batch_alone:
+            return tensor
+        if tensor.shape[at] != 1:
+            self.refuse(f"a constant {tuple(tensor.shape)} beside {_shown(value.full)}", "the same for every sample")
+        return tensor.squeeze(at)
+
+    def mask(self, mask: Any, query: Value) -> Value:
+        """An attention mask: numbers to add, from booleans too."""
+        if isinstance(mask, Constant) and mask.tensor.dtype == torch.bool:
+            blank = torch.zeros(mask.tensor.shape).masked_fill(~mask.tensor, float("-inf"))
+            mask = Constant(blank, None, mask.sources)
+        return mask if isinstance(mask, Value) else self._beside(mask, query)
+
+    def side_by_side(self, parts: Sequence[Any]) -> list[Value]:
+        """Operands of a concatenation."""
+        reference = self.first_value(parts)
+        return [part if isinstance(part, Value) else self._beside(part, reference) for part in parts]
+
+    def changes_nothing(self, kind: str, a: Any, b: Any) -> bool:
+        """`x + 0`, `x * 1` and their like."""
+        neutral = {"add": 0.0, "subtract": 0.0, "multiply": 1.0, "divide": 1.0}[kind]
+        if not isinstance(a, Value) or isinstance(b, Value):
+            return False
+        if isinstance(b, Constant):
+            return not b.sources and b.tensor.numel() == 1 and float(b.tensor) == neutral
+        return float(b) == neutral
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+class _Node(NamedTuple):
+    """A call inside a call."""
+
+    target: Any
+    outer: Any
+
+    @property
+    def meta(self) -> Any:
+        return self.outer.meta
+
+
+def _translators() -> dict[str, Any]:
+    if not _RULES:
+        for record in TABLE.values():
+            _RULES.update(record.aten)
+    return _RULES
+
+
+_RULES: dict[str, Any] = {}
+
+TURNS = frozenset({"t.default", "transpose.int", "permute.default", "numpy_T.default"})
+"""Calls that transpose a matrix."""
+
+
+def is_known(name: str) -> bool:
+    """Whether the table has a rule for an ATen call, or it computes nothing from values."""
+    return name in DROPPED or name in _translators() or name in FACTORIES
+
+
+FACTORIES = frozenset(f"{name}.default" for name in ("arange", "zeros", "ones", "full", "scalar_tensor", "empty")) | {
+    "arange.start",
+    "arange.start_step",
+}
+"""Calls that make constants."""
+
+
+def called(node: Any) -> str:
+    """`conv2d.default` of an ATen call; an in-place call (`relu_`) has the name of its twin."""
+    base, dot, overload = str(node.target).removeprefix("aten.").partition(".")
+    return f"{base.removesuffix('_') if node.target._schema.is_mutable else base}{dot}{overload}"
+
+
+def full_shape(node: Any) -> Shape | None:
+    """The captured shape of a call's result, of the first of a tuple; None where it is a list."""
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, tuple) and value else value
+    return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else None
+
+
+def module_path(node: Any) -> str:
+    """Path of the module that a call belongs to."""
+    stack = node.meta.get("nn_module_stack")
+    return _clean(str(list(stack.values())[-1][0])) if stack else ""
+
+
+def _clean(path: str) -> str:
+    """A module's path without what torch adds for parametrisations and repeated calls (`conv@1`)."""
+    return path.partition("@")[0].partition(".parametrizations.")[0]
+
+
+def _is_leaf(node: Any) -> bool:
+    """Whether the innermost module is one of torch's own layers, which is a single operator."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return False
+    kind = list(stack.values())[-1][1]
+    name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    return name.startswith("torch.nn.modules.") and not name.endswith(("MultiheadAttention", "Layer", "Transformer"))
+
+
+def _owner(origin: Origin, tensor: Tensor, path: str, kind: str) -> str:
+    """The name of a layer by its weight's: `block.conv.weight` -> `block.conv`, rows of `in_proj_weight` numbered."""
+    owner, _, attribute = origin.name.rpartition(".")
+    if attribute in ("weight", "running_mean"):
+        base = owner or path or kind
+    else:
+        base = f"{owner}.{attribute.removesuffix('_weight')}".lstrip(".")
+    return base if origin.rows < 0 else f"{base}_{origin.start // max(origin.rows, 1)}"
+
+
+def _parametrized(sources: frozenset[str]) -> str:
+    """The entry of the state dict that torch's parametrisations stand for (`conv.weight`), if a weight is made so."""
+    parts = (name.partition(".parametrizations.") for name in sorted(sources))
+    return next((f"{owner}.{rest.partition('.')[0]}" for owner, _, rest in parts if rest), "")
+
+
+def _values_in(tree: Any) -> bool:
+    if isinstance(tree, Value):
+        return True
+    if isinstance(tree, dict):
+        return any(_values_in(part) for part in tree.values())
+    return isinstance(tree, list | tuple) and any(_values_in(part) for part in tree)
+
+
+def _constants_in(tree: Any) -> list[Constant]:
+    if isinstance(tree, Constant):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [found for part in tree for found in _constants_in(part)] if isinstance(tree, list | tuple) else []
+
+
+def _evaluable(arg: Any) -> Any:
+    """An argument for a batch of one."""
+    if isinstance(arg, Constant):
+        return arg.tensor
+    if isinstance(arg, int) and not isinstance(arg, bool):
+        return arg // BATCH if arg and arg % BATCH == 0 else arg
+    if isinstance(arg, list | tuple):
+        return [_evaluable(part) for part in arg]
+    return arg
+
+
+def _like(arg: Any) -> Any:
+    """An argument as a tensor without memory."""
+    if isinstance(arg, Value):
+        return torch.empty(arg.full, device="meta")
+    if isinstance(arg, Constant):
+        return torch.empty_like(arg.tensor, device="meta")
+    return [_like(part) for part in arg] if isinstance(arg, list | tuple) else arg
+
+
+def _shown(full: Shape) -> str:
+    """A captured shape as users write it."""
+    sizes = [
+        ("N" if size == BATCH else f"N*{size // BATCH}") if size and size % BATCH == 0 else str(size) for size in full
+    ]
+    return f"({', '.join(sizes)})"
+
+
+def as_written(node: Any, name: str) -> str:
+    """The operator as its user wrote it: the last source line of the call where there is one, and ATen's name."""
+    trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    line = next((text.strip() for text in reversed(trace) if text.strip() and not text.strip().startswith("File")), "")
+    plain = name.partition(".")[0]
+    return f"{plain} (in `{line[:80]}`)" if line and plain not in ("conv2d", "linear") else plain
+
+
+def _advice(name: str) -> str:
+    """What to do about a kind that is missing."""
+    base = name.partition(".")[0]
+    for part, advice in (
+        ("gru", "recurrent layers are not there yet: use convolutions over time"),
+        ("lstm", "recurrent layers are not there yet: use convolutions over time"),
+        ("rnn", "recurrent layers are not there yet: use convolutions over time"),
+        ("embedding", "embeddings are not there yet: feed features"),
+        ("argmax", "it has no gradient: return the scores themselves"),
+        ("topk", "it has no gradient for its indices: use a softmax or a mask"),
+        ("fft", "transform the samples before the model"),
+    ):
+        if part in base:
+            return advice
+    return "rewrite that part of the model with others"

@@ -1,0 +1,94 @@
+"""What training a plan keeps between the forward and the backward pass: the one rule that engines and costs follow.
+
+Kept, and nothing else:
+
+* what each operator's own rule asks for where gradients flow through it (`Operator.keeps`): bits, an index, or whole
+  values, the latter once however many operators ask for the same one;
+* a live layer's input: whole where output channels are live, the live channels where input channels are live or the
+  layer is depthwise;
+* never a constant, and never a view: the value it is a view of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from math import prod
+
+from stages.artifacts.records import LayerUpdate, detached_layers
+from stages.graphs.graph import Graph
+from stages.operators import Op
+from stages.operators.op import ELEMENT_BYTES, Keep
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What is kept, by name."""
+
+    values: frozenset[str]
+    """Operators whose outputs are kept whole."""
+    own: Mapping[str, Keep]
+    """Operators that keep bits or an index of their own."""
+    slices: Mapping[str, int]
+    """Operators of live layers of whose input some channels are kept, and how many."""
+
+
+def holding(graph: Graph, updates: Sequence[LayerUpdate]) -> Holding:
+    """What training these updates keeps."""
+    live, ends = {update.layer for update in updates if update.trains}, detached_layers(updates)
+    flow = graph.gradient_flow(live, ends)
+    values, own = flow_holds(graph, flow, ends)
+    slices: dict[str, int] = {}
+    for update in updates:
+        for op in graph.uses(update.layer):
+            whole, channels = layer_holds(graph, op, update)
+            values |= whole
+            slices |= {op.name: channels} if channels else {}
+    return Holding(frozenset(values), own, slices)
+
+
+def flow_holds(graph: Graph, flow: Set[str], detached: Set[str]) -> tuple[set[str], dict[str, Keep]]:
+    """What the operators that gradients flow through keep: whole values, and what is an operator's own."""
+    values: set[str] = set()
+    own: dict[str, Keep] = {}
+    for op in graph.ops:
+        wanted = graph.wanted(op, flow, detached)
+        if not wanted:
+            continue
+        keep = op.operator.keeps(op, wanted)
+        values |= kept_values(graph, op, keep)
+        if keep.bits or keep.index_bytes:
+            own[op.name] = keep
+    return values, own
+
+
+def kept_values(graph: Graph, op: Op, keep: Keep) -> set[str]:
+    """The whole values that an operator keeps, by the name of what they are views of."""
+    named = {op.inputs[i] for i in keep.inputs} | ({op.name} if keep.output else set())
+    return {graph.root(name) for name in named} - graph.constants
+
+
+def layer_holds(graph: Graph, op: Op, update: LayerUpdate) -> tuple[set[str], int]:
+    """What one use of a live layer keeps of its input: the whole value, or so many of its channels; biases nothing."""
+    if not update.channels:
+        return set(), 0
+    if (op.is_depthwise or update.axis == "input") and len(update.channels) < update.axis_channels:
+        return set(), len(update.channels)
+    return {graph.root(op.inputs[0])} - graph.constants, 0
+
+
+def value_bytes(graph: Graph, name: str, batch: int) -> int:
+    """Bytes of a whole value of a batch."""
+    return ELEMENT_BYTES * batch * graph[name].elements
+
+
+def slice_bytes(op: Op, channels: int, batch: int) -> int:
+    """Bytes of some channels of a layer's input."""
+    return ELEMENT_BYTES * batch * channels * (prod(op.in_shape) // op.in_channels)
+
+
+def held_bytes(graph: Graph, held: Holding, batch: int) -> int:
+    """Bytes of all that is kept of a batch."""
+    values = sum(value_bytes(graph, name, batch) for name in held.values)
+    own = sum(keep.own_bytes(graph[name], batch) for name, keep in held.own.items())
+    return values + own + sum(slice_bytes(graph[name], count, batch) for name, count in held.slices.items())

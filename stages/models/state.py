@@ -1,0 +1,163 @@
+"""The user's own state dict beside the graph's tensors: written down at import, so that export needs no code of theirs.
+
+Each entry of the state dict is a row, a JSON object with its `name` and one of
+
+* `tensor`: it is that tensor of the graph; with `start` and `rows` those rows of the entry, `transposed` turned, with
+  `shape` in that shape;
+* `norm`: it belongs to a BatchNorm, which deploy form folds away. `tensor` names it in batchnorm form; in deploy form
+  the BatchNorm changes nothing but what the layer before it cannot hold: weight 1, bias 0, running_var = 1 - eps, and
+  running_mean = -(folded bias) where that layer has no bias of its own;
+* `length_of` or `direction_of`: the two parts of a weight under torch's weight_norm;
+* `computed`: the graph's tensor that was computed from it, which cannot be turned back;
+* `classifier`: the weight or bias of the layer that the record's head stands for;
+* nothing else: the graph does not use it, and it is kept as it was loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from stages.artifacts.records import Array, Model
+from stages.errors import UsageError
+from stages.graphs.capture import Captured
+from stages.graphs.folding import folds_into
+
+Row = dict[str, Any]
+
+WEIGHT_NORM = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
+"""How torch names a weight's lengths and directions, in its older and its newer form."""
+
+
+def state_rows(
+    state: Mapping[str, Array], captured: Captured, classifier: str
+) -> tuple[tuple[Row, ...], dict[str, Array]]:
+    """The rows of a module's state dict, and what of it must be kept beside the graph's tensors.
+
+    `classifier` is the layer that the record leaves to its head; empty where there is none.
+    """
+    places: dict[str, list[Row]] = {}
+    for key, origin in captured.origins.items():
+        places.setdefault(origin.name, []).append(_placed(captured, key, classifier))
+    normed = dict(_computed(captured))
+    rows: list[Row] = []
+    rest: dict[str, Array] = {}
+    for name, array in state.items():
+        found = places.get(name) or [normed.get(name, {})]
+        rows += [{"name": name, **row, **_reshaped(row, array, captured)} for row in found]
+        if any("tensor" not in row or row.get("rows", -1) >= 0 for row in found):
+            rest[name] = array
+    return tuple(rows), rest
+
+
+def _placed(captured: Captured, key: str, classifier: str) -> Row:
+    owner, _, what = key.rpartition(".")
+    if owner == classifier:
+        return {"classifier": what}
+    origin = captured.origins[key]
+    extra = {k: v for k, v in asdict(origin).items() if k != "name" and v not in (0, -1, False)}
+    row: Row = {"tensor": key, **extra}
+    op = captured.graph[owner]
+    if op.operator.statistics:
+        layer = folds_into(captured.graph, op)
+        own = bool(layer) and captured.graph[layer].bias
+        row["norm"] = {"what": what, "eps": op["eps"], "layer": layer, "bias": own}
+    return row
+
+
+def _reshaped(row: Row, array: Array, captured: Captured) -> Row:
+    """The shape of an entry that the graph holds in another: a class token (1, 1, D) as (D,)."""
+    if "tensor" not in row or "rows" in row:
+        return {}
+    held = tuple(captured.tensors[row["tensor"]].shape)
+    held = held[::-1] if row.get("transposed") else held
+    return {} if held == array.shape else {"shape": list(array.shape)}
+
+
+def _computed(captured: Captured) -> Iterator[tuple[str, Row]]:
+    """The entries that weights of layers were computed from."""
+    for key, sources in captured.computed.items():
+        if not captured.graph[key.rpartition(".")[0]].is_layer:
+            continue
+        ends = next((ends for ends in WEIGHT_NORM if all(name.endswith(ends) for name in sources)), ())
+        for name in sorted(sources):
+            if len(sources) == 2 and ends:
+                yield name, {"length_of" if name.endswith(ends[0]) else "direction_of": key}
+            else:
+                yield name, {"computed": key}
+
+
+def trained_keys(model: Model) -> frozenset[str]:
+    """The graph's tensors that stand for parameters of the user's; buffers and statistics are none."""
+    kinds = ("tensor", "length_of")
+    return frozenset(row[k] for row in model.state for k in kinds if k in row and row.get("trains", k != "tensor"))
+
+
+def user_state(model: Model, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The state dict under the user's own names, without the classifier.
+
+    `tensors` are the graph's, of a model in either form.
+
+    Raises:
+        UsageError: trained values that the user's entries cannot hold.
+    """
+    state: dict[str, Array] = {}
+    for row in model.state:
+        name = row["name"]
+        if "classifier" in row:
+            continue
+        if "norm" in row and model.form == "deploy":
+            state[name] = _norm_entry(row, tensors, model)
+        elif "tensor" in row:
+            _put(state, row, tensors[row["tensor"]], model)
+        elif "length_of" in row:
+            state[name] = _lengths(tensors[row["length_of"]], row)
+        elif "direction_of" in row:
+            state[name] = tensors[row["direction_of"]]
+        else:
+            state[name] = model.rest[name]
+    return state
+
+
+def _put(state: dict[str, Array], row: Row, value: Array, model: Model) -> None:
+    value = value.T if row.get("transposed") else value
+    if row.get("rows", -1) < 0:
+        state[row["name"]] = value.reshape(row["shape"]) if "shape" in row else value
+        return
+    whole = state.setdefault(row["name"], np.array(model.rest[row["name"]]))
+    start = row.get("start", 0)
+    whole[start : start + row["rows"]] = value
+
+
+def _lengths(weight: Array, row: Row) -> Array:
+    """weight_norm's g over axis 0: the Euclidean norm of each row."""
+    axes = tuple(range(1, weight.ndim))
+    return np.asarray(np.sqrt((weight.astype(np.float64) ** 2).sum(axes, keepdims=True)), weight.dtype)
+
+
+def _norm_entry(row: Row, tensors: Mapping[str, Array], model: Model) -> Array:
+    """What a BatchNorm's entry holds in deploy form."""
+    norm, owner = row["norm"], row["tensor"].rpartition(".")[0]
+    alone = f"{owner}.weight" in tensors
+    if alone and norm["what"] in ("weight", "bias"):
+        return tensors[row["tensor"]]
+    if alone and not {f"{owner}.weight", f"{owner}.bias"} <= {other.get("tensor") for other in model.state}:
+        fix = "affine=True, or export to .onnx"
+        raise UsageError(owner, "BatchNorm without weight and bias cannot hold what was trained", "", fix)
+    size = len(tensors[f"{owner}.weight"] if alone else tensors[f"{norm['layer']}.bias"])
+    shift = np.zeros(size, np.float32) if alone or norm["bias"] else -tensors[f"{norm['layer']}.bias"]
+    fill = {"weight": 1.0, "bias": 0.0, "running_var": 1.0 - norm["eps"]}
+    return shift if norm["what"] == "running_mean" else np.full(size, fill[norm["what"]], np.float32)
+
+
+def from_state(captured: Captured, state: Mapping[str, Array]) -> dict[str, Array]:
+    """The graph's tensors from a state dict of the captured module; what was computed there stays as it was."""
+    found = {key: tensor.detach().cpu().numpy() for key, tensor in captured.tensors.items()}
+    for key, origin in captured.origins.items():
+        whole = state[origin.name]
+        part = whole if origin.rows < 0 else whole[origin.start : origin.start + origin.rows]
+        found[key] = np.ascontiguousarray(part.T if origin.transposed else part).reshape(found[key].shape)
+    return found

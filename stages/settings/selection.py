@@ -1,0 +1,73 @@
+"""The settings of `select`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stages.errors import require
+from stages.settings.declared import check, setting
+
+AUTO = "auto"
+STRATEGIES = (
+    "titan", "c-is", "is", "stratified", "random", "all", "high-loss", "low-loss", "entropy", "ocs", "camel", AUTO
+)  # fmt: skip
+"""The names of `stages.valuation.fine.SELECTIONS`; `auto` chooses among them round by round."""
+IMPORTANCES = ("last-layer", "live", "full")
+"""The names of `stages.valuation.scoring.IMPORTANCES`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """How a batch is chosen from the candidates of a round."""
+
+    batch: int = setting(10, "Draws per round; duplicates are merged.", least=1)
+    strategy: str = setting(
+        "titan",
+        "Unbiased: titan, c-is, is (scored), stratified, random, all (not scored); auto chooses among them by variance "
+        "and cost. Rivals: high-loss, low-loss, entropy, ocs (scored), camel. Your own: package.module:function.",
+        metavar="NAME",
+        choices=STRATEGIES,
+        own=True,
+    )
+    importance: str = setting(
+        "last-layer",
+        "Whose gradient counts: last-layer (closed form), live (what the plan trains; slow), full (slowest).",
+        metavar="NAME",
+        choices=IMPORTANCES,
+    )
+    epsilon: float = setting(
+        0.2, "Uniform share in the probabilities; bounds the weights by 1 / epsilon of uniform ones.", least=0, most=1
+    )
+    weighted: bool = setting(
+        True, "Unweighted: all draws weigh alike, the paper's other reading, biased.", flag="--weighted/--unweighted"
+    )
+    max_batch: int | None = setting(None, "auto: largest batch it may choose; none: --batch.", least=1)
+    update_cost: float | None = setting(
+        None, "auto: forward passes that training on a sample costs; none: as measured, before that by MACs.", least=1
+    )
+    overlap: bool = setting(False, "auto: training runs at the same time, on another processor.")
+    send: str = setting(
+        "samples",
+        "features: chosen samples bring the frozen layers' output along.",
+        metavar="samples|features",
+        choices=("samples", "features"),
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        most = self.batch if self.max_batch is None else self.max_batch
+        require(most >= self.batch, "--max-batch", f"{most}", f"at least --batch {self.batch}")
+        features_of_auto = self.send_features and self.strategy == AUTO
+        require(not features_of_auto, "--send", "features with --strategy auto", "a strategy")
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether candidates are scored at all."""
+        from stages.valuation.fine import selection_named
+
+        return self.strategy == AUTO or selection_named(self.strategy).needs == "gradients"
+
+    @property
+    def send_features(self) -> bool:
+        """Whether chosen samples take the frozen layers' outputs with them."""
+        return self.send == "features"

@@ -1,0 +1,108 @@
+"""The settings of `train-sparse`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stages.errors import require
+from stages.settings.declared import MICRO_BATCH, check, micro_batch, setting
+
+if TYPE_CHECKING:
+    from stages.sparse_training import StreamTraining, SupportTraining
+    from stages.training.optimizers import Optimizing
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "cosine", "step")
+ENGINES = ("torch", "native")
+"""The names of `engines.choice.ENGINES`; a test holds them equal."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """How live channels train, on a support set or on a stream; what differs between the two is None by default."""
+
+    full: bool = setting(False, "Train all layers, not the run's plan.")
+    last_layer: bool = setting(False, "Train the backbone's last layer, not the run's plan.")
+    micro_batch: int | None = setting(
+        None, MICRO_BATCH + " 0 is all of them.", least=0, metavar="N|auto", parse=micro_batch, text="auto"
+    )
+    engine: str = setting(
+        "torch", "What computes; native is the C library: faster, CNNs only.", metavar="torch|native", choices=ENGINES
+    )
+    optimizer: str | None = setting(
+        None, "Default: sgd for streams, adam for supports.", metavar="sgd|adam|adamw", choices=OPTIMIZERS
+    )
+    lr: float | None = setting(None, "Default: 0.02 for streams; chosen inside the support set.", least=0)
+    momentum: float = setting(0.0, "Of sgd.", least=0)
+    weight_decay: float = setting(0.0, "Of live values only.", least=0)
+    schedule: str = setting(
+        "constant",
+        "Learning rate over updates; step is x0.95 every 100 (Titan's).",
+        metavar="constant|cosine|step",
+        choices=SCHEDULES,
+    )
+    warmup: int = setting(0, "Updates of linear warm-up.", least=0)
+    updates: int = setting(0, "Streams: length of the cosine schedule.", least=0)
+    clip: float | None = setting(
+        None, "Largest gradient norm; 0 is any. Default: 2 for streams, 0 for supports.", least=0
+    )
+    iterations: int = setting(40, "Support: passes over it.", least=1)
+    folds: int = setting(3, "Support: parts left out in turn to choose the learning rate.", least=2)
+    views: int = setting(0, "Support: augmented copies, drawn once; 0 is a fresh one each pass.", least=0)
+    cache_prefix: bool = setting(False, "Support: run frozen layers once per view; needs --views.")
+    detach_prototypes: bool = setting(False, "Support: no gradient through prototypes; cheaper.")
+    scale: float | None = setting(None, "Support: of the cosine logits; default the head's, or 10.")
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(not (self.full and self.last_layer), "--full", "together with --last-layer", "one of the two")
+
+    @property
+    def plan(self) -> str | None:
+        """The named plan to train; None: the run's own."""
+        return "full" if self.full else "last-layer" if self.last_layer else None
+
+    def on_stream(self) -> StreamTraining:
+        """The configuration of training on a stream."""
+        from stages.sparse_training import STREAM_OPTIMIZING, StreamTraining
+
+        standard = STREAM_OPTIMIZING
+        rate = standard.learning_rate if self.lr is None else self.lr
+        clip = standard.clip_norm if self.clip is None else self.clip
+        optimizing = self._optimizing(self.optimizer or standard.optimizer, rate, clip, self.updates)
+        return StreamTraining(plan=self.plan, optimizing=optimizing, micro_batch=self.micro_batch, engine=self.engine)
+
+    def on_support(self, scale: float) -> SupportTraining:
+        """The configuration of adapting to a support set, for a head of this cosine scale."""
+        from stages.sparse_training import STREAM_OPTIMIZING, SupportTraining
+        from stages.training.adaptation import LEARNING_RATES, Adapting
+
+        rate = STREAM_OPTIMIZING.learning_rate if self.lr is None else self.lr
+        adapting = Adapting(
+            iterations=self.iterations,
+            learning_rates=LEARNING_RATES if self.lr is None else (self.lr,),
+            folds=self.folds,
+            optimizing=self._optimizing(self.optimizer or "adam", rate, self.clip or 0.0, self.iterations),
+            views=self.views,
+            cache_prefix=self.cache_prefix,
+            detach_prototypes=self.detach_prototypes,
+            scale=scale if self.scale is None else self.scale,
+            micro_batch=self.micro_batch or 0,
+            engine=self.engine,
+        )
+        return SupportTraining(plan=self.plan, adapting=adapting, fitting=self.micro_batch is None)
+
+    def _optimizing(self, optimizer: str, rate: float, clip: float, updates: int) -> Optimizing:
+        from stages.training.optimizers import Optimizing
+
+        return Optimizing(
+            optimizer=optimizer,
+            learning_rate=rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            schedule=self.schedule,
+            warmup_updates=self.warmup,
+            total_updates=updates,
+            clip_norm=clip,
+        )

@@ -1,1 +1,0 @@
-"""Training that costs what the plan says."""

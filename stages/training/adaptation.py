@@ -1,0 +1,307 @@
+"""Few-shot adaptation: train a net on a support set with the ProtoNet loss on its augmented copy.
+
+The procedure is P>M>F's fine-tuning (Hu et al., arXiv:2204.07305) as TinyTrain uses it (arXiv:2307.09988, appendix C):
+prototypes from the support, cross-entropy of the pseudo-query (the augmented support) against them, Adam. One iteration
+is one pass over the whole support and one optimiser step; prototypes are recomputed with the current weights in each,
+and the gradient flows through them unless `detach_prototypes`.
+
+Changed: the learning rate is chosen inside the support set, by leaving samples out; P>M>F chooses it with labels of
+query sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf, isfinite
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from stages.artifacts.records import InputSpec, LayerUpdate
+from stages.engines.choice import TrainedNet, make_net
+from stages.errors import require
+from stages.fsl.augment import PSEUDO_QUERY, Augmentation, augment
+from stages.fsl.protonet import cosine_logits, prototypes, support_loss
+from stages.models.deploy import Backbone
+from stages.randomness import torch_generator
+from stages.training.optimizers import NotFinite, Optimizing, checked_step, learning_rate, make_optimizer
+from stages.training.prefix_file import PrefixFile, prefix_key
+from stages.training.updates import Net, PrefixCache, Source, cache_prefix, features_of, gradient_update
+
+N = TypeVar("N", bound=Net)
+
+LEARNING_RATES = (0.0, 3e-4, 1e-3, 3e-3, 1e-2)
+"""The rates to choose from; 0 is no adaptation at all."""
+
+FALLBACK = 1e-3
+"""Where nothing can be left out, because every class has a single sample, the candidate nearest to this is taken."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapting:
+    """How a backbone adapts to a support set."""
+
+    iterations: int = 40
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    """Candidates; a single one is used without choosing."""
+    folds: int = 3
+    """Parts of the support that are left out in turn to choose the rate."""
+    optimizing: Optimizing = field(default_factory=lambda: Optimizing(optimizer="adam"))
+    """Its learning rate is replaced by the chosen one."""
+    views: int = 0
+    """Augmented copies of the support, drawn once and used in turn; 0 draws a fresh one for every iteration."""
+    cache_prefix: bool = False
+    """Keep the frozen layers' outputs of the support and its views in memory; needs `views`."""
+    detach_prototypes: bool = False
+    """Stop the gradient at the prototypes: cheaper by half a pass, and less accurate."""
+    scale: float = 10.0
+    """Of the cosine logits."""
+    micro_batch: int = 0
+    """Samples that are in memory at once in a pass; 0 is all of them. The update is the same."""
+    augmentation: Augmentation = PSEUDO_QUERY
+    engine: str = "torch"
+    """What runs and differentiates the graph: one of `engines.choice.ENGINES`."""
+
+    def __post_init__(self) -> None:
+        where = "adaptation"
+        require(self.iterations > 0, where, f"{self.iterations} iterations", "at least 1")
+        require(len(self.learning_rates) > 0, where, "no learning rate", "at least one")
+        require(
+            all(isfinite(rate) and rate >= 0 for rate in self.learning_rates),
+            where,
+            f"learning rates {self.learning_rates}",
+            "finite numbers, at least 0",
+        )
+        require(self.folds >= 2, where, f"{self.folds} folds", "at least 2")
+        require(self.views >= 0, where, f"{self.views} views", "at least 0")
+        require(self.views > 0 or not self.cache_prefix, where, "a prefix cache without fixed views", "--views V")
+        require(isfinite(self.scale) and self.scale > 0, where, f"scale {self.scale}", "a positive number")
+        require(self.micro_batch >= 0, where, f"micro-batch {self.micro_batch}", "at least 0")
+
+
+class Adaptation(NamedTuple, Generic[N]):
+    """A net adapted to a support set."""
+
+    net: N
+    prototypes: Tensor
+    """(C, D): class means of the support with the adapted weights."""
+    learning_rate: float
+    losses: tuple[float, ...]
+    """One per iteration; empty where the rate is 0."""
+
+
+Caches = Sequence[PrefixCache]
+Store = Callable[[Sequence[Tensor], Callable[[], Caches]], Caches]
+"""(lots of model inputs, what computes the frozen layers' outputs of them) -> these outputs, kept or computed."""
+
+
+def adapt(
+    backbone: Backbone,
+    updates: Sequence[LayerUpdate],
+    support_x: Tensor,
+    support_y: Tensor,
+    how: Adapting,
+    rng: np.random.Generator,
+    on_step: Callable[[int], None] = lambda done: None,
+    stop: Callable[[], int] = lambda: 0,
+    cache_file: PrefixFile | None = None,
+) -> Adaptation[TrainedNet]:
+    """Adapt a plan's live slices to a support set, as `adapt_net` does; the caller's backbone is left alone.
+
+    `cache_file` keeps what `how.cache_prefix` caches for the next call with the same inputs.
+
+    Raises:
+        DataError: as `adapt_net`; or updates that do not fit the backbone.
+    """
+    updates = tuple(updates)
+
+    def store(lots: Sequence[Tensor], compute: Callable[[], Caches]) -> Caches:
+        return (
+            compute()
+            if cache_file is None
+            else cache_file.through(prefix_key(backbone, updates, lots, how.engine), compute)
+        )
+
+    def fresh() -> TrainedNet:
+        return make_net(backbone, updates, how.engine)
+
+    return adapt_net(fresh, backbone.input, support_x, support_y, how, rng, on_step, stop, store)
+
+
+def adapt_net(
+    fresh: Callable[[], N],
+    spec: InputSpec,
+    support_x: Tensor,
+    support_y: Tensor,
+    how: Adapting,
+    rng: np.random.Generator,
+    on_step: Callable[[int], None] = lambda done: None,
+    stop: Callable[[], int] = lambda: 0,
+    store: Store = lambda lots, compute: compute(),
+) -> Adaptation[N]:
+    """Adapt to a support set: model inputs (N, *input) and labels int64 (N,) in 0..C-1, every class present.
+
+    `fresh` makes an untrained net, the same one at every call: each candidate of the learning rate trains its own.
+    `on_step` gets the number of iterations done, of at most `total_iterations`; `stop` is asked before each of them,
+    and what is not 0 ends training with the weights reached.
+
+    Raises:
+        DataError: a class without a sample, or a loss, gradient or weight that is not finite.
+    """
+    task = _Task(fresh, spec, support_x, support_y, how, int(rng.integers(2**63)), on_step, stop, store)
+    rate = choose_rate(task, leave_out_folds(support_y.numpy(), how.folds, rng))
+    everything = np.arange(len(support_y))
+    net, losses = task.train(everything, rate)
+    return Adaptation(net, task.prototypes(net, everything), rate, losses)
+
+
+def total_iterations(how: Adapting) -> int:
+    """Iterations that `adapt` makes at most: those of the choice of the rate, and the final ones."""
+    trials = how.folds * sum(rate > 0 for rate in how.learning_rates) if len(how.learning_rates) > 1 else 0
+    return how.iterations * (trials + 1)
+
+
+# ------------------------------------------------------------------------------------------------ the learning rate
+
+
+def leave_out_folds(
+    labels: NDArray[np.int64], folds: int, rng: np.random.Generator
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Stratified (rest, left out) index pairs: each sample of a class with two or more is left out exactly once.
+
+    Every class keeps a sample in every rest: one with a single sample always stays there. Parts that would be empty
+    are dropped, so the list is empty where all classes have one sample.
+    """
+    part = np.full(len(labels), -1)
+    dealt = 0
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        if len(members) > 1:
+            part[members] = (dealt + np.arange(len(members))) % folds
+            dealt += len(members)
+    return [(np.flatnonzero(part != fold), np.flatnonzero(part == fold)) for fold in range(folds) if fold in part]
+
+
+def choose_rate(task: _Task[Any], folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> float:
+    """The rate with the highest accuracy on the left-out samples; then the lowest loss, then the smallest rate.
+
+    A rate at which training diverges is out.
+    """
+    rates = task.how.learning_rates
+    if len(rates) == 1:
+        return rates[0]
+    if not folds:
+        return min(rates, key=lambda rate: (abs(rate - FALLBACK), rate))
+    results = {}
+    for rate in sorted(rates):
+        try:
+            hits, loss = np.sum([_leave_out(task, rate, *fold) for fold in folds], axis=0)
+        except NotFinite:
+            hits, loss = -1.0, inf
+        results[rate] = (-hits, loss, rate)
+    return min(rates, key=results.__getitem__)
+
+
+def _leave_out(
+    task: _Task[Any], rate: float, rest: NDArray[np.int64], left_out: NDArray[np.int64]
+) -> tuple[int, float]:
+    net, _ = task.train(rest, rate)
+    return task.score(net, rest, left_out)
+
+
+# ------------------------------------------------------------------------------------------------------ the training
+
+
+class _Task(Generic[N]):
+    """A support set with its augmented views, on any subset of which a fresh net can be trained.
+
+    Views are drawn for the whole support, one generator each, and a subset sees its rows of them: candidates of the
+    learning rate are compared on equal draws, and cached outputs of the frozen layers serve all of them.
+    """
+
+    def __init__(
+        self,
+        fresh: Callable[[], N],
+        spec: InputSpec,
+        x: Tensor,
+        labels: Tensor,
+        how: Adapting,
+        seed: int,
+        on_step: Callable[[int], None],
+        stop: Callable[[], int],
+        store: Store,
+    ) -> None:
+        self.fresh, self.spec, self.how, self.seed = fresh, spec, how, seed
+        self.x, self.labels, self.ways = x, labels, int(labels.max()) + 1
+        self.on_step, self.stop, self.done = on_step, stop, 0
+        drawn = [x, *(self._draw(number) for number in range(how.views))]
+        lots: Sequence[Source] = store(drawn, lambda: self._cached(drawn)) if how.cache_prefix else drawn
+        # the support itself never changes: its frozen part runs once, not in every iteration
+        self.support = lots[0] if how.cache_prefix else self._cached([x])[0]
+        self.views = lots[1:]
+
+    def train(self, rows: NDArray[np.int64], rate: float) -> tuple[N, tuple[float, ...]]:
+        """A fresh net trained on these rows of the support, and its loss at each iteration."""
+        net = self.fresh()
+        if rate == 0 or not net.parameters():
+            return net, ()
+        how = replace(self.how.optimizing, learning_rate=rate)
+        optimizer = make_optimizer(net.parameters(), how)
+        losses: list[float] = []
+        while len(losses) < self.how.iterations and not self.stop():
+            iteration = len(losses)
+            loss = self._gradients(net, rows, iteration)
+            where = f"iteration {iteration}"
+            checked_step(optimizer, loss, rate=learning_rate(iteration, how), clip_norm=how.clip_norm, where=where)
+            losses.append(loss)
+            self.done += 1
+            self.on_step(self.done)
+        return net, tuple(losses)
+
+    def prototypes(self, net: N, rows: NDArray[np.int64]) -> Tensor:
+        """Class means (C, D) of these rows of the support, without gradients."""
+        features = features_of(net, _rows(self.support, rows), micro_batch=self.how.micro_batch)
+        return prototypes(features, self.labels[rows], self.ways)
+
+    def score(self, net: N, rest: NDArray[np.int64], left_out: NDArray[np.int64]) -> tuple[int, float]:
+        """Right answers among the samples left out, and their summed cross-entropy, with prototypes of the rest."""
+        features = features_of(net, _rows(self.support, left_out), micro_batch=self.how.micro_batch)
+        logits = cosine_logits(features, self.prototypes(net, rest), self.how.scale)
+        labels = self.labels[left_out]
+        hits = int((logits.argmax(dim=1) == labels).sum())
+        return hits, float(functional.cross_entropy(logits, labels, reduction="sum"))
+
+    def _gradients(self, net: N, rows: NDArray[np.int64], iteration: int) -> float:
+        """Gradients of one iteration's loss in the net's parameters; the loss."""
+        view = self.views[iteration % len(self.views)] if self.views else self._draw(iteration)
+        support, query, labels = _rows(self.support, rows), _rows(view, rows), self.labels[rows]
+        size = self.how.micro_batch
+        if self.how.detach_prototypes:
+            means = self.prototypes(net, rows)
+            return gradient_update(
+                net,
+                query,
+                lambda features: functional.cross_entropy(cosine_logits(features, means, self.how.scale), labels),
+                micro_batch=size,
+            )
+        loss = support_loss(labels, labels, self.ways, self.how.scale)
+        return gradient_update(net, [support, query], loss, micro_batch=size)
+
+    def _cached(self, lots: Sequence[Tensor]) -> Caches:
+        """The frozen layers' outputs of these inputs."""
+        net = self.fresh()
+        return [cache_prefix(net, lot, micro_batch=self.how.micro_batch) for lot in lots]
+
+    def _draw(self, number: int) -> Tensor:
+        """One augmented copy of the whole support."""
+        rng = torch_generator(self.seed, "view", number)
+        return augment(self.x, self.spec, rng, self.how.augmentation)
+
+
+def _rows(source: Source, rows: NDArray[np.int64]) -> Source:
+    return source[torch.from_numpy(rows)] if isinstance(source, Tensor) else source[rows]

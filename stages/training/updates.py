@@ -1,0 +1,139 @@
+"""Exact gradients of any loss over a batch's features, in micro-batches; and cached outputs of the frozen prefix.
+
+A loss such as ProtoNet's couples all samples (prototypes are means over the support), so plain gradient accumulation
+would change it. Two passes do not: (1) features of the whole batch, without a graph; the loss and its gradient at the
+features; (2) per micro-batch, forward with saving and backward from those rows. Memory then depends on the micro-batch
+only, at the cost of one more forward pass, and the gradient through prototypes fits any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stages.artifacts.records import Array
+from stages.engines.torch.net import Boundary
+from stages.errors import DataError
+
+Loss = Callable[[Tensor], Tensor]
+
+
+class Net(Protocol):
+    """What trains: a frozen part that never changes, and a part behind it with parameters (`SparseNet`, or another)."""
+
+    def prefix(self, x: Tensor) -> Boundary:
+        """Model input (N, *input) -> what enters the trained part, without autograd."""
+
+    def suffix(self, boundary: Boundary) -> Tensor:
+        """What `prefix` gave -> features (N, D), differentiable in the parameters; each sample's depend on it alone."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that trains; empty where nothing does."""
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """The frozen prefix's outputs for fixed samples: they never change while the suffix trains.
+
+    Features and gradients from a cache are bit-equal to those from the pixels: a convolution's result for one sample
+    does not depend on the batch around it. (A matrix product's may, in the last bit: for a prefix with linear layers
+    this holds when the cache is filled in the micro-batches that it is used in.)
+    """
+
+    boundary: Boundary
+    """Values (N, C, ...) at the boundary."""
+
+    def __len__(self) -> int:
+        return len(self.boundary[0])
+
+    def __getitem__(self, rows: slice | Array) -> PrefixCache:
+        """Some of the samples: a slice, or an array of indices."""
+        if isinstance(rows, slice):  # copied, because matrix products round by the alignment of their input
+            return PrefixCache(tuple(value[rows].clone() for value in self.boundary))
+        index = torch.from_numpy(np.asarray(rows))
+        return PrefixCache(tuple(value[index] for value in self.boundary))
+
+    def arrays(self) -> dict[str, Array]:
+        """The cache as arrays, to be stored (`artifacts.hdf5.encode_tree`)."""
+        return {f"boundary{i}": value.numpy() for i, value in enumerate(self.boundary)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> PrefixCache:
+        """What `arrays` gave, read back into memory."""
+        names = [f"boundary{i}" for i in range(len(arrays))]
+        if not names or sorted(names) != sorted(arrays):
+            raise DataError("prefix cache", f"arrays {sorted(arrays)}", "boundary0, boundary1, ...", "write it again")
+        return cls(tuple(torch.from_numpy(np.asarray(arrays[name])) for name in names))
+
+
+Source: TypeAlias = Tensor | PrefixCache
+"""Samples: model inputs (N, *input), or cached prefix outputs."""
+
+
+def cache_prefix(net: Net, x: Tensor, *, micro_batch: int = 0) -> PrefixCache:
+    """Run the frozen prefix over model inputs (N, *input) once and keep its outputs."""
+    return PrefixCache(_joined([_enter(net, chunk) for chunk in _chunks([x], micro_batch)]))
+
+
+def features_of(net: Net, sources: Source | Sequence[Source], *, micro_batch: int = 0) -> Tensor:
+    """Features (N, D) of all samples, one source after the other, without gradients."""
+    with torch.no_grad():
+        return torch.cat([net.suffix(_enter(net, chunk)) for chunk in _chunks(_listed(sources), micro_batch)])
+
+
+def gradient_update(
+    net: Net, sources: Source | Sequence[Source], loss_of_features: Loss, *, micro_batch: int = 0
+) -> float:
+    """Add the gradient of a loss over the features of all samples to the parameters' `.grad`; the loss's value.
+
+    Args:
+        net: whose parameters get gradients.
+        sources: samples, or several lots of them; `loss_of_features` gets their features in that order, (N, D).
+        loss_of_features: any differentiable scalar of all features; parameters of its own (a linear head) get their
+            gradients too. It is called once.
+        micro_batch: most samples in memory at once; 0 is all of them, which takes one pass instead of two. The gradient
+            is the same up to rounding.
+    """
+    listed = _listed(sources)
+    total = sum(len(source) for source in listed)
+    if not micro_batch or total <= micro_batch:
+        whole = _joined([_enter(net, source) for source in listed])
+        loss = loss_of_features(net.suffix(whole))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+    features = features_of(net, listed, micro_batch=micro_batch).requires_grad_()
+    loss = loss_of_features(features)
+    loss.backward()  # type: ignore[no-untyped-call]
+    start = 0
+    for chunk in _chunks(listed, micro_batch):
+        gradient = features.grad[start : start + len(chunk)] if features.grad is not None else None
+        net.suffix(_enter(net, chunk)).backward(gradient)  # type: ignore[no-untyped-call]
+        start += len(chunk)
+    return loss.item()
+
+
+def _listed(sources: Source | Sequence[Source]) -> list[Source]:
+    return [sources] if isinstance(sources, Tensor | PrefixCache) else list(sources)
+
+
+def _chunks(sources: Sequence[Source], micro_batch: int) -> Iterator[Source]:
+    """Pieces of at most `micro_batch` samples; none reaches over the end of its source."""
+    for source in sources:
+        size = micro_batch or len(source)
+        for start in range(0, len(source), size or 1):
+            yield source[start : start + size]
+
+
+def _enter(net: Net, source: Source) -> Boundary:
+    return source.boundary if isinstance(source, PrefixCache) else net.prefix(source)
+
+
+def _joined(parts: Sequence[Boundary]) -> Boundary:
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))

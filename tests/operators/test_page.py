@@ -1,0 +1,107 @@
+"""docs/operators.md equals what the table says. `python tests/operators/test_page.py` writes it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.operators import FAMILIES, TABLE, Operator
+
+PAGE = Path(__file__).parents[2] / "docs" / "operators.md"
+HEAD = """# Operators
+
+Every kind of operator that a graph may hold, generated from the table (`python tests/operators/test_page.py`). `import`
+turns the ATen calls of a model into these; anything else is refused by name. How to add one:
+[CONTRIBUTING](../CONTRIBUTING.md). What the words mean:
+
+* **MACs** of one forward pass of one sample; the gradient of each input that is needed costs as many, and so does that
+  of a layer's weight. Where there are none, the reason.
+* **Kept** for the backward pass where gradients pass, beside what live layers keep of their inputs (whole for output
+  channels, the live channels for input channels, depthwise layers and scales; biases nothing). A whole value is kept
+  once, however many operators need it; constants and views are not kept.
+* **Layer**: its weights may train by a plan, by output or input channels.
+* **Engine**: all kinds run and train in the torch engine. The ONNX column says what `export` writes (opset 17).
+"""
+
+
+def first_sentence(text: str | None) -> str:
+    return " ".join((text or "").split("\n\n")[0].split())
+
+
+def macs(operator: Operator) -> str:
+    if isinstance(operator.macs, str):
+        return f"none: {operator.macs}"
+    return first_sentence(inspect.getdoc(operator.macs))
+
+
+class Recorder:
+    """Notes the ONNX operators that a kind's rule writes."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def node(self, kind: str, inputs: Any, output: Any, **attributes: Any) -> None:
+        self.found.append(kind)
+
+    def inputs(self, op: Any) -> list[str]:
+        return [str(i) for i in range(len(op.inputs))]
+
+    ranked_inputs = batched_inputs = inputs
+
+    def array(self, key: str) -> Any:
+        return np.ones((4, 4), np.float32)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **more: ["w"] if name == "weights" else name
+
+
+def onnx(operator: Operator) -> str:
+    from tests.operators.examples import EXAMPLES
+
+    if operator.onnx is None:
+        return "-"
+    recorder = Recorder()
+    operator.onnx(next(example.op for example in EXAMPLES if example.op.kind == operator.kind), recorder)
+    return ", ".join(dict.fromkeys(recorder.found)) or "an initialiser"
+
+
+def row(operator: Operator) -> str:
+    calls = ", ".join(sorted({name.partition(".")[0] for name in operator.aten})) or "-"
+    kept = first_sentence(inspect.getdoc(operator.keeps))
+    layer = "layer" if operator.trains else ""
+    cells = (f"`{operator.kind}`", operator.doc, macs(operator), kept, layer, onnx(operator), calls)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def page() -> str:
+    lines = [HEAD]
+    for module in FAMILIES:
+        name = module.__name__.rpartition(".")[2]
+        source = inspect.getsource(module)
+        kinds = [operator for operator in TABLE.values() if registers(source, operator.kind)]
+        lines += [f"## {name.capitalize()}", "", "| kind | computes | MACs | kept | plan | ONNX | from ATen |"]
+        lines += ["|---|---|---|---|---|---|---|", *map(row, kinds), ""]
+    return "\n".join(lines)
+
+
+def registers(source: str, kind: str) -> bool:
+    """Whether a module's source registers this kind."""
+    return f'kind="{kind}"' in source or f'_unary(\n        "{kind}"' in source or f'_unary("{kind}"' in source
+
+
+def test_the_page_is_current():
+    assert PAGE.read_text() == page(), "run `python tests/operators/test_page.py`"
+
+
+def test_every_kind_is_on_the_page_once():
+    text = page()
+    assert all(text.count(f"| `{kind}` |") == 1 for kind in TABLE)
+    assert len(TABLE) > 40
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,202 @@
+"""Adaptation: the folds, and a choice of the learning rate that sees nothing it must not see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.artifacts.records import InputSpec, LayerUpdate
+from stages.engines.torch.net import SparseNet
+from stages.errors import DataError, UsageError
+from stages.fsl.augment import Augmentation
+from stages.graphs.graph import Graph
+from stages.models.deploy import Backbone
+from stages.operators import Op
+from stages.training.adaptation import FALLBACK, Adapting, _Task, adapt, choose_rate, leave_out_folds, total_iterations
+from stages.training.optimizers import NotFinite, Optimizing
+from tests.rounding import Bounded, product_bound
+
+NOTHING = Augmentation(probability=0)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(2, 6), st.integers(0, 9))
+def test_folds_leave_out_each_sample_once_and_no_class_wholly(labels: list[int], folds: int, seed: int) -> None:
+    y = np.array(labels)
+    pairs = leave_out_folds(y, folds, np.random.default_rng(seed))
+    for rest, left_out in pairs:
+        assert sorted([*rest, *left_out]) == list(range(len(y)))
+        assert len(left_out) > 0
+        assert set(y[rest]) == set(y)
+    left = sorted(i for _, left_out in pairs for i in left_out)
+    assert left == [i for i in range(len(y)) if labels.count(labels[i]) > 1]
+    sizes = [len(left_out) for _, left_out in pairs]
+    assert not sizes or max(sizes) - min(sizes) <= 1 or len(pairs) < folds
+
+
+class Trials:
+    """A task whose results are written down: rate -> (hits, loss) of every fold, or an error."""
+
+    def __init__(self, results: dict[float, Any]) -> None:
+        self.how, self.results = SimpleNamespace(learning_rates=tuple(results)), results
+        self.trained: list[Any] = []
+        self.scored: list[Any] = []
+
+    def train(self, rows: Any, rate: float) -> tuple[float, tuple[()]]:
+        self.trained.append(rows)
+        if isinstance(self.results[rate], Exception):
+            raise self.results[rate]
+        return rate, ()
+
+    def score(self, net: float, rest: Any, left_out: Any) -> tuple[int, float]:
+        self.scored.append((rest, left_out))
+        return self.results[net]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("results", "best"),
+    [
+        ({0.0: (5, 1.0), 1e-3: (6, 9.0)}, 1e-3),  # accuracy first
+        ({0.0: (5, 2.0), 3e-3: (5, 1.0)}, 3e-3),  # then loss
+        ({3e-3: (5, 1.0), 1e-3: (5, 1.0)}, 1e-3),  # then the smallest
+        ({3e-3: NotFinite("iteration 3", "loss"), 0.0: (0, 99.0)}, 0.0),  # divergence is out
+    ],
+)
+def test_the_best_rate(results: dict[float, Any], best: float) -> None:
+    fold = (np.array([0]), np.array([1]))
+    assert choose_rate(Trials(results), [fold, fold]) == best  # type: ignore[arg-type]
+
+
+def test_candidates_train_on_the_rest_and_are_scored_on_what_was_left_out() -> None:
+    folds = leave_out_folds(np.array([0, 0, 1, 1]), 2, np.random.default_rng(0))
+    trials = Trials({0.0: (1, 1.0), 1e-3: (1, 2.0)})
+    choose_rate(trials, folds)  # type: ignore[arg-type]
+    expected = [*folds, *folds]
+    assert [list(rows) for rows in trials.trained] == [list(rest) for rest, _ in expected]
+    assert [(list(rest), list(out)) for rest, out in trials.scored] == [
+        (list(rest), list(out)) for rest, out in expected
+    ]
+
+
+def test_where_nothing_can_be_left_out_the_rate_is_the_fallback() -> None:
+    rates = {0.0: None, 3e-4: None, FALLBACK: None, 3e-3: None}
+    assert choose_rate(Trials(rates), []) == FALLBACK  # type: ignore[arg-type]
+    assert choose_rate(Trials({3e-4: None, 0.01: None}), []) == 3e-4  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------- a net of two layers
+
+
+def backbone() -> Backbone:
+    ops = (
+        Op("input", "input", (), (4,)),
+        Op("one", "linear", ("input",), (6,), ((4,),), bias=True),
+        Op("act", "relu", ("one",), (6,), ((6,),)),
+        Op("two", "linear", ("act",), (5,), ((6,),), bias=True),
+    )
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{op.name}.{part}": torch.randn(shape, generator=draw)
+        for op in ops
+        if op.is_layer
+        for part, shape in (("weight", op.weight_shape), ("bias", (op.out_channels,)))
+    }
+    return Backbone(Graph(ops), tensors, InputSpec("features", (4,)))
+
+
+UPDATES = (LayerUpdate("two", "output", (1, 3), 5),)
+X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1)) + torch.arange(12)[:, None] % 3
+Y = torch.arange(12) % 3
+
+
+def fixed(**options: Any) -> Adapting:
+    return Adapting(**{"iterations": 3, "optimizing": Optimizing(optimizer="adam"), **options})
+
+
+def test_what_is_left_out_does_not_reach_training() -> None:
+    """Other values in the samples left out change their score and nothing of what is trained on the rest."""
+    trained: list[list[float]] = []
+    net64 = replace(backbone(), tensors={name: tensor.double() for name, tensor in backbone().tensors.items()})
+    for noise in (0.0, 5.0):
+        x = X.double()
+        rest, left_out = leave_out_folds(Y.numpy(), 3, np.random.default_rng(0))[0]
+        x[left_out] += noise
+        alone = adapt(net64, UPDATES, x[rest], Y[rest], fixed(learning_rates=(0.1,), augmentation=NOTHING), rng())
+
+        how = fixed(augmentation=NOTHING)
+        spec, calls = backbone().input, (lambda done: None, lambda: 0, lambda lots, compute: compute())
+        task = _Task(lambda: SparseNet(net64, UPDATES), spec, x, Y, how, 0, *calls)
+        net, losses = task.train(rest, 0.1)
+        assert losses == pytest.approx(alone.losses, rel=1e-8)
+        trained.append([float(value) for value in net.tensors()["two.weight"].flatten()])
+    assert trained[0] == trained[1]
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def test_choosing_among_one_rate_costs_nothing_and_gives_the_same_as_the_chosen_one() -> None:
+    counts: list[int] = []
+    chosen = adapt(backbone(), UPDATES, X, Y, fixed(), rng(), counts.append)
+    assert chosen.learning_rate in Adapting().learning_rates
+    assert len(counts) <= total_iterations(fixed()) == 3 * (3 * 4 + 1)
+    again = adapt(backbone(), UPDATES, X, Y, fixed(learning_rates=(chosen.learning_rate,)), rng())
+    assert again.losses == chosen.losses
+    assert torch.equal(again.prototypes, chosen.prototypes)
+
+
+def test_rate_zero_is_no_adaptation() -> None:
+    net, means, rate, losses = adapt(backbone(), UPDATES, X, Y, fixed(learning_rates=(0.0,)), rng())
+    assert (rate, losses) == (0.0, ())
+    for name, tensor in backbone().tensors.items():
+        assert torch.equal(net.tensors()[name], tensor)
+    features = backbone().features(X)
+    members = torch.stack([(label == Y) / (label == Y).sum() for label in range(3)])
+    exact = Bounded(members.double() @ features.double(), product_bound(members, features, extra=2))
+    exact.check(means)
+
+
+def test_stopping_keeps_the_weights_reached() -> None:
+    steps: list[int] = []
+    stopped = adapt(
+        backbone(), UPDATES, X, Y, fixed(learning_rates=(0.1,)), rng(), steps.append, lambda: int(len(steps) == 2)
+    )
+    whole = adapt(backbone(), UPDATES, X, Y, fixed(learning_rates=(0.1,)), rng())
+    assert stopped.losses == whole.losses[:2]
+
+
+def test_the_callers_backbone_is_left_alone() -> None:
+    mine = backbone()
+    adapt(mine, UPDATES, X, Y, fixed(learning_rates=(0.1,)), rng())
+    for name, tensor in backbone().tensors.items():
+        assert torch.equal(mine.tensors[name], tensor)
+
+
+def test_a_missing_class_is_an_error() -> None:
+    with pytest.raises(DataError, match="no sample of class 1"):
+        adapt(backbone(), UPDATES, X, Y * 2, fixed(learning_rates=(0.1,)), rng())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"iterations": 0},
+        {"learning_rates": ()},
+        {"learning_rates": (float("nan"),)},
+        {"folds": 1},
+        {"cache_prefix": True},
+        {"scale": 0.0},
+        {"micro_batch": -1},
+    ],
+    ids=str,
+)
+def test_configurations_check_themselves(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Adapting(**wrong)
