@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 LIBRARY := stages/engines/native/libedgetrain.so
 
-.PHONY: setup demo test test-all test-isa mutants check native native-test bench bench-engine bench-native \
+.PHONY: setup demo test test-all test-isa mutants check docs native native-test bench bench-engine bench-native \
         bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
@@ -57,6 +57,9 @@ check: $(READY)  ## format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)   ## the generated pages: manual, library, schema
+	$(BIN)/python tests/test_docs.py
 
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .

@@ -16,7 +16,7 @@ from stages.importance.criteria import CRITERIA
 from stages.importance.fisher import fisher_bytes, fisher_pass
 from stages.importance.tasks import build_task
 from stages.importing import Importing, import_model
-from stages.methods.layer_scores import SEARCHES, candidates
+from stages.methods.layer_scores import SEARCHES
 from stages.models import registry
 from stages.models.deploy import deploy, store
 from stages.planning.channels import top_channels
@@ -131,12 +131,12 @@ def dense():
 
 def dense_score(run, **settings):
     config = Scoring(**{"micro_batch": 9, "blocks": 100} | settings)
-    return score_layers(run, SUPPORT, config, rng=np.random.default_rng(0), allow=DENSE)
+    return score_layers(run, SUPPORT, config, rng=np.random.default_rng(0))
 
 
 def scale_only(run):
-    graph = deploy(run.model, allow=DENSE).graph
-    return {op.name for op in graph.layers if op.kind == "scale"}
+    graph = deploy(run.model).graph
+    return {op.name for op in graph.layers if not op.operator.candidate}
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -160,14 +160,13 @@ def test_a_batchnorm_kept_as_a_layer_is_a_candidate_where_it_is_asked_for(dense)
     assert np.median([best[name] for name in norms]) > 10 * others
 
 
-def test_where_only_batchnorms_are_left_the_message_says_what_to_do(dense):
-    graph = deploy(dense.model, allow=DENSE).graph
-    last = graph.position["15"]
-    ops = tuple(replace(op, block=len(graph.blocks)) if i >= last else op for i, op in enumerate(graph.ops))
-    tail = replace(graph, ops=ops, blocks=(*graph.blocks, "tail"))
-    assert candidates(tail, 1, "all") == ("15",)
+def test_where_only_norms_are_left_the_message_says_what_to_do():
+    spec = InputSpec("image", (3, 32, 32), (1 / 127.5,) * 3, (-1.0,) * 3)
+    normed = import_model(Importing(arch="tests.models.nets:normed_net", input=spec))
     with pytest.raises(UsageError, match=r"--layers filters.*none in the last 1.*--layers all"):
-        candidates(tail, 1, "filters")
+        dense_score(normed, blocks=1)
+    assert dense_score(normed, blocks=1, layers="all").scores.layer == ("2",)
+    assert dense_score(normed, blocks=2).scores.layer == ("0",)
 
 
 def test_an_optimum_that_is_only_compared_with_may_be_given_up(monkeypatch):
