@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,18 @@ def import_noting(settings: Importing, weights: Weights | None = None) -> Import
     """
     spec = _input(settings)
     module = registry.build(settings.arch, settings.arch_args, allow=settings.arch, seed=settings.seed)
-    captured = capture(module, spec.shape, result=settings.result)
-    matched = None if weights is None else match(module, captured, weights.tensors, ordered=weights.ordered)
+
+    @cache
+    def initial() -> Captured:
+        return capture(module, spec.shape, result=settings.result)
+
+    matched = None if weights is None else match(module, initial, weights.tensors, ordered=weights.ordered)
     if matched is not None and matched.form == "batchnorm":
         values = {name: torch.from_numpy(np.array(value)) for name, value in matched.tensors.items()}
         module.load_state_dict(values, strict=False)  # what is missing are BatchNorm's counters
         captured = capture(module, spec.shape, result=settings.result)  # hooks and checks see the loaded weights
+    else:
+        captured = initial()
     last = final_linear(captured)
     if settings.classifier == "features" and not last:
         raise UsageError("--classifier", f"features, but {settings.arch} ends before its classifier", "keep or drop")

@@ -21,7 +21,7 @@ from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate,
 from stages.cost.model import inference_peak_bytes
 from stages.cost.training import saved_activation_bytes
 from stages.data.blocks import check_prepared
-from stages.engines.torch.net import SparseNet
+from stages.engines.choice import TrainedNet
 from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
 from stages.graphs.graph import Graph
 from stages.measurement.room import Fit, fit
@@ -76,6 +76,8 @@ class StreamTraining:
     micro_batch: int | None = None
     """Samples of a block that are in memory at once in a pass; 0 is all of them, None as many as fit, at most
     `MICRO_BATCH`. The update is the same."""
+    engine: str = "torch"
+    """What runs and differentiates the graph: one of `engines.choice.ENGINES`."""
 
     def __post_init__(self) -> None:
         require((self.micro_batch or 0) >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
@@ -171,9 +173,10 @@ def train_support(
     labels, ways = np.unique(support.y, return_inverse=True)
     held = _fit(backbone.graph, updates, None if config.fitting else config.adapting.micro_batch)
     on_fit(held)
-    how = replace(config.adapting, micro_batch=held.samples) if config.fitting else config.adapting
+    how = replace(config.adapting, scale=heads.cosine_scale(run.model.head, config.adapting.scale))
+    how = replace(how, micro_batch=held.samples) if config.fitting else how
     result = adapt(backbone, updates, x, torch.from_numpy(ways), how, rng, on_step, stop, cache_file)
-    head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=config.adapting.scale)
+    head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=how.scale)
     model = _prepared(store(run.model, replace(backbone, tensors=result.net.tensors())), support.prepared)
     version = run.model.version + len(result.losses)
     rows = {
@@ -294,6 +297,7 @@ class _Trainer:
             config.optimizing,
             micro_batch=self.held.samples if config.micro_batch is None else config.micro_batch,
             done=self.blocks,
+            engine=config.engine,
         )
         if state is not None:
             load_state(self.learner.optimizer, state.optimizer)
@@ -348,7 +352,7 @@ class _Trainer:
         return hits / len(block)
 
 
-def _batch(block: Block, net: SparseNet, spec: InputSpec) -> Batch:
+def _batch(block: Block, net: TrainedNet, spec: InputSpec) -> Batch:
     """A block as model inputs, with its importance weights or else 1 / N."""
     size = len(block)
     weights = block.columns.get("weight")
@@ -359,7 +363,7 @@ def _batch(block: Block, net: SparseNet, spec: InputSpec) -> Batch:
     return Batch(_source(block, net, spec), np.asarray(block.y), np.asarray(weights), heads.class_names(block))
 
 
-def _source(block: Block, net: SparseNet, spec: InputSpec) -> Source:
+def _source(block: Block, net: TrainedNet, spec: InputSpec) -> Source:
     """Where training on a block starts: at the model's input, or behind the frozen layers where `select` ran them."""
     if not len(block):
         return torch.zeros(0, *spec.shape)

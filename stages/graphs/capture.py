@@ -43,6 +43,7 @@ from stages.graphs.calls import (
 from stages.graphs.graph import Graph, needed
 from stages.graphs.origins import Origin
 from stages.operators import Op, Shape
+from stages.operators.shapes import DROPPED
 
 FORWARD = "the model's forward"
 AGREEMENT = 1e-3
@@ -149,8 +150,13 @@ def _is_plain(program: Any) -> bool:
 
     Where not, torch takes composite calls apart and in-place ones out, which takes longer than the capture itself.
     """
-    calls = [node for node in program.graph.nodes if node.op == "call_function" and node.target is not operator.getitem]
-    return all(is_known(called(node)) and (not node.target._schema.is_mutable or _unseen(node)) for node in calls)
+    place = {node: i for i, node in enumerate(program.graph.nodes)}
+    calls = [node for node in place if node.op == "call_function" and node.target is not operator.getitem]
+    return all(is_known(called(node)) and (not _changes(node) or _unseen(node, place)) for node in calls)
+
+
+def _changes(node: Any) -> bool:
+    return node.target._schema.is_mutable and called(node) not in DROPPED
 
 
 def _decompositions(program: Any) -> dict[Any, Callable[..., Any]]:
@@ -165,11 +171,27 @@ def _reads(node: Any) -> bool:
     return node.target is operator.getitem or is_known(called(node))
 
 
-def _unseen(node: Any) -> bool:
-    """Whether the value that an in-place call changes is read by nobody else, under this or another name."""
+def _unseen(node: Any, place: Mapping[Any, int]) -> bool:
+    """Whether nobody reads later what an in-place call changes, under this or another name."""
     changed = node.args[0]
-    own = changed.op == "call_function" and changed.target is not operator.getitem
-    return own and len(changed.users) == 1 and not any(r.alias_info for r in changed.target._schema.returns)
+    if changed.op != "call_function" or changed.target is operator.getitem or _aliases(changed):
+        return False
+    readers = [reader for reader in changed.users if reader is not node]
+    return all(
+        place[reader] < place[node] and reader.op == "call_function" and not _aliases(reader) for reader in readers
+    )
+
+
+def _aliases(node: Any) -> bool:
+    """Whether a call's result may share memory with something else; a value changed in place is the same value."""
+    if node.target is operator.getitem or called(node) in DROPPED:
+        return True
+    schema = node.target._schema
+    return any(result.alias_info for result in schema.returns) and not (schema.is_mutable and _fresh(node.args[0]))
+
+
+def _fresh(node: Any) -> bool:
+    return node.op == "call_function" and not _aliases(node)
 
 
 def _not_captured(module: nn.Module, input_shape: Shape, error: Exception) -> UsageError:

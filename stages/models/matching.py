@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -29,15 +29,22 @@ class Matched:
     """Weight (C, D) and bias (C,) of a linear layer on the features that is not part of the architecture."""
 
 
-def match(module: nn.Module, captured: Captured, weights: Mapping[str, Array], *, ordered: bool) -> Matched:
-    """Fit `weights` to the captured `module`.
+def match(
+    module: nn.Module, capture: Callable[[], Captured], weights: Mapping[str, Array], *, ordered: bool
+) -> Matched:
+    """Fit `weights` to `module`, which is captured where its own names do not say it all.
 
     First by name: the module's state dict, then its deploy form. When no name is known and the file keeps an order
     (`ordered`), layer by layer in that order, all shapes agreeing. Raises `DataError` naming the tensor, the shape
     found and the shape expected.
     """
+    own = _shapes(module)
+    if own.keys() == weights.keys():
+        check_tensors(own, weights, WHERE, WRONG_CODE)
+        return Matched("batchnorm", dict(weights), None)
+    captured = capture()
     graph, _ = fold(captured.graph, {key: tensor.numpy() for key, tensor in captured.tensors.items()})
-    expected = {"batchnorm": _shapes(module), "deploy": tensor_shapes(graph)}
+    expected = {"batchnorm": own, "deploy": tensor_shapes(graph)}
     width = graph.feature_dim
     for form, shapes in expected.items():
         if shapes.keys() <= weights.keys():

@@ -2,7 +2,8 @@
 
 Each entry of the state dict is a row, a JSON object with its `name` and one of
 
-* `tensor`: it is that tensor of the graph; with `start` and `rows` those rows of the entry, `transposed` turned;
+* `tensor`: it is that tensor of the graph; with `start` and `rows` those rows of the entry, `transposed` turned, with
+  `shape` in that shape;
 * `norm`: it belongs to a BatchNorm, which deploy form folds away. `tensor` names it in batchnorm form; in deploy form
   the BatchNorm changes nothing but what the layer before it cannot hold: weight 1, bias 0, running_var = 1 - eps, and
   running_mean = -(folded bias) where that layer has no bias of its own;
@@ -46,7 +47,7 @@ def state_rows(
     rest: dict[str, Array] = {}
     for name, array in state.items():
         found = places.get(name) or [normed.get(name, {})]
-        rows += [{"name": name, **row} for row in found]
+        rows += [{"name": name, **row, **_reshaped(row, array, captured)} for row in found]
         if any("tensor" not in row or row.get("rows", -1) >= 0 for row in found):
             rest[name] = array
     return tuple(rows), rest
@@ -65,6 +66,15 @@ def _placed(captured: Captured, key: str, classifier: str) -> Row:
         own = bool(layer) and captured.graph[layer].bias
         row["norm"] = {"what": what, "eps": op["eps"], "layer": layer, "bias": own}
     return row
+
+
+def _reshaped(row: Row, array: Array, captured: Captured) -> Row:
+    """The shape of an entry that the graph holds in another: a class token (1, 1, D) as (D,)."""
+    if "tensor" not in row or "rows" in row:
+        return {}
+    held = tuple(captured.tensors[row["tensor"]].shape)
+    held = held[::-1] if row.get("transposed") else held
+    return {} if held == array.shape else {"shape": list(array.shape)}
 
 
 def _computed(captured: Captured) -> Iterator[tuple[str, Row]]:
@@ -115,7 +125,7 @@ def user_state(model: Model, tensors: Mapping[str, Array]) -> dict[str, Array]:
 def _put(state: dict[str, Array], row: Row, value: Array, model: Model) -> None:
     value = value.T if row.get("transposed") else value
     if row.get("rows", -1) < 0:
-        state[row["name"]] = value
+        state[row["name"]] = value.reshape(row["shape"]) if "shape" in row else value
         return
     whole = state.setdefault(row["name"], np.array(model.rest[row["name"]]))
     start = row.get("start", 0)

@@ -369,34 +369,29 @@ def _unary(kind: str, doc: str, function: Function, onnx: Any, aten: Any, **more
     )  # fmt: skip
 
 
-def _in_place(name: str, rule: Any) -> dict[str, Any]:
-    """The call and its in-place twin: what is captured has no side effects left."""
-    return {f"{name}.default": rule, f"{name}_.default": rule}
-
-
 register(
     _unary(
-        "relu", "max(x, 0)", lambda op, x: x.relu(), _onnx("Relu"), _in_place("relu", _aten("relu")), macs=COMPARED,
+        "relu", "max(x, 0)", lambda op, x: x.relu(), _onnx("Relu"), {"relu.default": _aten("relu")}, macs=COMPARED,
         keeps=keeps_bits, passes=lambda op, inputs, y: y > 0, pull=_masked, overwrite=_relu_into, fused="relu",
     ),
     _unary(
-        "relu6", "min(max(x, 0), 6)", _relu6, _clip_onnx, _in_place("relu6", _aten("relu6")),
+        "relu6", "min(max(x, 0), 6)", _relu6, _clip_onnx, {"relu6.default": _aten("relu6")},
         macs="two comparisons per element, no multiplication", keeps=keeps_bits,
         passes=lambda op, inputs, y: (y > 0) & (y < 6), pull=_masked, overwrite=_relu6_into, fused="hardtanh",
         fused_scalars=(0.0, 6.0),
     ),
     _unary(
         "clamp", "x between two numbers", lambda op, x: x.clamp(op["low"], op["high"]), _clamp_onnx,
-        {"clamp.default": _aten_clamp, "clamp_.default": _aten_clamp, "clip.default": _aten_clamp,
+        {"clamp.default": _aten_clamp, "clip.default": _aten_clamp,
          "clamp_min.default": _aten_clamp, "clamp_max.default": lambda call, x, high: _aten_clamp(call, x, None, high),
-         **_in_place("hardtanh", _aten_hardtanh)},
+         "hardtanh.default": _aten_hardtanh},
         args={"low": float, "high": float}, macs="two comparisons per element, no multiplication", keeps=keeps_bits,
         passes=lambda op, inputs, y: (inputs[0] >= op["low"]) & (inputs[0] <= op["high"]), pull=_masked,
     ),
     _unary(
         "leaky_relu", "x, below 0 slope * x", _leaky,
         lambda op, w: w.node("LeakyRelu", w.inputs(op), w.output(op), alpha=op["slope"]),
-        _in_place("leaky_relu", _aten("leaky_relu", ("slope", 0.01))), args={"slope": float}, keeps=keeps_bits,
+        {"leaky_relu.default": _aten("leaky_relu", ("slope", 0.01))}, args={"slope": float}, keeps=keeps_bits,
         passes=lambda op, inputs, y: inputs[0] > 0, pull=_pull_leaky,
     ),
     Operator(
@@ -407,26 +402,26 @@ register(
     ),
     _unary(
         "hardsigmoid", "min(max(x + 3, 0), 6) / 6", _hardsigmoid, _hardsigmoid_onnx,
-        _in_place("hardsigmoid", _aten("hardsigmoid")), keeps=keeps_bits,
+        {"hardsigmoid.default": _aten("hardsigmoid")}, keeps=keeps_bits,
         passes=lambda op, inputs, y: (inputs[0] > -3) & (inputs[0] < 3), pull=_pull_hardsigmoid,
     ),
     _unary(
         "sigmoid", "1 / (1 + exp(-x)); half of a GLU", lambda op, x: x.sigmoid(), _onnx("Sigmoid"),
-        {**_in_place("sigmoid", _aten("sigmoid")), "glu.default": _aten_glu}, keeps=keeps_output,
+        {"sigmoid.default": _aten("sigmoid"), "glu.default": _aten_glu}, keeps=keeps_output,
         pull=_from_output(lambda op, y, g: g * y * (1 - y)),
     ),
     _unary(
-        "tanh", "hyperbolic tangent", lambda op, x: x.tanh(), _onnx("Tanh"), _in_place("tanh", _aten("tanh")),
+        "tanh", "hyperbolic tangent", lambda op, x: x.tanh(), _onnx("Tanh"), {"tanh.default": _aten("tanh")},
         keeps=keeps_output, pull=_from_output(lambda op, y, g: g * (1 - y * y)),
     ),
     _unary(
         "elu", "scale * x, below 0 scale * alpha * (exp(x) - 1); SELU too", _elu, _elu_onnx,
-        _in_place("elu", _aten_elu) | _in_place("selu", _aten_selu),
+        {"elu.default": _aten_elu, "selu.default": _aten_selu},
         args={"alpha": float, "scale": float}, shape=_elu_shape,
         keeps=keeps_output, pull=_from_output(_elu_gradient),
     ),
     _unary(
-        "exp", "e to the x", lambda op, x: x.exp(), _onnx("Exp"), _in_place("exp", _aten("exp")), keeps=keeps_output,
+        "exp", "e to the x", lambda op, x: x.exp(), _onnx("Exp"), {"exp.default": _aten("exp")}, keeps=keeps_output,
         pull=_from_output(lambda op, y, g: g * y),
     ),
     _unary(
@@ -442,19 +437,19 @@ register(
     ),
     _unary(
         "sign", "-1, 0 or 1; no gradient passes", lambda op, x: x.sign(), _onnx("Sign"),
-        _in_place("sign", _aten("sign")), keeps=keeps_nothing, pull=_pull_nothing, macs=COMPARED,
+        {"sign.default": _aten("sign")}, keeps=keeps_nothing, pull=_pull_nothing, macs=COMPARED,
     ),
     _unary("hardswish", "x * min(max(x + 3, 0), 6) / 6", _of_torch("hardswish"), _onnx("HardSwish"),
-           _in_place("hardswish", _aten("hardswish"))),
+           {"hardswish.default": _aten("hardswish")}),
     _unary("silu", "x * sigmoid(x), also called swish", _of_torch("silu"), _silu_onnx,
-           _in_place("silu", _aten("silu"))),
+           {"silu.default": _aten("silu")}),
     _unary("softplus", "log(1 + exp(beta * x)) / beta", _softplus, _softplus_onnx, {"softplus.default": _aten_softplus},
            args={"beta": float}, shape=_softplus_shape),
-    _unary("mish", "x * tanh(log(1 + exp(x)))", _of_torch("mish"), _mish_onnx, _in_place("mish", _aten("mish"))),
+    _unary("mish", "x * tanh(log(1 + exp(x)))", _of_torch("mish"), _mish_onnx, {"mish.default": _aten("mish")}),
     _unary("gelu", "x * Phi(x), exact or by tanh", _gelu, _gelu_onnx,
-           _in_place("gelu", _aten("gelu", ("approximate", "none"))), args={"approximate": str}, shape=_gelu_shape),
-    _unary("abs", "|x|", lambda op, x: x.abs(), _onnx("Abs"), _in_place("abs", _aten("abs"))),
-    _unary("log", "natural logarithm", lambda op, x: x.log(), _onnx("Log"), _in_place("log", _aten("log"))),
+           {"gelu.default": _aten("gelu", ("approximate", "none"))}, args={"approximate": str}, shape=_gelu_shape),
+    _unary("abs", "|x|", lambda op, x: x.abs(), _onnx("Abs"), {"abs.default": _aten("abs")}),
+    _unary("log", "natural logarithm", lambda op, x: x.log(), _onnx("Log"), {"log.default": _aten("log")}),
     _unary(
         "power", "x to a fixed exponent", lambda op, x: x.pow(op["exponent"]), _power_onnx,
         {"pow.Tensor_Scalar": _aten_power, "square.default": _aten_fixed_power(2.0),

@@ -122,9 +122,9 @@ def _groupnorm_shape(op: Op) -> Shape:
 
 
 def _groupnorm(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
-    from torch.nn import functional as F
+    import torch
 
-    return F.group_norm(inputs[0], op["groups"], eps=op["eps"])
+    return torch.group_norm(inputs[0], op["groups"], eps=op["eps"])  # torch.nn's asks for more than one value
 
 
 def _groupnorm_onnx(op: Op, w: Any) -> None:

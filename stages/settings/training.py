@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
+ENGINES = ("torch", "native")
+"""The names of `engines.choice.ENGINES`; a test holds them equal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +26,9 @@ class Training:
     last_layer: bool = setting(False, "Train the backbone's last layer, not the run's plan.")
     micro_batch: int | None = setting(
         None, MICRO_BATCH + " 0 is all of them.", least=0, metavar="N|auto", parse=micro_batch, text="auto"
+    )
+    engine: str = setting(
+        "torch", "What computes; native is the C library: faster, CNNs only.", metavar="torch|native", choices=ENGINES
     )
     optimizer: str | None = setting(
         None, "Default: sgd for streams, adam for supports.", metavar="sgd|adam|adamw", choices=OPTIMIZERS
@@ -66,7 +71,7 @@ class Training:
         rate = standard.learning_rate if self.lr is None else self.lr
         clip = standard.clip_norm if self.clip is None else self.clip
         optimizing = self._optimizing(self.optimizer or standard.optimizer, rate, clip, self.updates)
-        return StreamTraining(plan=self.plan, optimizing=optimizing, micro_batch=self.micro_batch)
+        return StreamTraining(plan=self.plan, optimizing=optimizing, micro_batch=self.micro_batch, engine=self.engine)
 
     def on_support(self, scale: float) -> SupportTraining:
         """The configuration of adapting to a support set, for a head of this cosine scale."""
@@ -84,6 +89,7 @@ class Training:
             detach_prototypes=self.detach_prototypes,
             scale=scale if self.scale is None else self.scale,
             micro_batch=self.micro_batch or 0,
+            engine=self.engine,
         )
         return SupportTraining(plan=self.plan, adapting=adapting, fitting=self.micro_batch is None)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.artifacts.records import InputSpec, LayerUpdate
-from stages.engines.torch.net import SparseNet
+from stages.engines.choice import TrainedNet, make_net
 from stages.errors import require
 from stages.fsl.augment import PSEUDO_QUERY, Augmentation, augment
 from stages.fsl.protonet import cosine_logits, prototypes, support_loss
@@ -64,6 +64,8 @@ class Adapting:
     micro_batch: int = 0
     """Samples that are in memory at once in a pass; 0 is all of them. The update is the same."""
     augmentation: Augmentation = PSEUDO_QUERY
+    engine: str = "torch"
+    """What runs and differentiates the graph: one of `engines.choice.ENGINES`."""
 
     def __post_init__(self) -> None:
         where = "adaptation"
@@ -108,7 +110,7 @@ def adapt(
     on_step: Callable[[int], None] = lambda done: None,
     stop: Callable[[], int] = lambda: 0,
     cache_file: PrefixFile | None = None,
-) -> Adaptation[SparseNet]:
+) -> Adaptation[TrainedNet]:
     """Adapt a plan's live slices to a support set, as `adapt_net` does; the caller's backbone is left alone.
 
     `cache_file` keeps what `how.cache_prefix` caches for the next call with the same inputs.
@@ -119,10 +121,14 @@ def adapt(
     updates = tuple(updates)
 
     def store(lots: Sequence[Tensor], compute: Callable[[], Caches]) -> Caches:
-        return compute() if cache_file is None else cache_file.through(prefix_key(backbone, updates, lots), compute)
+        return (
+            compute()
+            if cache_file is None
+            else cache_file.through(prefix_key(backbone, updates, lots, how.engine), compute)
+        )
 
-    def fresh() -> SparseNet:
-        return SparseNet(backbone, updates)
+    def fresh() -> TrainedNet:
+        return make_net(backbone, updates, how.engine)
 
     return adapt_net(fresh, backbone.input, support_x, support_y, how, rng, on_step, stop, store)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.artifacts.records import Array, Head, LayerUpdate
-from stages.engines.torch.net import SparseNet
+from stages.engines.choice import make_net
 from stages.errors import DataError
 from stages.models import heads
 from stages.models.deploy import Backbone
@@ -67,8 +67,9 @@ class StreamLearner:
         *,
         micro_batch: int = 0,
         done: int = 0,
+        engine: str = "torch",
     ) -> None:
-        self.net = SparseNet(backbone, updates)
+        self.net = make_net(backbone, updates, engine)
         self.how, self.micro_batch, self.done = how, micro_batch, done
         self._head = linear_head(head, backbone.graph.feature_dim)
         self._weight = nn.Parameter(torch.tensor(self._head.weight))

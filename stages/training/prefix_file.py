@@ -60,9 +60,14 @@ class PrefixFile:
         atomic_write(self.path, encode_tree(Group(attrs, groups=groups)))
 
 
-def prefix_key(backbone: Backbone, updates: Sequence[LayerUpdate], lots: Sequence[Tensor]) -> str:
-    """SHA-256 over all that the frozen layers' outputs depend on: weights, what trains, and the inputs."""
-    digest = sha256(repr((backbone.graph.ops, sorted(update.layer for update in updates))).encode())
+def prefix_key(
+    backbone: Backbone, updates: Sequence[LayerUpdate], lots: Sequence[Tensor], engine: str = "torch"
+) -> str:
+    """SHA-256 over all that the frozen layers' outputs depend on: weights, what trains, the engine, and the inputs.
+
+    An engine's layout may depend on the live channels, so all of a plan counts.
+    """
+    digest = sha256(repr((backbone.graph.ops, tuple(updates), engine)).encode())
     for name in sorted(backbone.tensors):
         digest.update(name.encode())
         digest.update(backbone.tensors[name].numpy().tobytes())

@@ -81,11 +81,12 @@ class Layer:
             return self._packed(weight, i0, i1, o0, o1, 0)
 
         name = f"{self.op.name}.weight"
-        ids = self._packed(self.ids, i0, i1, o0, o1, -1).reshape(-1)
+        ids = self._packed(self.ids, i0, i1, o0, o1, -1).astype(np.int64).reshape(-1)
         if not on:
             return Part(i0, i1, o0, o1, on, self.builder.constant(lambda tensors: cut(tensors[name]), ids.size))
         weight = self.builder.live(lambda tensors: cut(tensors[name]), ids.size)
-        self.place[ids[ids >= 0]] = weight.offset + np.flatnonzero(ids >= 0)
+        mine: NDArray[np.bool_] = np.greater_equal(ids, 0)
+        self.place[ids[mine]] = weight.offset + np.flatnonzero(mine)
         return Part(i0, i1, o0, o1, on, weight)
 
     def _packed(self, weight: Array, i0: int, i1: int, o0: int, o1: int, fill: int) -> Array:

@@ -1,0 +1,283 @@
+"""Every specimen through the whole product: import, deploy, profile, plan, train, and out again as .pth and .onnx.
+
+Each step is compared with the user's own module in torch. What one import gives serves all tests of a specimen.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.artifacts.records import Block, Head, InputSpec, LayerUpdate, Plan, Run
+from stages.engines.torch import reference
+from stages.engines.torch.net import SparseNet
+from stages.errors import UsageError
+from stages.exporting import export, state_dict
+from stages.importing import Importing, Weights, import_model
+from stages.models.deploy import Backbone, deploy, state, store
+from stages.profiling import Profiling, profile_run
+from stages.scoring import Scoring, score_layers
+from tests.zoo import ZOO, Specimen, result, selection
+from tests.zoo.specimen import tensors
+
+SPECIMENS = selection(refused=False)
+LAYOUTS = {"image": "NCHW", "signal": "NCT", "features": "ND"}
+
+every = pytest.mark.parametrize("specimen", SPECIMENS)
+
+
+def made(name: str) -> nn.Module:
+    """The factory that the product is told: a module with other weights than the ones that it is given."""
+    return ZOO[name].build(seed=1)
+
+
+ARCH = f"{__name__}:made"
+
+
+def settings(specimen: Specimen) -> Importing:
+    kind = {3: "image", 2: "signal", 1: "features"}[len(specimen.input_shape)]
+    return Importing(
+        arch=ARCH,
+        arch_args={"name": specimen.name},
+        input=InputSpec(kind, specimen.input_shape),
+        result=0 if len(tensors(specimen.build()(specimen.example()))) > 1 else None,
+    )
+
+
+@cache
+def imported(name: str) -> tuple[Run, nn.Module]:
+    """The run record of a specimen, and the module whose weights it was given."""
+    specimen = ZOO[name]
+    module = specimen.build()
+    run = import_model(settings(specimen), Weights(state(module), ordered=True))
+    return profile_run(run, Profiling(measure=False)), module
+
+
+def backbone_of(run: Run) -> Backbone:
+    return deploy(run.model)
+
+
+@torch.no_grad()
+def penultimate(module: nn.Module, x: Tensor) -> Tensor:
+    """What the module's classifier reads, or what it answers where it has none: (N, D)."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        part.register_forward_hook(lambda part, inputs, output: seen.append((inputs[0], output)))
+        for part in module.modules()
+        if isinstance(part, nn.Linear)
+    ]
+    answer = result(module(x))
+    for hook in hooks:
+        hook.remove()
+    for inputs, output in reversed(seen):
+        if output.shape == answer.shape and any(
+            torch.equal(how(output), answer) for how in (lambda y: y, lambda y: F.softmax(y, 1))
+        ):
+            return inputs.flatten(1)
+    return answer if answer.ndim == 2 else answer.flatten(2).mean(2)
+
+
+def within(found: Tensor, module: nn.Module, specimen: Specimen, x: Tensor) -> None:
+    """Assert that features err no more against float64 than a few times what the module's own float32 does."""
+    double = specimen.build().double()
+    double.load_state_dict(module.state_dict())
+    exact, single = penultimate(double, x.double()), penultimate(module, x)
+    size = float(exact.abs().max())
+    bound = 16 * float((single - exact).abs().max()) + 64 * torch.finfo(torch.float32).eps * size
+    assert found.shape == exact.shape
+    error = float((found - exact).abs().max())
+    assert error <= bound, f"error {error:.3g} of {size:.3g}, at most {bound:.3g}"
+
+
+def samples(specimen: Specimen, count: int = 8) -> Block:
+    """A support set of two classes."""
+    kind = settings(specimen).input.kind
+    return Block(specimen.example(count, seed=3).numpy(), np.arange(count) % 2, LAYOUTS[kind])
+
+
+@cache
+def planned(name: str, criterion: str = "score") -> Run:
+    specimen = ZOO[name]
+    run, _ = imported(name)
+    config = Scoring(memory="256KiB", macs="40%", criterion=criterion, head="linear", train_bias=True)
+    return score_layers(run, samples(specimen), config, rng=np.random.default_rng(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------- tests
+
+
+@every
+def test_deployed_features_are_the_modules(specimen: Specimen) -> None:
+    run, module = imported(specimen.name)
+    x = specimen.example(3, seed=7)
+    within(backbone_of(run).features(x), module, specimen, x)
+
+
+@every
+def test_the_profile_counts_every_layer(specimen: Specimen) -> None:
+    run, _ = imported(specimen.name)
+    graph = backbone_of(run).graph
+    assert run.profile is not None
+    assert run.profile.layer == tuple(op.name for op in graph.layers)
+    assert (run.profile.columns["macs"] > 0).all()
+    assert run.profile.totals["macs"] >= run.profile.columns["macs"].sum()
+
+
+@every
+@pytest.mark.parametrize("criterion", ["score", "l2"])
+def test_a_plan_keeps_to_its_budget(specimen: Specimen, criterion: str) -> None:
+    plan = planned(specimen.name, criterion).plan
+    assert plan is not None
+    assert plan.updates
+    assert plan.memory_bytes <= 2**18
+    assert plan.backward_macs <= 0.4 * plan.facts["full_backward_macs"]
+
+
+def spread(backbone: Backbone) -> tuple[LayerUpdate, ...]:
+    """Some channels of the first, a middle and the last layers, along both axes, with biases."""
+    layers = backbone.graph.layers
+    chosen = sorted({0, len(layers) // 3, len(layers) // 2, len(layers) - 1})
+    heard = [i for i in chosen if backbone.graph.gradient_flow({layers[i].name})]
+    updates = []
+    for number, i in enumerate(heard):
+        op = layers[i]
+        axis = "input" if number % 2 else "output"
+        count = op.in_channels if axis == "input" else op.out_channels
+        live = tuple(range(0, count, 2))
+        updates.append(LayerUpdate(op.name, axis, live, count, tuple(range(0, op.out_channels, 3)) if op.bias else ()))
+    return tuple(updates)
+
+
+@every
+def test_gradients_are_autograds(specimen: Specimen) -> None:
+    """In float64, at the first layers and the last, through every operator between them."""
+    from tests.engines.torch.test_net import expected_gradients
+
+    run, _ = imported(specimen.name)
+    single = backbone_of(run)
+    backbone = replace(single, tensors={name: value.double() for name, value in single.tensors.items()})
+    updates, x = spread(backbone), specimen.example(2, seed=5, dtype=torch.float64)
+    leaves = {name: value.clone().requires_grad_() for name, value in backbone.tensors.items()}
+    loss(reference.run(backbone.graph, leaves, x)).backward()
+    dense = {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in leaves.items()}
+    net = SparseNet(backbone, updates)
+    loss(net.suffix(net.prefix(x))).backward()
+    for parameter, value in zip(net.parameters(), expected_gradients(net, backbone, dense, updates), strict=True):
+        assert parameter.grad is not None
+        size = float(value.abs().max())  # torch's hardsigmoid takes 1 / 6 in float32, whatever it is given
+        torch.testing.assert_close(parameter.grad, value, rtol=1e-5, atol=1e-6 * size + 1e-12)
+
+
+def loss(features: Tensor) -> Tensor:
+    return (features * torch.linspace(-1, 2, features.numel(), dtype=features.dtype).reshape(features.shape)).sum()
+
+
+def trained(run: Run, specimen: Specimen) -> tuple[Backbone, tuple[LayerUpdate, ...], dict[str, Tensor]]:
+    """The backbone, a plan's updates, and the tensors after three updates of Adam with weight decay."""
+    backbone, plan = backbone_of(run), run.plan
+    assert isinstance(plan, Plan)
+    net = SparseNet(backbone, plan.updates)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss(net.suffix(net.prefix(specimen.example(4, seed=step)))).backward()
+        optimizer.step()
+    return backbone, plan.updates, net.tensors()
+
+
+@every
+def test_only_live_values_move(specimen: Specimen) -> None:
+    from tests.operators.random_graphs import mark
+
+    backbone, updates, after = trained(planned(specimen.name), specimen)
+    allowed = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in backbone.tensors.items()}
+    for update in updates:
+        if update.trains:
+            mark(backbone.graph[update.layer], update, allowed)
+    moved = 0
+    for name, before in backbone.tensors.items():
+        assert torch.equal(after[name][~allowed[name]], before[~allowed[name]]), name
+        assert after[name].isfinite().all() or name.endswith(".value")
+        moved += int((after[name] != before)[allowed[name]].sum())
+    assert moved > 0
+
+
+def with_head(run: Run, classes: int = 5) -> Run:
+    """The run with a random linear head."""
+    rng = np.random.default_rng(0)
+    width = deploy(run.model).graph.feature_dim
+    weight, bias = (rng.normal(size=size).astype(np.float32) for size in ((classes, width), (classes,)))
+    return replace(
+        run, model=replace(run.model, head=Head("linear", np.arange(classes), weight, bias, np.ones(classes, bool)))
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    run: Run
+    features: Tensor
+    x: Tensor
+
+
+@cache
+def trained_run(name: str) -> Trained:
+    specimen = ZOO[name]
+    run = planned(name)
+    backbone, _, after = trained(run, specimen)
+    changed = replace(backbone, tensors=after)
+    run = replace(run, model=store(run.model, changed))
+    x = specimen.example(3, seed=11)
+    return Trained(with_head(run), deploy(run.model).features(x), x)
+
+
+COMPUTED = {"spectral", "pruned", "bit-resnet"}
+"""Specimens whose weights are computed from others: what is trained cannot be turned back."""
+
+
+@every
+def test_the_state_dict_loads_into_a_fresh_module(specimen: Specimen) -> None:
+    one = trained_run(specimen.name)
+    if any("computed" in row for row in one.run.model.state):
+        assert specimen.name in COMPUTED
+        with pytest.raises(UsageError, match="parametri"):
+            state_dict(one.run.model)
+        return
+    whole = any("classifier" in row for row in one.run.model.state)
+    exported = export(one.run.model, "pth", head=whole)
+    fresh = specimen.build(seed=9)
+    fresh.load_state_dict(torch.load(io.BytesIO(exported.data), weights_only=True), strict=True)
+    within(one.features, fresh, specimen, one.x)
+    if whole:
+        head = one.run.model.head
+        assert head is not None
+        logits = F.linear(penultimate(fresh, one.x), torch.tensor(head.weight), torch.tensor(head.bias))
+        with torch.no_grad():
+            answer = result(fresh(one.x))
+        assert any(torch.allclose(how, answer, rtol=1e-4, atol=1e-4) for how in (logits, F.softmax(logits, 1)))
+
+
+@every
+def test_onnxruntime_computes_the_same(specimen: Specimen) -> None:
+    one = trained_run(specimen.name)
+    exported = export(one.run.model, "onnx")
+    session = onnxruntime.InferenceSession(exported.data, providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        x = one.x[:batch]
+        (found,) = session.run(["features"], {"input": x.numpy()})
+        size = float(one.features.abs().max())
+        assert float(np.abs(found - one.features[:batch].numpy()).max()) <= 2e-4 * size
+
+
+@pytest.mark.parametrize("specimen", [ZOO[name] for name in ZOO if ZOO[name].refused], ids=lambda s: s.name)
+@pytest.mark.zoo
+def test_what_is_refused_is_refused_by_name(specimen: Specimen) -> None:
+    with pytest.raises(UsageError, match=f"(?i){specimen.refused}"):
+        import_model(settings(specimen))
