@@ -393,6 +393,10 @@ def _aten_cat(call: Any, tensors: Any, dim: int = 0) -> Any:
     return call.emit("concat", values, axis=call.axis(call.first_value(tensors), dim)) if len(values) > 1 else values[0]
 
 
+def _aten_hstack(call: Any, tensors: Any) -> Any:
+    return _aten_cat(call, tensors, min(1, call.rank(call.first_value(tensors)) - 1))
+
+
 def _aten_stack(call: Any, tensors: Any, dim: int = 0) -> Any:
     rank = call.rank(call.first_value(tensors)) + 1
     return _aten_cat(call, [call.apply("unsqueeze.default", part, dim % rank) for part in tensors], dim % rank)
@@ -592,7 +596,7 @@ register(
     Operator(
         kind="concat", doc="values one behind the other along an axis", arity=(1, 10_000), args={"axis": int},
         shape=_concat_shape, macs="a copy", keeps=keeps_nothing, forward=_concat, pull=_pull_concat, joins="side",
-        onnx=_concat_onnx, aten={"cat.default": _aten_cat, "stack.default": _aten_stack},
+        onnx=_concat_onnx, aten={"cat.default": _aten_cat, "stack.default": _aten_stack, "hstack.default": _aten_hstack},
     ),
     Operator(
         kind="slice", doc="a range of one axis, with a step",
