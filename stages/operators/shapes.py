@@ -596,7 +596,8 @@ register(
     Operator(
         kind="concat", doc="values one behind the other along an axis", arity=(1, 10_000), args={"axis": int},
         shape=_concat_shape, macs="a copy", keeps=keeps_nothing, forward=_concat, pull=_pull_concat, joins="side",
-        onnx=_concat_onnx, aten={"cat.default": _aten_cat, "stack.default": _aten_stack, "hstack.default": _aten_hstack},
+        onnx=_concat_onnx,
+        aten={"cat.default": _aten_cat, "stack.default": _aten_stack, "hstack.default": _aten_hstack},
     ),
     Operator(
         kind="slice", doc="a range of one axis, with a step",
