@@ -199,6 +199,8 @@ def _not_captured(module: nn.Module, input_shape: Shape, error: Exception) -> Us
     dependent = "data-dependent" in text or "GuardOnDataDependent" in text or "DataDependent" in text
     place = re.search(r'File "(.+?)", line (\d+)', str(error))
     fix = "the forward must take one tensor of that shape and return tensors"
+    if "for embedding" in text or "argument #1 'indices'" in text:
+        text, fix = "an embedding, which reads whole numbers", "embeddings are not there yet: feed features"
     if dependent:
         at = f" ({Path(place[1]).name}, line {place[2]})" if place else ""
         text, fix = f"a branch or a size that depends on the input's values{at}", "use torch.where, or masks"

@@ -441,6 +441,13 @@ def _aten_index_select(call: Any, x: Any, dim: int, index: Any) -> Any:
     return call.emit("take", [call.value(x)], axis=call.axis(x, dim), index=numbers)
 
 
+def _aten_flip(call: Any, x: Any, dims: Any) -> Any:
+    for dim in dims:
+        axis = call.axis(x, dim)
+        x = call.emit("take", [x], axis=axis, index=tuple(reversed(range(x.shape[axis]))))
+    return x
+
+
 def _aten_index(call: Any, x: Any, indices: Any) -> Any:
     """`x[:, index]`, of one axis and fixed numbers."""
     axes = [i for i, index in enumerate(indices) if index is not None]
@@ -615,7 +622,7 @@ register(
         kind="take", doc="entries of one axis by number",
         args={"axis": int, "index": tuple}, shape=_take_shape, macs="a copy",
         keeps=keeps_nothing, forward=_take, pull=linear_pull, onnx=_take_onnx,
-        aten={"index_select.default": _aten_index_select, "index.Tensor": _aten_index},
+        aten={"index_select.default": _aten_index_select, "index.Tensor": _aten_index, "flip.default": _aten_flip},
     ),
     Operator(
         kind="pad", doc="borders of zeros, a constant, or copies (reflect, replicate, circular)",

@@ -255,7 +255,7 @@ UNWRITABLE = {
     **dict.fromkeys(("spectral", "pruned", "bit-resnet", "sincnet"), "parametri"),
     "tied-autoencoder": "weight: .*in one",
 }
-"""Specimens whose state dict cannot hold what was trained: computed weights, or one that was trained in one of two uses."""
+"""Specimens whose state dict cannot hold what was trained: computed weights, or one trained in one of its two uses."""
 
 
 @every
