@@ -77,13 +77,9 @@ def deploy(model: Model, *, allow: str | None = None, engine: str = "torch") -> 
     check_tensors(tensor_shapes(graph), tensors, "/model/tensors")
     if model.form == "batchnorm":
         graph, tensors = fold(graph, tensors)
-<<<<<<< HEAD
-    return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input, engine)
-=======
     elif any(op.operator.statistics for op in graph.ops):
         raise DataError("/model/graph", "a BatchNorm in deploy form", "form batchnorm, or a folded graph")
-    return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input)
->>>>>>> contracts
+    return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input, engine)
 
 
 def open_graph(model: Model) -> Graph:
