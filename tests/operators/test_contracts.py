@@ -161,6 +161,7 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("elu", ((4,),), {"alpha": -1.0, "scale": 1.0}),
     ("elu", ((4,),), {"alpha": 1.0, "scale": -1.0}),
     ("gelu", ((4,),), {"approximate": "exact"}),
+    ("softplus", ((4,),), {"beta": 0.0}),
     ("softmax", ((4,),), {"axis": 1}),
     ("softmax", ((4,),), {"axis": -1}),
     ("log_softmax", ((),), {"axis": 0}),
