@@ -175,7 +175,6 @@ EXAMPLES: tuple[Example, ...] = (
     *(make(kind, MAP, axis=axis) for kind in ("softmax", "log_softmax") for axis in (0, 2)),
     *(make(kind, VECTOR, axis=0) for kind in ("softmax", "log_softmax")),
     *(make("gelu", TOKENS, approximate=how) for how in ("none", "tanh")),
-    *(make("softplus", MAP, beta=beta) for beta in (1.0, 2.0)),
     make("log", MAP, domain="positive"),
     *(make("power", MAP, exponent=exponent, domain="positive") for exponent in (2.0, 0.5, -0.5, -1.0, 1.7)),
     make("power", VECTOR, exponent=3.0),

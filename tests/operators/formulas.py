@@ -210,7 +210,6 @@ FORMULAS: Mapping[str, Formula] = {
     "silu": _plain(lambda x: x / (1 + (-x).exp())),
     "mish": _plain(lambda x: x * torch.tanh((1 + x.exp()).log())),
     "gelu": _of(_gelu),
-    "softplus": _of(lambda op, x: torch.log1p((op["beta"] * x).exp()) / op["beta"]),
     "abs": _plain(lambda x: torch.maximum(x, -x)),
     "log": _plain(torch.log),
     "power": _of(lambda op, x: torch.float_power(x, op["exponent"])),
