@@ -251,7 +251,7 @@ def _pad_onnx(op: Op, w: Any) -> None:
         return
     amounts = w.integers([0, *op["before"], 0, *op["after"]])
     value = op["value"]
-    if value == 0 and any(w.graph[name].kind == "max_pool" for name in w.graph.consumers[op.name]):
+    if value == 0 and w.read_by(op, "max_pool"):
         value = SMALLEST
     inputs = [*w.inputs(op), amounts] + ([w.number(value)] if op["mode"] == "constant" else [])
     w.node("Pad", inputs, w.output(op), mode=MODES[op["mode"]])
