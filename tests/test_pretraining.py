@@ -302,7 +302,7 @@ def test_a_team_needs_a_fair_share():
 
 
 def test_the_run_keeps_how_all_its_samples_were_prepared():
-    config = replace(CONFIG, schedule=WarmCosine(epochs=1, rate=0.05, warmup_epochs=0), validation=Validation(tasks=0))
+    config = replace(CONFIG, epochs=1, warmup_epochs=0, validation_tasks=0)
     ink, paper = (Preparation(of="pictures", size=(16, 16), invert=invert) for invert in (True, False))
     sets = [replace(squares(seed=seed), prepared=ink) for seed in (0, 1)]
     assert pretrain(random_run(), sets, config, seed=0).model.input.prepared == ink
