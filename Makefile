@@ -38,7 +38,7 @@ test-isa: $(READY)  ## the numerical tests under three instruction sets; TESTS=.
 	    ONEDNN_MAX_CPU_ISA=$${isa%%:*} ATEN_CPU_CAPABILITY=$${isa##*:} $(BIN)/python -m pytest -q $(TESTS) || exit 1; \
 	done
 
-TESTS ?= $(filter-out tests/pipes/ tests/contracts/ tests/data/ tests/test_docs.py tests/test_examples.py,\
+TESTS ?= $(filter-out tests/pipes/ tests/contracts/ tests/data/ tests/zoo/ tests/test_docs.py tests/test_examples.py,\
     $(wildcard tests/*/ tests/test_*.py))
 
 mutants: $(READY)  ## which changes to the core no test notices: hours; MODULES=stages/... for some of it

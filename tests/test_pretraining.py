@@ -289,11 +289,13 @@ def test_two_processes_train_as_one(tmp_path):
     assert [worker.returncode for worker in workers] == [0, 0], errors
     images = [(tmp_path / f"run{rank}").read_bytes() for rank in range(2)]
     assert images[0] == images[1]
-    alone, together = pretrain(random_run(), [squares()], CONFIG, seed=0), decode(images[0])
-    for name, array in alone.model.tensors.items():
-        np.testing.assert_allclose(together.model.tensors[name], array, rtol=1e-5, atol=1e-6)
+    start, alone = random_run(), pretrain(random_run(), [squares()], CONFIG, seed=0)
+    together = decode(images[0])
+    for name, array in alone.model.tensors.items():  # another order of sums; a lost or doubled share would be the half
+        moved = np.linalg.norm(array - start.model.tensors[name])
+        assert np.linalg.norm(together.model.tensors[name] - array) <= 1e-2 * moved, name
     for name, column in alone.metrics[STAGE].items():
-        np.testing.assert_allclose(together.metrics[STAGE][name], column, rtol=1e-5)
+        np.testing.assert_allclose(together.metrics[STAGE][name], column, rtol=1e-2)
 
 
 def test_a_team_needs_a_fair_share():

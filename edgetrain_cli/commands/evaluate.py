@@ -155,6 +155,7 @@ def _on_samples(
         on_step=io.progress("evaluating"),
         on_fit=io.holds,
         allow=arch,
+        engine=settings.engine,
     )
     io.did(f"{result.samples:,} samples", f"{result.interval.value:.1%} right", f"loss {result.loss:.4g}")
     if as_json:

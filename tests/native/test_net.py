@@ -20,7 +20,7 @@ from stages.graphs.graph import Graph
 from stages.models import registry
 from stages.models.deploy import Backbone, deploy
 from stages.operators import Op
-from tests.sparse.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
+from tests.engines.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
 
 pytestmark = pytest.mark.skipif(not library.is_built(), reason="the native library is not built: make setup")
 FEW = settings(max_examples=40, deadline=None, derandomize=True)

@@ -1,8 +1,8 @@
 """Which frozen operators run together, row by row: rings of a few rows instead of whole maps between them.
 
-Each row is computed once, so a chain costs no arithmetic; it saves memory, and on large maps time. On small maps rows are
-too short for the kernels. The cut with the smallest arena is taken and, among those that fit into what the trained part
-needs anyway, the fastest.
+Each row is computed once, so a chain costs no arithmetic; it saves memory, and on large maps time. On small maps rows
+are too short for the kernels. The cut with the smallest arena is taken and, among those that fit into what the trained
+part needs anyway, the fastest.
 """
 
 from __future__ import annotations

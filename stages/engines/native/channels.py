@@ -1,13 +1,14 @@
 """The order of channels inside the arena: such that what trains lies side by side wherever it can.
 
-Values that share their channels one to one (through activations, additions, depthwise layers, pooling) form a space; one
-order holds for all of them. Where an operator needs the graph's own order (concatenation, groups, flattening) its
+Values that share their channels one to one (through activations, additions, depthwise layers, pooling) form a space;
+one order holds for all of them. Where an operator needs the graph's own order (concatenation, groups, flattening) its
 spaces keep it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class Channels:
         mark[self.position[value][list(live)] + 1] = True
         inside = mark[1:-1]
         edges = [0, *(np.flatnonzero(inside[1:] != inside[:-1]) + 1).tolist(), len(inside)]
-        return [(low, high, bool(inside[low])) for low, high in zip(edges, edges[1:], strict=False)]
+        return [(low, high, bool(inside[low])) for low, high in pairwise(edges)]
 
 
 def _rank(channel: int, sets: Sequence[frozenset[int]]) -> int:

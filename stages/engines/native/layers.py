@@ -81,7 +81,7 @@ class Layer:
             return self._packed(weight, i0, i1, o0, o1, 0)
 
         name = f"{self.op.name}.weight"
-        ids = self._packed(self.ids, i0, i1, o0, o1, -1).reshape(-1)
+        ids = self._packed(self.ids, i0, i1, o0, o1, -1).astype(np.int64).reshape(-1)
         if not on:
             return Part(i0, i1, o0, o1, on, self.builder.constant(lambda tensors: cut(tensors[name]), ids.size))
         weight = self.builder.live(lambda tensors: cut(tensors[name]), ids.size)

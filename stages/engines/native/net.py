@@ -1,7 +1,7 @@
 """A backbone of which only a plan trains, executed by the C library: arrays in, arrays out, no torch.
 
-Samples go through one by one, each worker in an arena of its own. Gradients are summed over lots of `LOT` samples and the
-lots' sums in their order, so the result does not depend on the number of threads.
+Samples go through one by one, each worker in an arena of its own. Gradients are summed over lots of `LOT` samples and
+the lots' sums in their order, so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -112,10 +112,7 @@ class NativeNet:
         """
         x, kind = self._input(x)
         flat = np.empty((len(x), self.sizes.boundary), np.float32)
-        scale = None if self._scale is None else self._scale.ctypes.data
-        offset = None if self._offset is None else self._offset.ctypes.data
-        for worker in self._workers:
-            check(self._library.et_set_input(worker.handle, kind, scale, offset), "native engine")
+        self._read_as(kind)
         call, source, target = self._library.et_prefix, _rows(x), _rows(flat)
         self._each(lambda worker, i: call(worker.handle, source[i], target[i]), len(x))
         return self._split(flat)
@@ -130,7 +127,17 @@ class NativeNet:
 
     def features(self, x: NDArray[Any]) -> Floats:
         """Model input (N, *input) -> features (N, D)."""
-        return self.suffix(self.prefix(x))
+        x, kind = self._input(x)
+        self._read_as(kind)
+        features = np.empty((len(x), self.sizes.features), np.float32)
+        prefix, suffix, source, target = self._library.et_prefix, self._library.et_suffix, _rows(x), _rows(features)
+
+        def one(worker: Worker, sample: int) -> None:  # what lies between stays in the arena
+            prefix(worker.handle, source[sample], None)
+            suffix(worker.handle, None, target[sample])
+
+        self._each(one, len(x))
+        return features
 
     def forward(self, boundary: Boundary) -> tuple[Floats, NDArray[np.uint8]]:
         """What `prefix` gave -> features (N, D) and what the backward pass needs, (N, bytes).
@@ -183,6 +190,13 @@ class NativeNet:
 
         self._summed(one, len(gradient))
 
+    def _read_as(self, kind: int) -> None:
+        """Tell the workers how samples lie in memory."""
+        scale = None if self._scale is None else self._scale.ctypes.data
+        offset = None if self._offset is None else self._offset.ctypes.data
+        for worker in self._workers:
+            check(self._library.et_set_input(worker.handle, kind, scale, offset), "native engine")
+
     def _input(self, x: NDArray[Any]) -> tuple[NDArray[Any], int]:
         if x.dtype == np.uint8 and self._scale is not None:
             channels, *sizes = self.graph.input_shape
@@ -213,7 +227,12 @@ class NativeNet:
     def _each(self, one: Callable[[Worker, int], None], samples: int) -> None:
         """Every sample on any worker."""
         lots = [range(start, min(start + LOT, samples)) for start in range(0, samples, LOT)]
-        self._share(lots, lambda worker, lot: [one(worker, sample) for sample in lot])
+
+        def work(worker: Worker, lot: range) -> None:
+            for sample in lot:
+                one(worker, sample)
+
+        self._share(lots, work)
 
     def _summed(self, one: Callable[[Worker, int], None], samples: int) -> None:
         """Every sample on any worker; the lots' gradients added in their order."""

@@ -1,7 +1,7 @@
 """Program images: what a lowering is made of, and its bytes (docs/native.md is their description).
 
-A `Lowering` knows a graph and a plan but no weights: its constants are recipes. So its sizes are known before any tensor
-is read, and one lowering serves every version of the weights.
+A `Lowering` knows a graph and a plan but no weights: its constants are recipes. So its sizes are known before any
+tensor is read, and one lowering serves every version of the weights.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Node:
 
 Forward = Callable[[Builder, Node, list[Step]], None]
 Backward = Callable[[Builder, Node, int, Buffer, Buffer | None, list[Step]], Buffer]
-"""(builder, node, which input, gradient of the output, what other readers gave or None, steps) -> that input's gradient."""
+"""(builder, node, which input, gradient of the output, what other readers gave, steps) -> that input's gradient."""
 
 
 @dataclass(frozen=True)

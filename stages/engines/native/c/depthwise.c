@@ -52,7 +52,8 @@ INL void depthwise_inside(const struct et_step *s, et_rows rows, const float *w,
     const int C = s->ci;
     const ptrdiff_t L = s->ldx;
 #define TILE_INIT(r) vf a##r = start;
-#define TILE_MAC(r) a##r += LOAD(xp + (kx + r * S) * L) * wv;
+#define TILE_AT(r) const ptrdiff_t at##r = (r) * S * L; /* computed once: addresses cost as much as the sums */
+#define TILE_MAC(r) a##r += LOAD(xp + at##r) * wv;
 #define TILE_PUT(r) STORE(o + (ptrdiff_t)(r) * s->ldy, vact(a##r, s->act));
 #define TILES                                                                                                          \
     for (int ox = lo; ox < hi; ox += TILE) {                                                                           \
@@ -61,7 +62,7 @@ INL void depthwise_inside(const struct et_step *s, et_rows rows, const float *w,
         for (int ky = 0; ky < s->kh; ky++)                                                                             \
             if (rows[ky]) {                                                                                            \
                 const float *xp = rows[ky] + (ptrdiff_t)(ox * S - s->pw) * L + c, *wp = w + (ptrdiff_t)ky * K * C + c; \
-                UNROLL for (int kx = 0; kx < K; kx++) {                                                                \
+                UNROLL for (int kx = 0; kx < K; kx++, xp += L) {                                                       \
                     const vf wv = LOAD(wp + (flip ? K - 1 - kx : kx) * C);                                             \
                     FOR_TILE(TILE_MAC)                                                                                 \
                 }                                                                                                      \
@@ -70,6 +71,7 @@ INL void depthwise_inside(const struct et_step *s, et_rows rows, const float *w,
         FOR_TILE(TILE_PUT)                                                                                             \
     }
 #define UNROLL _Pragma("GCC unroll 8")
+    FOR_TILE(TILE_AT)
     int c = 0;
 #define LOAD vld
 #define STORE vst
