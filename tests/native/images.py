@@ -74,10 +74,10 @@ def mixed() -> Graph:
 def tensors(graph: Graph) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(7)
     made = {}
-    for op in graph.layers:
-        scale = 1.5 / np.sqrt(np.prod(op.weight_shape[1:]))
-        made[f"{op.name}.weight"] = (rng.standard_normal(op.weight_shape) * scale).astype(np.float32)
-        made[f"{op.name}.bias"] = rng.standard_normal(op.out_channels).astype(np.float32)
+    for op in graph.ops:
+        for what, shape in op.tensors.items():
+            scale = 1.5 / np.sqrt(np.prod(shape[1:])) if what == "weight" and op.is_layer else 1.0
+            made[f"{op.name}.{what}"] = (rng.standard_normal(shape) * scale).astype(np.float32)
     return made
 
 
@@ -101,6 +101,11 @@ def cases() -> Iterator[tuple[str, Graph, list[LayerUpdate]]]:
         part(other, "linear", "output", 3), part(other, "narrow", "input", 5, detached=True),
     ]  # fmt: skip
     yield "mixed-all", other, [part(other, op.name, "output", 1, bias=True) for op in other.layers]
+    from tests.native.test_kinds import CASES, plan
+
+    for name in ("mish", "softmax", "groupnorm", "multiply by a gate", "subtract a value per channel", "take", "pad",
+                 "adaptive_avg_pool", "upsample", "constant"):  # fmt: skip
+        yield name.replace(" ", "_"), CASES[name], plan(CASES[name])
 
 
 def main(folder: Path) -> None:

@@ -20,7 +20,8 @@ from stages.graphs.graph import Graph
 from stages.models import registry
 from stages.models.deploy import Backbone, deploy
 from stages.operators import Op
-from tests.sparse.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
+from tests.engines.random_graphs import cases, dense_gradients, distance_to_kinks, random_backbone, random_input
+from tests.operators import random_graphs as table_graphs
 
 pytestmark = pytest.mark.skipif(not library.is_built(), reason="the native library is not built: make setup")
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
@@ -285,11 +286,11 @@ def test_a_boundary_of_another_plan_is_refused(backbone, updates, x):
 
 def test_a_kind_without_a_kernel_is_named(backbone):
     ops = tuple(
-        Op(op.name, "softplus", op.inputs, op.shape, op.in_shape) if op.kind == "global_pool" else op
+        Op(op.name, "power", op.inputs, op.shape, op.in_shape) if op.kind == "global_pool" else op
         for op in backbone.graph.ops
     )
-    assert "softplus" in uncovered(Graph(ops))
-    with pytest.raises(NotCovered, match="softplus"):
+    assert "power" in uncovered(Graph(ops))
+    with pytest.raises(NotCovered, match="power"):
         lower(Graph(ops), [])
 
 
@@ -305,3 +306,31 @@ def test_a_kind_without_a_kernel_is_named(backbone):
 def test_a_plan_of_another_model_is_refused(backbone, update, found):
     with pytest.raises(DataError, match=found):
         lower(backbone.graph, [update])
+
+
+# ------------------------------------------------------------------------------------------------- the operators' table
+
+
+@settings(FEW, max_examples=60)
+@given(table_graphs.cases())
+def test_graphs_of_the_whole_table_train_or_are_refused(case):
+    graph, updates, batch, seed = case
+    if uncovered(graph):
+        with pytest.raises(NotCovered):
+            lower(graph, updates)
+        return
+    backbone = table_graphs.random_backbone(graph, seed, torch.float64)
+    x = table_graphs.random_input(graph, batch, seed, torch.float64)
+    features, dense = table_graphs.dense_gradients(backbone, x, weighted, detached_layers(updates))
+    exact = live_slices(graph, updates, dense)
+    theirs_features, theirs = torch_gradients(backbone, updates, x)
+    mine_features, mine = train(native(backbone, updates), x.float().numpy())
+    scale = max(1.0, *(float(gradient.norm()) for gradient in dense.values()))
+    for found, other, expected, size in [
+        (mine_features, theirs_features, features.numpy(), float(features.norm())),
+        *((mine[name], theirs[name], exact[name], scale) for name in exact),
+    ]:
+        error, allowed = np.linalg.norm(found - expected), np.linalg.norm(other - expected)
+        assert error <= 4 * allowed + 4 * rounding(graph) * max(1.0, size), (
+            f"{error:.3g}, the torch engine {allowed:.3g}"
+        )

@@ -32,8 +32,11 @@ def uncovered(graph: Graph) -> str:
     for op in graph.ops:
         if op.kind not in RULES:
             return f"operator {op.name}: kind {op.kind!r}"
-        if reason := RULES[op.kind].refuses(op):
-            return f"operator {op.name}: {reason}"
+        reason = "tensors shared with another operator" if op.shares else RULES[op.kind].refuses(op)
+        if not reason and not 1 <= len(op.shape) <= 3:
+            reason = f"values of {len(op.shape)} axes"
+        if reason:
+            return f"operator {op.name}: {op.kind} with {reason}"
     return ""
 
 
@@ -64,8 +67,7 @@ class _Lower:
         self.graph, self.chains = graph, chains
         self.live = {update.layer: update for update in updates if update.trains}
         self.detached = detached_layers(updates)
-        flows = {kind: rule.channels for kind, rule in RULES.items()}
-        self.builder = Builder(graph, Channels(graph, self.live.values(), flows))
+        self.builder = Builder(graph, Channels(graph, self.live.values(), lambda op: RULES[op.kind].channels(op)))
         self.trained = graph.downstream(set(self.live))
         self.flow = graph.gradient_flow(set(self.live), self.detached)
         self.output = graph.ops[-1].name
