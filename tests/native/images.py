@@ -20,12 +20,12 @@ def conv(name: str, source: str, before: tuple[int, ...], after: tuple[int, ...]
     facts = {"stride": 1, "padding": kernel // 2, "dilation": 1} | facts
     per_axis = {key: (facts.pop(key),) * axes for key in ("stride", "padding", "dilation")}
     return Op(
-        name, "conv", (source,), after, in_shape=before, kernel=(kernel,) * axes, bias=True, **per_axis, **facts
+        name, "conv", (source,), after, in_shapes=(before,), kernel=(kernel,) * axes, bias=True, **per_axis, **facts
     )  # fmt: skip
 
 
 def plain(name: str, kind: str, sources: tuple[str, ...], shape: tuple[int, ...], before=None, **facts) -> Op:
-    return Op(name, kind, sources, shape, in_shape=shape if before is None else before, **facts)
+    return Op(name, kind, sources, shape, in_shapes=(shape if before is None else before,) * len(sources), **facts)
 
 
 def blocks() -> Graph:
@@ -61,12 +61,12 @@ def mixed() -> Graph:
         plain("most", "max_pool", ("dense.act",), (18, 6, 7), (18, 11, 13), **window),
         conv("grouped", "most", (18, 6, 7), (12, 6, 7), 3, groups=3, dilation=2, padding=2),
         conv("narrow", "most", (18, 6, 7), (5, 6, 7), 1),
-        plain("both", "concat", ("grouped", "narrow"), (17, 6, 7), (12, 6, 7)),
+        Op("both", "concat", ("grouped", "narrow"), (17, 6, 7), ((12, 6, 7), (5, 6, 7)), args=(("axis", 0),)),
         plain("even", "avg_pool", ("both",), (17, 3, 4), (17, 6, 7), **window),
         plain("flat", "flatten", ("even",), (204,), (17, 3, 4)),
-        Op("linear", "linear", ("flat",), (70,), in_shape=(204,), bias=True),
+        Op("linear", "linear", ("flat",), (70,), in_shapes=((204,),), bias=True),
         plain("linear.act", "relu6", ("linear",), (70,)),
-        Op("last", "linear", ("linear.act",), (19,), in_shape=(70,), bias=True),
+        Op("last", "linear", ("linear.act",), (19,), in_shapes=((70,),), bias=True),
     )
     return Graph(ops)
 
