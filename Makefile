@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 LIBRARY := stages/engines/native/libedgetrain.so
 
-.PHONY: setup demo test test-all test-isa mutants check native native-test bench bench-engine bench-native \
+.PHONY: setup demo test test-all test-isa mutants check docs native native-test bench bench-engine bench-native \
         bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
@@ -38,7 +38,7 @@ test-isa: $(READY)  ## the numerical tests under three instruction sets; TESTS=.
 	    ONEDNN_MAX_CPU_ISA=$${isa%%:*} ATEN_CPU_CAPABILITY=$${isa##*:} $(BIN)/python -m pytest -q $(TESTS) || exit 1; \
 	done
 
-TESTS ?= $(filter-out tests/pipes/ tests/contracts/ tests/data/ tests/test_docs.py tests/test_examples.py,\
+TESTS ?= $(filter-out tests/pipes/ tests/contracts/ tests/data/ tests/zoo/ tests/test_docs.py tests/test_examples.py,\
     $(wildcard tests/*/ tests/test_*.py))
 
 mutants: $(READY)  ## which changes to the core no test notices: hours; MODULES=stages/... for some of it
@@ -57,6 +57,9 @@ check: $(READY)  ## format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)   ## the generated pages: manual, library, schema
+	$(BIN)/python tests/test_docs.py
 
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .

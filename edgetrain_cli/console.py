@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from tqdm import tqdm
 
 PLAIN_WIDTH = 100
 """Least width of a table that no terminal limits."""
@@ -48,24 +49,29 @@ class Progress:
     """One line on stderr that says what is being done, how far it is and how long it will take; it leaves no trace."""
 
     def __init__(self, doing: str, total: int | None, unit: str) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=total, desc=doing, unit=f" {unit}", unit_scale=True, file=sys.stderr, leave=False, dynamic_ncols=True
-        )
+        self._doing, self._total, self._unit = doing, total, unit
+        self._bar: tqdm[Any] | None = None
 
     def __call__(self, done: int, **figures: Any) -> None:
+        if self._bar is None:  # with the first step, so that another stage's notes before it stand alone
+            from tqdm import tqdm
+
+            unit = f" {self._unit}"
+            self._bar = tqdm(total=self._total, desc=self._doing, unit=unit, unit_scale=True, file=sys.stderr,
+                             leave=False, dynamic_ncols=True)  # fmt: skip
         if figures:
             self._bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in figures.items()), refresh=False)
         self._bar.update(done - self._bar.n)
 
     def clear(self) -> None:
         """Take the line away until it is drawn again."""
-        self._bar.clear()
+        if self._bar is not None:
+            self._bar.clear()
 
     def close(self) -> None:
         """Take the line away for good."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def size(count: float) -> str:

@@ -131,6 +131,13 @@ def figures_only(arguments: Mapping[str, Any]) -> str:
     return "text" if shows else "records"
 
 
+def check_input(arguments: Mapping[str, Any]) -> None:
+    """Raise `NoInput` where nothing is named and stdin is a terminal."""
+    alone = arguments.get("source") == STDIO and arguments.get("run_file") is None
+    if alone and _is_terminal(sys.stdin):
+        raise NoInput
+
+
 def check_terminal(out: str) -> None:
     """Refuse binary output that would end on a terminal, directly or through a program that shows text."""
     if out != STDIO:

@@ -18,12 +18,14 @@ def blocks_of(
 
     What is guessed or left out is said on stderr. `like` says how samples are prepared instead of the run record.
     """
-    from stages.data.doors import blocks_for_model, is_stream
-    from stages.data.samples import Notes
+    from stages.artifacts.stream import is_stream
 
     if path == "-" or is_stream(Path(path)):
         yield from _told(io, run, io.read_stream(path)[1])
         return
+    from stages.data.doors import blocks_for_model
+    from stages.data.samples import Notes
+
     notes = Notes()
     io.named(path)
     yield from _told(io, run, blocks_for_model(Path(path), run.model.input, like, labelled=labelled, notes=notes))

@@ -17,6 +17,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 import typer
 
 from edgetrain_cli import options
+from edgetrain_cli.manners import check_input
 from edgetrain_cli.streams import Stage
 from stages.settings.declared import Setting, declared
 
@@ -45,6 +46,7 @@ def command(name: str, *, writes: Kind = "records", history: bool = False) -> Ca
         def run(*given: Any, **named: Any) -> None:
             arguments = _bound(run, given, named)
             manners = {each: arguments.pop(each) for each in list(arguments) if each in MANNERS}
+            check_input(arguments)
             kind = writes if isinstance(writes, str) else writes(arguments)
             recorded = _recorded(body, arguments)
             for each in _of_type(body, options.Writes):

@@ -58,7 +58,7 @@ class Status:
         if "dropped" in self._latest:
             shown["dropped"] = f"{100 * self._latest['dropped'] / self._latest['seen']:.0f} %"
         if "variance_gain" in self._latest:
-            shown["noise"] = f"1/{self._latest['variance_gain']:.3g} of random choice's"
+            shown["gradient noise"] = f"1/{self._latest['variance_gain']:.3g} of random choice's"
         return shown
 
     def _take(self, block: Block) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import select
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -186,7 +187,9 @@ class Stage(Manners):
             with AtomicFile(Path(out)) as file:
                 writer = Writer(self, file.write)
                 yield writer
-        self.written = f"{console.size(writer.bytes)} to {'stdout' if out == STDIO else out}"
+        if out == STDIO and stat.S_ISFIFO(os.fstat(1).st_mode):
+            return  # the stage behind this one says what came of it
+        self.written = f"{console.size(writer.bytes)} to {'stdout' if out == STDIO else os.path.basename(out)}"
 
     def stamped(self, run: Run) -> Run:
         """The run with this step in its history."""

@@ -7,13 +7,16 @@ import numpy as np
 
 from stages.artifacts.records import Block
 from stages.evaluation import evaluate
+from stages.exporting import export
 from stages.filtering import Filtering
 from stages.importing import Importing, import_model
 from stages.pipeline import Pipeline, simulate
+from stages.profiling import Profiling, profile_run
 from stages.randomness import generator
 from stages.scoring import Scoring, score_layers
 from stages.selection import Selection
-from stages.sparse_training import StreamTraining
+from stages.settings.training import Training
+from stages.sparse_training import StreamTraining, train_support
 from stages.training.optimizers import Optimizing
 
 
@@ -27,7 +30,21 @@ def bars(count: int, seed: int) -> Block:
     return Block(x.astype(np.uint8), y, "NHW")
 
 
-def main() -> None:
+def adapt() -> None:
+    """A model adapts to a handful of labelled samples: plan, train, check, export."""
+    run = import_model(Importing(arch="cnn4", arch_args={"width": 16, "size": 16}, seed=1))
+    support, query = bars(24, 0), bars(300, 2)
+    run = profile_run(run, Profiling(measure=False))
+    run = score_layers(run, support, Scoring(memory="96KB", macs="60%"), rng=generator(0, "score-layers"))
+    config = Training(iterations=10, lr=0.003).on_support(scale=10.0)
+    adapted = train_support(run, support, config, rng=generator(0, "train-sparse"))
+    print("plan:", ", ".join(f"{update.layer} {100 * update.ratio:.0f} %" for update in run.plan.updates))
+    print(f"accuracy after adapting to 24 samples: {100 * evaluate(adapted, [query]).interval.value:.1f} %")
+    print(f"exported: {len(export(adapted.model, 'safetensors').data)} bytes")
+
+
+def stream() -> None:
+    """A model learns from a stream: filter, select and train in one process."""
     run = import_model(Importing(arch="cnn4", arch_args={"width": 16, "size": 16}, seed=1))
     run = score_layers(run, bars(24, 0), Scoring(memory="96KB", macs="60%"), rng=generator(0, "score-layers"))
     settings = Pipeline(
@@ -37,10 +54,10 @@ def main() -> None:
         lag=1,
     )
     trained = simulate(run, [bars(2000, 1)], settings)
-    print("plan:", ", ".join(f"{update.layer} {100 * update.ratio:.0f} %" for update in run.plan.updates))
     accuracy = evaluate(trained, [bars(300, 2)]).interval.value
     print(f"accuracy after {trained.model.version} updates: {100 * accuracy:.1f} %")
 
 
 if __name__ == "__main__":
-    main()
+    adapt()
+    stream()

@@ -85,10 +85,11 @@ def evaluate(
     on_step: Callable[[int], None] = lambda done: None,
     on_fit: Callable[[Fit], None] = lambda fit: None,
     allow: str | None = None,
+    engine: str = "torch",
 ) -> Accuracy:
     """Accuracy on labelled samples, `chunk` of them in memory at a time (None: as many as fit).
 
-    `on_step` gets the number done, `on_fit` how many are in memory at once.
+    `on_step` gets the number done, `on_fit` how many are in memory at once; `engine` runs the backbone.
 
     With `support` its class means answer, instead of the record's head.
 
@@ -96,7 +97,7 @@ def evaluate(
         DataError: no samples, samples that the model cannot read, or a class that the head does not know.
         UsageError: no head and no support.
     """
-    backbone = deploy(run.model, allow=allow)
+    backbone = deploy(run.model, allow=allow, engine=engine)
     held = fit(0, inference_peak_bytes(backbone.graph), chunk or CHUNK, wanted=chunk)
     on_fit(held)
     chunk = held.samples
@@ -176,7 +177,7 @@ def evaluate_tasks(
         UsageError: a method that this backbone cannot be adapted with.
         BudgetError: a method's budget that nothing fits.
     """
-    backbone = deploy(run.model, allow=allow)
+    backbone = deploy(run.model, allow=allow, engine=config.engine)
     scale = heads.cosine_scale(run.model.head)
     kept = sum(row.saved_bytes for row in cost_table(backbone.graph))
     held = fit(kept, inference_peak_bytes(backbone.graph), MICRO_BATCH, wanted=config.micro_batch)

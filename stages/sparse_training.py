@@ -173,9 +173,10 @@ def train_support(
     labels, ways = np.unique(support.y, return_inverse=True)
     held = _fit(backbone.graph, updates, None if config.fitting else config.adapting.micro_batch)
     on_fit(held)
-    how = replace(config.adapting, micro_batch=held.samples) if config.fitting else config.adapting
+    how = replace(config.adapting, scale=heads.cosine_scale(run.model.head, config.adapting.scale))
+    how = replace(how, micro_batch=held.samples) if config.fitting else how
     result = adapt(backbone, updates, x, torch.from_numpy(ways), how, rng, on_step, stop, cache_file)
-    head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=config.adapting.scale)
+    head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=how.scale)
     model = _prepared(store(run.model, replace(backbone, tensors=result.net.tensors())), support.prepared)
     version = run.model.version + len(result.losses)
     rows = {

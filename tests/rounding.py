@@ -21,17 +21,20 @@ from math import prod, sqrt
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from stages.artifacts.records import Head
 from stages.engines.torch import reference
 from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
+from stages.models.heads import logits
 from stages.operators import Op
 
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0)}
 """Where the slope of an activation jumps."""
 
-LOSS = 1024
-"""More operations in a row than any test's loss makes in float64: sums over features and batch, and a softmax."""
+LOSS = 512
+"""More operations in a row than any test's loss makes: sums over features and batch, and a softmax."""
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -71,10 +74,30 @@ def no_worse(found: Tensor, plain: Tensor, exact: Tensor, longest: int) -> None:
     assert error <= limit, f"error {error:.3g} of {float(exact.norm()):.3g}, at most {limit:.3g}"
 
 
+def exact_features(backbone: Backbone, x: Tensor) -> Tensor:
+    """Features (N, D) of inputs x (N, *input) in float64."""
+    return reference.run(backbone.graph, {name: t.double() for name, t in backbone.tensors.items()}, x.double())
+
+
 def check_features(found: Tensor, backbone: Backbone, x: Tensor) -> None:
     """Assert that features (N, D) are the backbone's for inputs x (N, *input), however they were computed."""
-    exact = reference.run(backbone.graph, {name: t.double() for name, t in backbone.tensors.items()}, x.double())
-    no_worse(found, reference.run(backbone.graph, backbone.tensors, x), exact, longest_sum(backbone.graph))
+    plain = reference.run(backbone.graph, backbone.tensors, x)
+    no_worse(found, plain, exact_features(backbone, x), longest_sum(backbone.graph))
+
+
+def check_probabilities(found: Tensor, head: Head, backbone: Backbone, x: Tensor) -> None:
+    """Assert that probabilities (N, C) are what the head answers for inputs x, however they were computed."""
+    plain = logits(head, reference.run(backbone.graph, backbone.tensors, x)).softmax(1)
+    exact = exact_logits(head, exact_features(backbone, x)).softmax(1)
+    no_worse(found, plain, exact, max(longest_sum(backbone.graph), head.weight.shape[1]))
+
+
+def exact_logits(head: Head, features: Tensor) -> Tensor:
+    """The class scores (N, C) that a head of known rows gives for features (N, D), both float64."""
+    weight, bias = torch.tensor(head.weight).double(), torch.tensor(head.bias).double()
+    if head.kind == "linear":
+        return features @ weight.T + bias
+    return head.scale * functional.normalize(features, dim=1) @ functional.normalize(weight, dim=1).T
 
 
 def longest_sum(graph: Graph) -> int:
@@ -110,14 +133,15 @@ def gradient_bounds(
     loss: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     detached: Collection[str] = frozenset(),
+    loss_dtype: torch.dtype = torch.float64,
 ) -> tuple[Bounded, dict[str, Bounded]]:
     """Features, and every tensor's gradient by name, of any computation in `dtype` by sums of products.
 
-    Let the loss compute in float64 (`in_double`): its own arithmetic is taken as backward stable, exact for features
-    that `LOSS` operations have moved (dot products and norms are, Higham 3.4). Its curvature at the exact features
-    stands for the one beside them: an error of second order, far below the slack of worst-case sums. Layers in
-    `detached` pass no gradient on to their inputs. The inputs of a max-pool window must not tie
-    (`random_graphs.distance_to_kinks`); at the kinks of activations both slopes are allowed for.
+    The loss's own arithmetic is taken as backward stable, exact for features that `LOSS` operations have moved (dot
+    products and norms are, Higham 3.4); let the test's loss compute in float64 where it can (`in_double`), for tighter
+    bounds. Its curvature at the exact features stands for the one beside them: an error of second order, far below the
+    slack of worst-case sums. Layers in `detached` pass no gradient on to their inputs. The inputs of a max-pool window
+    must not tie (`random_graphs.distance_to_kinks`); at the kinks of activations both slopes are allowed for.
 
     Args:
         backbone: in deploy form; its tensors of `dtype`, or of float64.
@@ -125,12 +149,13 @@ def gradient_bounds(
         loss: of the features (N, D), differentiable twice.
         dtype: the precision of the computation to be bounded.
         detached: names of layers.
+        loss_dtype: the precision in which the computation takes the loss and its gradient.
     """
     tensors = {name: tensor.detach().double() for name, tensor in backbone.tensors.items()}
     ops, values = backbone.graph.ops, value_bounds(backbone.graph, tensors, x, dtype)
     features = values[ops[-1].name]
     pulled = {name: _exact(torch.zeros_like(value.value)) for name, value in values.items()}
-    pulled[ops[-1].name] = _at_features(loss, features, dtype)
+    pulled[ops[-1].name] = _at_features(loss, features, dtype, loss_dtype)
     found = {name: _exact(torch.zeros_like(tensor)) for name, tensor in tensors.items()}
     for op in reversed(ops[1:]):
         readers = len(backbone.graph.consumers[op.name])
@@ -157,15 +182,21 @@ def in_double(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda features: loss(features.double())
 
 
-def loss_bound(loss: Callable[[Tensor], Tensor], features: Bounded, *, largest: float = 100.0) -> Bounded:
-    """The loss's value, computed in float64 at features that lie within their bounds, to first order.
+def loss_bound(
+    loss: Callable[[Tensor], Tensor],
+    features: Bounded,
+    *,
+    largest: float = 100.0,
+    loss_dtype: torch.dtype = torch.float64,
+) -> Bounded:
+    """The loss's value, computed in `loss_dtype` at features that lie within their bounds, to first order.
 
     The loss itself makes at most `LOSS` operations in a row, on numbers (logits) up to `largest`.
     """
     at = features.value.detach().requires_grad_()
     value = loss(at)
     (slope,) = torch.autograd.grad(value, at)
-    rounding = gamma(LOSS, torch.float64) * largest
+    rounding = gamma(LOSS, loss_dtype) * largest
     return Bounded(value.detach(), (slope.abs() * features.error).sum() + rounding)
 
 
@@ -241,15 +272,17 @@ def _either_side(op: Op, value: Bounded) -> Tensor:
     return torch.stack(near).any(0) & (value.error > 0)
 
 
-def _at_features(loss: Callable[[Tensor], Tensor], features: Bounded, dtype: torch.dtype) -> Bounded:
+def _at_features(
+    loss: Callable[[Tensor], Tensor], features: Bounded, dtype: torch.dtype, loss_dtype: torch.dtype
+) -> Bounded:
     """The loss's gradient at the features (N, D): as far off as its curvature times their errors, and one rounding."""
     at = features.value.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(at), at)
     curvature: Tensor = torch.autograd.functional.hessian(loss, features.value, vectorize=True)
     size = features.value.numel()
-    moved = features.error + gamma(LOSS, torch.float64) * features.size
+    moved = features.error + gamma(LOSS, loss_dtype) * features.size
     error = (curvature.reshape(size, size).abs() @ moved.flatten()).reshape(gradient.shape)
-    return _rounded(Bounded(gradient, error), gamma(1, dtype) + gamma(LOSS, torch.float64))
+    return _rounded(Bounded(gradient, error), gamma(1, dtype) + gamma(LOSS, loss_dtype))
 
 
 def _rounded(value: Bounded, relative: float) -> Bounded:

@@ -11,6 +11,7 @@ from stages.methods.registry import METHODS
 from stages.methods.results import header_line, merge_results, read_results, row_line, summarise
 from stages.models.deploy import state
 from stages.models.registry import build, input_spec
+from tests.rounding import gamma
 from tests.test_pretraining import random_run, squares
 
 QUICK = Tasks(
@@ -60,7 +61,7 @@ def test_chunks_and_blocks_do_not_matter():
     whole = evaluate(linear_run(TWO), [SAMPLES])
     parts = evaluate(linear_run(TWO), list(SAMPLES.slices(3)), chunk=2)
     assert parts.classes == whole.classes
-    assert parts.loss == pytest.approx(whole.loss)
+    assert parts.loss == pytest.approx(whole.loss, abs=gamma(64) * 3)  # of logits up to 3
 
 
 def test_class_means_of_a_support_answer():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from dataclasses import replace
@@ -22,9 +23,10 @@ from stages.exporting import Exported, _compare, export, format_of
 from stages.importing import Importing, Weights, import_model, input_from_text
 from stages.models import registry
 from stages.models.deploy import deploy, state, store, with_graph
-from stages.models.heads import logits, probabilities
+from stages.models.heads import logits
 from tests.models.nets import Classifier, PreActivation, randomise, write_module
 from tests.models.test_registry import SMALL
+from tests.rounding import check_features, check_probabilities, exact_features, exact_logits, longest_sum, no_worse
 
 USER = "user_models:classifier"
 
@@ -67,7 +69,7 @@ def test_a_state_dict_loads_strictly_and_computes_the_same(arch: str, format: st
     module.load_state_dict(loaded(exported), strict=True)
     x = torch.rand(2, *model.input.shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        torch.testing.assert_close(module(x), deploy(model).features(x), rtol=1e-4, atol=1e-4)
+        check_features(module(x), deploy(model), x)
     assert exported.difference <= 1e-4
 
 
@@ -78,11 +80,13 @@ def test_onnx_computes_the_same(arch: str, kind: str) -> None:
     session = onnxruntime.InferenceSession(exported.data, providers=["CPUExecutionProvider"])
     x = torch.rand(3, *model.input.shape, generator=torch.Generator().manual_seed(5))
     features, scores, answers = session.run(["features", "logits", "probabilities"], {"input": x.numpy()})
-    ours = deploy(model).features(x)
+    backbone = deploy(model)
     assert model.head is not None
-    np.testing.assert_allclose(features, ours, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(scores, logits(model.head, ours), rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(answers, probabilities(model.head, ours), rtol=1e-2, atol=1e-4)
+    check_features(torch.from_numpy(features), backbone, x)
+    check_probabilities(torch.from_numpy(answers), model.head, backbone, x)
+    check_probabilities(torch.from_numpy(scores).softmax(1), model.head, backbone, x)
+    plain, exact = logits(model.head, backbone.features(x)), exact_logits(model.head, exact_features(backbone, x))
+    no_worse(torch.from_numpy(scores), plain, exact, longest_sum(backbone.graph))
 
 
 @pytest.mark.parametrize(("arch", "form"), [*((arch, "deploy") for arch in SMALL), ("ds-cnn", "batchnorm")])
@@ -95,7 +99,7 @@ def test_what_is_exported_can_be_imported_again(arch: str, form: str) -> None:
     settings = Importing(arch=arch, arch_args=SMALL[arch], classifier="keep", classes=("a", "b", "c"))
     again = import_model(settings, weights).model
     x = torch.rand(2, *model.input.shape, generator=torch.Generator().manual_seed(5))
-    torch.testing.assert_close(deploy(again).features(x), deploy(model).features(x), rtol=1e-4, atol=1e-4)
+    check_features(deploy(again).features(x), deploy(model), x)
     assert again.head is not None
     assert model.head is not None
     np.testing.assert_array_equal(again.head.weight, model.head.weight)
@@ -175,7 +179,9 @@ def test_a_users_classifier_comes_back_whole(user_code: str, form: str, format: 
         own.load_state_dict(loaded(exported), strict=True)
         with torch.no_grad():
             found = own(x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        exact = copy.deepcopy(module).double()(x.double())
+    no_worse(found, expected, exact, 9 * 8)
 
 
 @pytest.mark.parametrize("format", ["pth", "onnx"])
@@ -207,7 +213,7 @@ def test_batchnorm_that_became_a_layer_goes_home(monkeypatch: pytest.MonkeyPatch
     own.load_state_dict(loaded(export(model, "pth")), strict=True)
     x = torch.rand(2, 3, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(own(x), deploy(model).features(x), rtol=1e-4, atol=1e-4)
+        check_features(own(x), deploy(model), x)
 
 
 class Bare(nn.Module):

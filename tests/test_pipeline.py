@@ -67,9 +67,11 @@ def test_training_behind_the_frozen_layers_equals_training_from_the_input():
         for send in ("samples", "features")
     )
     assert plain.model.version == sent.model.version == 6
-    for name, tensor in plain.model.tensors.items():
-        np.testing.assert_allclose(sent.model.tensors[name], tensor, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(sent.metrics["train-sparse"]["loss"], plain.metrics["train-sparse"]["loss"], rtol=1e-4)
+    before = new_run().model.tensors
+    for name, tensor in plain.model.tensors.items():  # to the digit: tests.sparse.test_updates
+        moved = np.linalg.norm(tensor - before[name])
+        assert np.linalg.norm(sent.model.tensors[name] - tensor) <= 1e-3 * moved, name
+    np.testing.assert_allclose(sent.metrics["train-sparse"]["loss"], plain.metrics["train-sparse"]["loss"], rtol=1e-3)
 
 
 def test_features_of_another_plan_are_refused():

@@ -289,11 +289,13 @@ def test_two_processes_train_as_one(tmp_path):
     assert [worker.returncode for worker in workers] == [0, 0], errors
     images = [(tmp_path / f"run{rank}").read_bytes() for rank in range(2)]
     assert images[0] == images[1]
-    alone, together = pretrain(random_run(), [squares()], CONFIG, seed=0), decode(images[0])
-    for name, array in alone.model.tensors.items():
-        np.testing.assert_allclose(together.model.tensors[name], array, rtol=1e-5, atol=1e-6)
+    start, alone = random_run(), pretrain(random_run(), [squares()], CONFIG, seed=0)
+    together = decode(images[0])
+    for name, array in alone.model.tensors.items():  # another order of sums; a lost or doubled share would be the half
+        moved = np.linalg.norm(array - start.model.tensors[name])
+        assert np.linalg.norm(together.model.tensors[name] - array) <= 1e-2 * moved, name
     for name, column in alone.metrics[STAGE].items():
-        np.testing.assert_allclose(together.metrics[STAGE][name], column, rtol=1e-5)
+        np.testing.assert_allclose(together.metrics[STAGE][name], column, rtol=1e-2)
 
 
 def test_a_team_needs_a_fair_share():
@@ -302,7 +304,7 @@ def test_a_team_needs_a_fair_share():
 
 
 def test_the_run_keeps_how_all_its_samples_were_prepared():
-    config = replace(CONFIG, schedule=WarmCosine(epochs=1, rate=0.05, warmup_epochs=0), validation=Validation(tasks=0))
+    config = replace(CONFIG, epochs=1, warmup_epochs=0, validation_tasks=0)
     ink, paper = (Preparation(of="pictures", size=(16, 16), invert=invert) for invert in (True, False))
     sets = [replace(squares(seed=seed), prepared=ink) for seed in (0, 1)]
     assert pretrain(random_run(), sets, config, seed=0).model.input.prepared == ink

@@ -114,7 +114,7 @@ def test_the_scores_are_the_criterion_of_the_fisher_pass():
     macs = {op.name: op.weights * int(np.prod(op.shape[1:])) for op in GRAPH.layers}
     most_weights, most_macs = max(op.weights for op in GRAPH.layers), max(macs.values())
     expected = [fisher.output[op.name].sum() / (op.weights / most_weights * macs[op.name] / most_macs) for op in ops]
-    np.testing.assert_allclose(found.scores.score, expected, rtol=1e-4)
+    np.testing.assert_allclose(found.scores.score, expected, rtol=1e-3)  # other micro-batches; in digits: test_fisher
     assert len(found.scores.layer) == 6 == len(found.scores.output_fisher)
     assert {len(values) for values in found.scores.input_fisher} == {op.in_channels for op in ops}
 
@@ -131,12 +131,12 @@ def dense():
 
 def dense_score(run, **settings):
     config = Scoring(**{"micro_batch": 9, "blocks": 100} | settings)
-    return score_layers(run, SUPPORT, config, rng=np.random.default_rng(0), allow=DENSE)
+    return score_layers(run, SUPPORT, config, rng=np.random.default_rng(0))
 
 
 def scale_only(run):
-    graph = deploy(run.model, allow=DENSE).graph
-    return {op.name for op in graph.layers if op.is_depthwise and set(op.kernel) == {1}}
+    graph = deploy(run.model).graph
+    return {op.name for op in graph.layers if not op.operator.candidate}
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -160,9 +160,13 @@ def test_a_batchnorm_kept_as_a_layer_is_a_candidate_where_it_is_asked_for(dense)
     assert np.median([best[name] for name in norms]) > 10 * others
 
 
-def test_where_only_batchnorms_are_left_the_message_says_what_to_do(dense):
+def test_where_only_norms_are_left_the_message_says_what_to_do():
+    spec = InputSpec("image", (3, 32, 32), (1 / 127.5,) * 3, (-1.0,) * 3)
+    normed = import_model(Importing(arch="tests.models.nets:normed_net", input=spec))
     with pytest.raises(UsageError, match=r"--layers filters.*none in the last 1.*--layers all"):
-        dense_score(dense, blocks=1)
+        dense_score(normed, blocks=1)
+    assert dense_score(normed, blocks=1, layers="all").scores.layer == ("2",)
+    assert dense_score(normed, blocks=2).scores.layer == ("0",)
 
 
 def test_an_optimum_that_is_only_compared_with_may_be_given_up(monkeypatch):
@@ -197,7 +201,7 @@ def test_settings_of_the_channels_reach_the_plan():
 
 def test_the_micro_batch_does_not_change_the_result():
     one, all_at_once = score(micro_batch=1, **EVERYTHING), score(micro_batch=100, **EVERYTHING)
-    np.testing.assert_allclose(one.scores.fisher, all_at_once.scores.fisher, rtol=1e-4)
+    np.testing.assert_allclose(one.scores.fisher, all_at_once.scores.fisher, rtol=1e-3)  # in digits: test_fisher
 
 
 def test_one_seed_gives_the_same_bytes_and_leaves_the_input_alone():

@@ -155,6 +155,7 @@ def _on_samples(
         on_step=io.progress("evaluating"),
         on_fit=io.holds,
         allow=arch,
+        engine=settings.engine,
     )
     if as_json:
         io.write_text(json.dumps(accuracy_json(result), indent=1) + "\n", out)

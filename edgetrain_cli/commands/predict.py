@@ -47,6 +47,9 @@ def predict(
     micro_batch: Annotated[
         int, typer.Option("--micro-batch", metavar="N", min=1, help="Samples computed at once.")
     ] = 64,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="torch|native", help="What computes; native: the C library, CNNs only.")
+    ] = "torch",
     arch: Arch = None,
     run_file: RunFile = None,
 ) -> None:
@@ -71,7 +74,7 @@ def predict(
         run = predicting.known(run)
     else:
         run, blocks = io.read_run(source, run_file), iter(())
-    backbone = deploy(run.model, allow=arch)
+    backbone = deploy(run.model, allow=arch, engine=engine)
     shown = None if support is None else block_of(io, support, run)
     learnt = run.model.input.prepared if shown is None else shown.prepared
     head = predicting.head_for(run.model, backbone, shown, micro_batch)

@@ -91,7 +91,7 @@ def select_samples(
     from stages.errors import require
     from stages.selection import select_stream
 
-    require(not until_ready or live is not None, "--until-ready", "without --live", "a live directory to watch")
+    require(not until_ready or bool(live), "--until-ready", "without --live", "a live directory to watch")
     require(not until_ready or lag != "0", "--until-ready", "with --lag 0", "1 or more: training while scoring")
     auto = settings.strategy == AUTO
     require(replay is None or auto, "--replay", f"with --strategy {settings.strategy}", f"--strategy {AUTO}")
@@ -104,7 +104,7 @@ def select_samples(
         start = weights = anytime = None
         if run is not None and (settings.needs_model or settings.send_features):
             start, directory = _start(run, arch), None
-            if live is not None:
+            if live:
                 directory = _directory(live, run, None if resume is None else passed)
             weights = _weights(io, start, directory, lag, passed)
             if until_ready and directory is not None:

@@ -195,7 +195,7 @@ def _way_back(
 
     Versions say what the latest updates took, for `select --strategy auto`.
     """
-    if live is None:
+    if not live:
         return None, lambda: None, blocks
     from pathlib import Path
 

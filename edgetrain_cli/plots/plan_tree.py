@@ -88,10 +88,15 @@ def _costs(plan: Plan, column: int) -> list[Text]:
 
 def _cost(name: str, used: float, budget: float | None, size: float, unit: str) -> Text:
     if budget is None:
-        return Text(f"{name}  {used / size:.3g} {unit}")
+        return Text(f"{name}  {_short(used / size)} {unit}")
     filled = int(WIDTH * used / budget)
     return Text.assemble(
         f"{name}  ",
         ("█" * filled + "░" * (WIDTH - filled), "cyan"),
-        f"  {used / size:.3g} of {budget / size:.3g} {unit} ({100 * used / budget:.3g} %)",
+        f"  {_short(used / size)} of {_short(budget / size)} {unit} ({100 * used / budget:.3g} %)",
     )
+
+
+def _short(value: float) -> str:
+    """Three digits that count, or all of a larger whole part."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

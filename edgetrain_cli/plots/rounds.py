@@ -69,6 +69,7 @@ def draw_rounds(rows: Sequence[Row]) -> Figure:
         axes.tick_params(colors=FAINT, labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     stack[-1].set_xlabel("round", color=INK)
+    stack[-1].locator_params(axis="x", integer=True)
     stack[-1].set_xlim(rows[0]["round"] - 0.5, rows[-1]["round"] + 0.5)
     figure.suptitle(_headline(rows, scored), x=0.01, ha="left", fontsize=10.5, fontweight="bold", color=INK)
     return figure

@@ -65,8 +65,9 @@ def _loss(axes: Axes, stage: str, table: Mapping[str, Array]) -> None:
     if not few:
         axes.plot(steps, running_median(losses, len(losses) // SMOOTH), color=COLOURS[0], linewidth=1.6)
     finite = losses[np.isfinite(losses)]
-    said = f": {finite[0]:.3g} to {finite[-1]:.3g}" if len(finite) else ""
+    said = f" {finite[0]:.3g} to {finite[-1]:.3g}" if len(finite) else ""
     _dress(axes, f"{stage}: loss{said}", words, "loss")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylim(bottom=0)
 
 

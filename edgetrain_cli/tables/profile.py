@@ -95,7 +95,7 @@ def total_rows(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [
         ("forward pass", _time(totals["forward_s"], totals["forward_spread_s"])),
         ("full training step by autograd", _time(totals["full_step_s"], totals["full_step_spread_s"])),
-        ("times", f"{threads}, {totals['repeats']} repeats, median ± quartiles"),
+        ("times", f"{threads}, median ± quartiles over {totals['repeats']}"),
         ("energy", totals["energy_source"]),
     ]
     if "forward_j" in totals:

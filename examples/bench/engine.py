@@ -9,7 +9,7 @@ Contestants, on the same deploy-form backbone (BatchNorm folded) and the same pl
 * masked: the same, and gradients of what should not train are erased after the backward pass, as published code does;
 * same layers: stock PyTorch modules, `requires_grad` on the plan's layers only (whole layers: it knows no channels, and
   no layer that passes no gradient on, as the plan `shortcut` has them);
-* engine: `stages.sparse`.
+* engine: `stages.training`.
 
 They take turns within each repeat, so that a busy machine is busy for all of them; ratios are medians of the ratios
 within a repeat. Peak memory is that of a fresh process each. The table goes to docs/results/engine.md.

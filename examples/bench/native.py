@@ -29,8 +29,8 @@ from stages.cost.model import paper_peak_bytes
 from stages.cost.training import saved_activation_bytes
 from stages.engines.native.library import library
 from stages.engines.native.net import NativeNet
-from stages.sparse.engine import SparseNet
-from stages.sparse.updates import gradient_update
+from stages.engines.torch.net import SparseNet
+from stages.training.updates import gradient_update
 
 BATCHES = (1, 32)
 LIMITS = {("step", 1): 0.2, ("step", 32): 0.7, ("forward", 1): 0.2, ("forward", 32): 0.75}

@@ -17,6 +17,8 @@ from stages.artifacts.records import Record
 from stages.errors import DataError, InputMissing, StreamBroken
 
 DEFAULT_MAX_RECORD_BYTES = 1 << 30
+SUFFIXES = frozenset({".h5", ".hdf5", ".hdf", ".he5"})
+"""How names of HDF5 files end."""
 _PIECE_BYTES = 1 << 22
 _NOTHING = memoryview(b"")
 
@@ -51,6 +53,20 @@ def open_records(path: str | Path, *, max_record_bytes: int = DEFAULT_MAX_RECORD
     except OSError as error:
         raise InputMissing(str(path), error.strerror or "cannot be opened", "a file of records") from error
     return records(file, os.path.basename(path), max_record_bytes=max_record_bytes)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is read as records back to back: a pipe, a device, or a file that begins as HDF5 does.
+
+    Raises `InputMissing` where there is nothing of that name.
+    """
+    if not path.exists():
+        raise InputMissing(str(path), "there is no such file or folder")
+    if not path.is_file():
+        return not path.is_dir()
+    with path.open("rb") as file:
+        start = file.read(len(hdf5.SIGNATURE))
+    return start == hdf5.SIGNATURE or path.suffix.lower() in {"", *SUFFIXES}  # so that what is damaged is named as such
 
 
 def is_regular(file: BinaryIO) -> bool:

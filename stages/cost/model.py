@@ -77,7 +77,7 @@ def _layer_cost(graph: Graph, op: Op) -> LayerCost:
 
 def _activations(ops: Iterable[Op]) -> Iterator[Op]:
     """Those that work on each element alone."""
-    return (op for op in ops if len(op.inputs) == 1 and op.shape == op.in_shape and not op.is_layer)
+    return (op for op in ops if len(op.inputs) == 1 and op.shape == op.in_shape and not op.operator.trains)
 
 
 def forward_macs(graph: Graph) -> int:

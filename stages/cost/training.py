@@ -32,7 +32,7 @@ OPTIMIZER_STATE: Mapping[str, int] = {"sgd": 0, "momentum": 1, "adam": 2, "adamw
 """Values of state per live value."""
 
 HEAD = "head"
-"""Name of the linear classifier that `with_head` appends."""
+"""Name of the linear classifier that `with_head` appends, where the model has no layer of that name."""
 
 
 def live_weights(op: Op, update: LayerUpdate) -> int:
@@ -169,13 +169,14 @@ def full_training_bytes(graph: Graph, batch: int, optimizer: str = "adam") -> in
 
 
 def with_head(graph: Graph, classes: int) -> Graph:
-    """The graph with a linear classifier of `classes` rows behind its features, named `head`.
+    """The graph with a linear classifier of `classes` rows behind its features, its last operator.
 
-    In streams the linear head always trains: cost it by adding `whole_update(with_head(graph, C)["head"])`.
+    In streams the linear head always trains: cost it by adding `whole_update(with_head(graph, C).ops[-1])`.
     """
     last = graph.ops[-1]
     features = (prod(last.shape),)
-    head = Op(HEAD, "linear", (last.name,), (classes,), (features,), bias=True)
+    name = HEAD if HEAD not in graph.by_name else f"/{HEAD}"  # no operator of a model has a slash in its name
+    head = Op(name, "linear", (last.name,), (classes,), (features,), bias=True)
     return replace(graph, ops=(*graph.ops, head))
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.artifacts.hdf5 import SIGNATURE
 from stages.artifacts.records import Block, InputSpec, Preparation, check_labelled
 from stages.data import images, sounds
 from stages.data.reading import Form, read_blocks
 from stages.data.samples import Notes, Source
-from stages.data.sources import FLAT, HDF5, STORED, Opening, detect, open_source
-from stages.errors import DataError, InputMissing
+from stages.data.sources import FLAT, STORED, Opening, detect, open_source
+from stages.errors import DataError
 
 MADE_OF = {
     "images": ("pictures",),
@@ -23,20 +22,6 @@ MADE_OF = {
     "list": ("pictures", "recordings"),
 }
 """Kind of data -> what `Preparation.of` may call it; every other kind is arrays."""
-
-
-def is_stream(path: Path) -> bool:
-    """Whether a path is read as records back to back: a pipe, a device, or a file that begins as HDF5 does.
-
-    Raises `InputMissing` where there is nothing of that name.
-    """
-    if not path.exists():
-        raise InputMissing(str(path), "there is no such file or folder")
-    if not path.is_file():
-        return not path.is_dir()
-    with path.open("rb") as file:
-        start = file.read(len(SIGNATURE))
-    return start == SIGNATURE or path.suffix.lower() in {"", *HDF5}  # so that what is damaged is named as such
 
 
 def blocks_for_model(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stages.artifacts import stream
 from stages.artifacts.codec import guess_layout, text_array
 from stages.artifacts.records import LAYOUTS, Array, Preparation, check_layout
 from stages.data import activity, arrays, images, listings, matlab, sounds, tables
@@ -180,8 +181,7 @@ MEANT_FOR: dict[str, tuple[Callable[[Opening], object], frozenset[str]]] = {
 """Option -> whether it is stated, and the kinds of data for which it means something."""
 
 TABLES = frozenset({".csv", ".tsv", ".txt"})
-HDF5 = frozenset({".h5", ".hdf5", ".hdf", ".he5"})
-FILES = {**dict.fromkeys(sorted(HDF5), "hdf5"), ".npz": "npz", ".json": "coco", ".mat": "matlab"}
+FILES = {**dict.fromkeys(sorted(stream.SUFFIXES), "hdf5"), ".npz": "npz", ".json": "coco", ".mat": "matlab"}
 FOLDERS: dict[str, Callable[[Path], bool]] = {
     "uci-har": activity.is_uci_har,
     "harbox": activity.is_harbox,

@@ -212,7 +212,7 @@ class Call:
         args = tuple((key, more[key]) for key in operator.args)
         op = Op(
             name, kind, tuple(value.op for value in values), (), tuple(value.shape for value in values),
-            args=args, shares=shares, **fields,
+            args=args, shares=shares, frozen=operator.trains and not self._trains(held), **fields,
         )  # fmt: skip
         given = (channels,) if channels is not None else ()
         try:
@@ -225,6 +225,11 @@ class Call:
                 self._hold(f"{name}.{what}", part)
         full = (BATCH, *op.shape) if self.full is None or self.per_sample(self.full) != op.shape else self.full
         return Value(name, op.shape, full)
+
+    def _trains(self, held: dict[str, Constant]) -> bool:
+        """Whether any of an operator's tensors comes from a parameter."""
+        parameters = set(self.b.program.graph_signature.parameters)
+        return any(not parameters.isdisjoint(part.sources) for part in held.values())
 
     def _place(self, kind: str, held: dict[str, Constant], plain: bool) -> tuple[str, str]:
         """The operator's name, and the operator whose tensors it shares."""

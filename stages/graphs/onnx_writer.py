@@ -77,19 +77,20 @@ class Writer:
         found = []
         for i, (source, name) in enumerate(zip(op.inputs, self.inputs(op), strict=True)):
             if source in self.graph.constants:
-                self.node("Expand", [name, self.sizes(op, op.in_shapes[i])], self.inner(op, f"batched{i}"))
+                self.node("Expand", [name, self.sizes(op.in_shapes[i])], self.inner(op, f"batched{i}"))
                 name = self.inner(op, f"batched{i}")
             found.append(name)
         return found
 
-    def sizes(self, op: Op, shape: Shape) -> str:
+    def sizes(self, shape: Shape) -> str:
         """The value's whole shape, the number of samples as it is when the model runs."""
-        size = "input/size"
-        if not any(output == size for _, _, output, _ in self.nodes):
+        size, whole = "input/size", f"input/size{'x'.join(map(str, ('', *shape)))}"
+        made = {output for _, _, output, _ in self.nodes}
+        if size not in made:
             self.node("Shape", ["input"], "input/shape")
             self.node("Slice", ["input/shape", self.integers([0]), self.integers([1])], size)
-        whole = f"{op.name}/sizes{'x'.join(map(str, shape))}"
-        self.node("Concat", [size, self.integers(shape)], whole, axis=0)
+        if whole not in made:
+            self.node("Concat", [size, self.integers(shape)], whole, axis=0)
         return whole
 
     # --------------------------------------------------------------------------------------------------- constants
@@ -183,9 +184,13 @@ def _head_nodes(head: Head | None) -> list[Node]:
         return []
     softmax: Node = ("Softmax", ["logits"], "probabilities", {"axis": 1})
     if head.kind == "linear":
-        return [("Gemm", ["features", "head.weight", "head.bias"], "logits", {"transB": 1}), softmax]
-    unit: Node = ("LpNormalization", ["features"], "head/unit", {"axis": 1, "p": 2})
-    return [unit, ("Gemm", ["head/unit", "head.weight"], "logits", {"transB": 1, "alpha": float(head.scale)}), softmax]
+        return [("Gemm", ["features", "logits/weight", "logits/bias"], "logits", {"transB": 1}), softmax]
+    unit: Node = ("LpNormalization", ["features"], "logits/unit", {"axis": 1, "p": 2})
+    return [
+        unit,
+        ("Gemm", ["logits/unit", "logits/weight"], "logits", {"transB": 1, "alpha": float(head.scale)}),
+        softmax,
+    ]
 
 
 def _head_constants(head: Head | None) -> dict[str, Any]:
@@ -193,8 +198,8 @@ def _head_constants(head: Head | None) -> dict[str, Any]:
     if head is None:
         return {}
     if head.kind == "linear":
-        return {"head.weight": head.weight, "head.bias": head.bias}
-    return {"head.weight": unit_rows(head.weight)}
+        return {"logits/weight": head.weight, "logits/bias": head.bias}
+    return {"logits/weight": unit_rows(head.weight)}
 
 
 def unit_rows(weight: Array) -> Array:

@@ -29,6 +29,8 @@ MOST_NUMBERS = 65536
 MOST_BYTES = 2**25
 """Of all operators together: read in about a second."""
 WHERE = "/model/graph"
+COMMON = ("shares", "frozen", "block")
+"""Fields that every kind has."""
 
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(Op) if field.default is not MISSING}
 
@@ -41,7 +43,7 @@ def graph_tree(graph: Graph) -> Group:
 
 def _row(op: Op) -> str:
     row: dict[str, Any] = {"name": op.name, "kind": op.kind, "inputs": op.inputs, "shape": op.shape}
-    known = {name: getattr(op, name) for name in (*op.operator.fields, "shares", "block")}
+    known = {name: getattr(op, name) for name in (*op.operator.fields, *COMMON)}
     row |= {name: value for name, value in known.items() if value != _DEFAULTS[name]}
     return json.dumps(row | dict(op.args), separators=(",", ":"))
 
@@ -101,7 +103,7 @@ def _operator(text: str, where: str, known: Mapping[str, Op], blocks: int) -> Op
     if not operator.arity[0] <= len(inputs) <= operator.arity[1]:
         raise SchemaError(where, f"{name}: {len(inputs)} inputs", f"{operator.arity[0]} to {operator.arity[1]}")
     _check_shape(name, shape, where)
-    own = {key: _field(key, row.pop(key), where) for key in (*operator.fields, "shares", "block") if key in row}
+    own = {key: _field(key, row.pop(key), where) for key in (*operator.fields, *COMMON) if key in row}
     args = tuple((key, _argument(row.pop(key, None), of, f"{where} {key}")) for key, of in operator.args.items())
     if row:
         raise SchemaError(where, f"{name}: {sorted(row)[0]!r}", f"an attribute of {kind}")

@@ -32,10 +32,14 @@ class Fit:
         return self.free_bytes is not None and self.samples * self.sample_bytes + FIRST_PASS_BYTES > self.free_bytes
 
     def __str__(self) -> str:
-        need = (self.samples * self.sample_bytes + FIRST_PASS_BYTES) / 2**20
-        free = "" if self.free_bytes is None else f" of {self.free_bytes / 2**20:,.0f} MiB that are free"
+        need = _size(self.samples * self.sample_bytes + FIRST_PASS_BYTES)
+        free = "" if self.free_bytes is None else f" ({_size(self.free_bytes)} free)"
         samples = "1 sample" if self.samples == 1 else f"{self.samples} samples"
-        return f"holds up to {need:,.0f} MiB{free}: {samples} at a time"
+        return f"holds up to {need}{free}, {samples} at once"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.3g} GiB"
 
 
 def fit(kept_bytes: int, peak_bytes: int, most: int, *, wanted: int | None = None, machine: Path = Path("/")) -> Fit:

@@ -14,7 +14,7 @@ import numpy as np
 from stages.artifacts.records import Array, Block, Head, LayerUpdate, Profile, Scores
 from stages.cost.latency import Durations, durations
 from stages.cost.model import full_backward_macs
-from stages.cost.training import HEAD, whole_update, with_head
+from stages.cost.training import whole_update, with_head
 from stages.graphs.graph import Graph
 from stages.importance.fisher import Fisher, fisher_pass
 from stages.importance.tasks import build_task
@@ -124,18 +124,18 @@ def costs_of(graph: Graph, wish: Wish, head: Head | None, profile: Profile | Non
     fixed: tuple[LayerUpdate, ...] = ()
     if head is not None:
         graph = with_head(graph, len(head.labels))
-        fixed = (whole_update(graph[HEAD]),)
+        fixed = (whole_update(graph.ops[-1]),)
     budget = wish.budget(full_backward_macs(graph))
-    measured = _with_free_head(durations(profile)) if budget.latency_s is not None else None
+    measured = _with_free_head(durations(profile), graph.output) if budget.latency_s is not None else None
     return Problem(graph, (), budget, fixed, measured, detached(graph, wish.how.gradient))
 
 
-def _with_free_head(measured: Durations) -> Durations:
+def _with_free_head(measured: Durations, head: str) -> Durations:
     """The profile measures the backbone; a linear head's time is too small to matter beside it."""
     return replace(
         measured,
-        input_gradient_ns={**measured.input_gradient_ns, HEAD: 0},
-        weight_gradient_ns={**measured.weight_gradient_ns, HEAD: 0},
+        input_gradient_ns={**measured.input_gradient_ns, head: 0},
+        weight_gradient_ns={**measured.weight_gradient_ns, head: 0},
     )
 
 

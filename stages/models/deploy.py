@@ -38,14 +38,26 @@ class Backbone:
     tensors: dict[str, Tensor]
     """float32, contiguous, `<operator>.<what>`."""
     input: InputSpec
+    engine: str = "torch"
+    """What runs it: one of `engines.choice.ENGINES`."""
 
     def features(self, x: Tensor) -> Tensor:
         """(N, *input.shape) float32 -> (N, D), without gradients and as fast as this machine allows.
 
-        From the first call on the tensors must keep their values. Raises `DataError` for an input of another shape.
+        From the first call on the tensors must keep their values. Raises `DataError` for an input of another shape;
+        with the native engine also `NotCovered` and `PartMissing`.
         """
         self.graph.check_input(x.shape)
+        if self.engine != "torch":
+            found: Tensor = self._native.features(x)
+            return found
         return in_chunks(self._program, self.graph.ops[0].name, x)[0]
+
+    @cached_property
+    def _native(self) -> Any:
+        from stages.engines.choice import make_net
+
+        return make_net(self, (), self.engine)
 
     @cached_property
     def _program(self) -> Program:
@@ -54,7 +66,7 @@ class Backbone:
         return Program(self.graph, self.tensors, names, names[-1:], channels_last=channels_last)
 
 
-def deploy(model: Model, *, allow: str | None = None) -> Backbone:
+def deploy(model: Model, *, allow: str | None = None, engine: str = "torch") -> Backbone:
     """The record's backbone in deploy form, from either form.
 
     Raises `SchemaError` for a graph that is none, `DataError` when tensors do not fit it or are not finite, and for
@@ -65,7 +77,7 @@ def deploy(model: Model, *, allow: str | None = None) -> Backbone:
     check_tensors(tensor_shapes(graph), tensors, "/model/tensors")
     if model.form == "batchnorm":
         graph, tensors = fold(graph, tensors)
-    return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input)
+    return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input, engine)
 
 
 def open_graph(model: Model) -> Graph:

@@ -49,6 +49,8 @@ class Op:
     """Further attributes of the kind, by name, in the record's order."""
     shares: str = ""
     """The earlier operator whose tensors this one uses too: a layer that is called more than once."""
+    frozen: bool = False
+    """Its weights are no parameters of the user's model (a blur's kernel): no plan trains them."""
     block: int = -1
     """Index into `Graph.blocks`; -1 for operators outside every block (input, mix, pooling)."""
 
@@ -89,7 +91,7 @@ class Op:
     @property
     def is_layer(self) -> bool:
         """Whether it has weights that a plan may train."""
-        return self.operator.trains
+        return self.operator.trains and not self.frozen
 
     @property
     def is_depthwise(self) -> bool:

@@ -459,6 +459,21 @@ def _aten_avg_pool(
     )  # fmt: skip
 
 
+def _aten_avg_pool3d(
+    call: Any, x: Any, kernel_size: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: Any = None,
+) -> Any:  # fmt: skip
+    """Along the first of three axes alone, as local_response_norm does: the other two become one."""
+    kernel, step, pad = (per_axis(part, 3) for part in (kernel_size, stride or kernel_size, padding))
+    if kernel[1:] != (1, 1) or step[1:] != (1, 1) or pad[1:] != (0, 0):
+        call.refuse(f"averages over windows {kernel}", "windows over one or two axes")
+    x = call.map(x, 3)
+    flat = call.apply("flatten.using_ints", x, 3, 4)
+    window = ([part[0], over] for part, over in ((kernel, 1), (step, 1), (pad, 0)))
+    pooled = call.apply("avg_pool2d.default", flat, *window, ceil_mode, count_include_pad, divisor_override)
+    return call.apply("unflatten.int", pooled, 3, list(x.full[3:]))
+
+
 def _aten_adaptive_avg(call: Any, x: Any, output_size: Any) -> Any:
     x = call.map(x, call.rank(x) - 2)
     sizes, wanted = x.shape[1:], call.out_shape()[1:]
@@ -536,7 +551,9 @@ register(
     Operator(
         kind="avg_pool", doc="the mean of each window", fields=(*_WINDOW, "ceil_mode", "count_include_pad"),
         shape=_pool_shape, macs=AVERAGE, keeps=keeps_nothing, forward=_avg_pool, pull=_pull_avg_pool,
-        onnx=_avg_pool_onnx, aten={f"avg_pool{n}d.default": _aten_avg_pool for n in (1, 2)},
+        onnx=_avg_pool_onnx,
+        aten={"avg_pool1d.default": _aten_avg_pool, "avg_pool2d.default": _aten_avg_pool,
+              "avg_pool3d.default": _aten_avg_pool3d},
     ),
     Operator(
         kind="adaptive_avg_pool", doc="means of bins that divide the map into a given number", args={"size": tuple},

@@ -250,8 +250,15 @@ def _pad_onnx(op: Op, w: Any) -> None:
         _wrapped_onnx(op, w)
         return
     amounts = w.integers([0, *op["before"], 0, *op["after"]])
-    inputs = [*w.inputs(op), amounts] + ([w.number(op["value"])] if op["mode"] == "constant" else [])
+    value = op["value"]
+    if value == 0 and any(w.graph[name].kind == "max_pool" for name in w.graph.consumers[op.name]):
+        value = SMALLEST
+    inputs = [*w.inputs(op), amounts] + ([w.number(value)] if op["mode"] == "constant" else [])
     w.node("Pad", inputs, w.output(op), mode=MODES[op["mode"]])
+
+
+SMALLEST = 1.1754943508222875e-38
+"""Stands for 0 where maxima follow: onnxruntime merges a border of zeros into their windows, which then have none."""
 
 
 def _wrapped_onnx(op: Op, w: Any) -> None:
@@ -316,7 +323,7 @@ def _upsample_onnx(op: Op, w: Any) -> None:
     mode = {"nearest": "nearest", "bicubic": "cubic"}.get(op["mode"], "linear")
     half = "asymmetric" if mode == "nearest" else "align_corners" if op["align_corners"] else "half_pixel"
     more = {"nearest_mode": "floor"} if mode == "nearest" else {"cubic_coeff_a": -0.75} if mode == "cubic" else {}
-    sizes = w.sizes(op, op.shape)
+    sizes = w.sizes(op.shape)
     w.node(
         "Resize", [*w.inputs(op), "", "", sizes], w.output(op), coordinate_transformation_mode=half, mode=mode, **more
     )

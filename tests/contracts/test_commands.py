@@ -12,8 +12,9 @@ import pytest
 import typer
 
 from edgetrain_cli.app import COMMANDS, application, body_of
+from edgetrain_cli.options import Writes
 from edgetrain_cli.settings import parameters
-from stages.errors import UsageError
+from stages.errors import OutputError, UsageError
 from stages.importance.criteria import CRITERIA
 from stages.importance.tasks import TASKS
 from stages.methods.layer_scores import SEARCHES
@@ -150,3 +151,26 @@ def test_a_command_is_callable_with_plain_arguments(tmp_path):
 def options_of(name):
     body = body_of(name)
     return {each.name for each in parameters(body)} if hasattr(body, "parameters") else set()
+
+
+OUTPUTS = [
+    (name, each.name)
+    for name in COMMANDS
+    if hasattr(body_of(name), "parameters")
+    for each in parameters(body_of(name))
+    if any(isinstance(mark, Writes) for mark in each.type.__metadata__)
+]
+
+
+@pytest.mark.parametrize(("command", "option"), OUTPUTS, ids=" ".join)
+def test_outputs_are_checked_before_inputs_are_read(command, option, tmp_path, monkeypatch):
+    """Nothing is computed in vain: an output that cannot be written is named although the input is missing too."""
+    monkeypatch.chdir(tmp_path)
+    needed = {"sources": ["missing"], "arch": "cnn4"}
+    given = {each.name: needed[each.name] for each in parameters(body_of(command)) if each.name in needed}
+    with pytest.raises(OutputError, match="no folder"):
+        body_of(command)(**given, **{option: "nowhere/x.csv" if option == "out" else "nowhere/x.png"})
+
+
+def test_there_are_outputs_to_check():
+    assert len(OUTPUTS) > 15

@@ -22,9 +22,9 @@ from edgetrain_cli.commands.predict import predict as predict_command
 from edgetrain_cli.commands.train_sparse import train_sparse as train_command
 from stages.artifacts.hdf5 import encode
 from stages.artifacts.records import Block, InputSpec, Preparation
-from stages.artifacts.stream import open_records
+from stages.artifacts.stream import is_stream, open_records
 from stages.data.blocks import join_blocks
-from stages.data.doors import blocks_for_model, is_stream
+from stages.data.doors import blocks_for_model
 from stages.data.images import FITS, ImageForm
 from stages.data.reading import Form
 from stages.data.samples import Notes
@@ -302,3 +302,74 @@ def test_a_model_that_knows_names_says_what_it_takes_numbers_for(
     capfd.readouterr()
     evaluate_command(at["a"], [str(tmp_path / "numbers.npz")])
     assert "class 0 for 'cat', 1 for 'dog'" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- what a person had tried
+
+
+@pytest.fixture
+def bracketed(tmp_path: Path) -> tuple[str, Path, str]:
+    """A model, a folder whose names are in brackets, with hidden files in it, and its blocks."""
+    root = tmp_path / "d"
+    for label, name in enumerate(("[red]cat", "[unknown]")):
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = np.full((28, 28), 200 * label + i, np.uint8)
+            Image.fromarray(pixels).save(root / name / f"p[bold]{i}.png")
+    (root / "[red]cat" / "._p.png").write_bytes(b"\0\5\026\7mac")
+    (root / ".ipynb_checkpoints").mkdir()
+    Image.fromarray(pixels).save(root / ".ipynb_checkpoints" / "p.png")
+    base, blocks = str(tmp_path / "base.h5"), str(tmp_path / "d.h5")
+    import_command("cnn4", out=base, quiet=True)
+    pack_command([str(root)], blocks, quiet=True)
+    return base, root, blocks
+
+
+def test_names_in_brackets_are_shown_and_hidden_files_are_no_samples(
+    bracketed: tuple[str, Path, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, root, blocks = bracketed
+    capfd.readouterr()
+    predict_command(base, str(root), support=blocks)
+    evaluate_command(base, [blocks], support=blocks)
+    shown = capfd.readouterr()
+    for text in ("[red]cat", "[unknown]", "p[bold]0.png", "p[bold]1.png"):
+        assert text in shown.out
+    assert "._p" not in shown.out
+    assert "d: left out 2 hidden: .ipynb_checkpoints, [red]cat/._p.png" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("name", "format"), [("a.txt", None), ("a.CSV", None), ("t.csv", "table"), ("a.json", "jsonl")]
+)
+def test_every_answer_is_in_the_file_that_was_named(
+    bracketed: tuple[str, Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, format: str | None
+) -> None:
+    base, root, blocks = bracketed
+    capfd.readouterr()
+    predict_command(base, str(root), str(tmp_path / name), format=format, support=blocks, rows=1, quiet=True)
+    text = (tmp_path / name).read_text()
+    assert all(f"p[bold]{i}.png" in text for i in range(2))
+    assert capfd.readouterr().out == ""
+    with pytest.raises(UsageError, match="suffix"):
+        predict_command(base, str(root), str(tmp_path / "no.json"), support=blocks)
+
+
+def test_boxes_of_annotations_are_cut_from_the_picture_that_they_speak_of(tmp_path: Path) -> None:
+    """MSCOCO's boxes in a picture that EXIF turns, by the width and height that the annotations state."""
+    pixels = np.full((24, 40, 3), 90, np.uint8)
+    pixels[2:10, 2:10], pixels[12:20, 14:22] = (0, 255, 0), (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(pixels).save(tmp_path / "i.png", exif=exif)
+    notes = [{"image_id": 1, "category_id": c, "bbox": box} for c, box in ((1, [2, 2, 8, 8]), (2, [14, 12, 8, 8]))]
+    content = {
+        "images": [{"id": 1, "file_name": "i.png", "width": 40, "height": 24}],
+        "categories": [{"id": 1, "name": "green"}, {"id": 2, "name": "blue"}],
+        "annotations": notes,
+    }
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    block = packed([tmp_path / "c.json"], Opening(image=ImageForm(size=(8, 8))))
+    names = [block.name_of(int(label)) for label in block.y]
+    means = dict(zip(names, np.asarray(block.x).reshape(2, -1, 3).mean(1).tolist(), strict=True))
+    assert means == {"green": [0, 255, 0], "blue": [0, 0, 255]}

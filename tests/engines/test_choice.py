@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from stages.settings import training as settings
 from stages.sparse_training import StreamTraining, train_stream
 from stages.training.adaptation import Adapting, adapt
 from stages.training.updates import cache_prefix, gradient_update
-from tests.rounding import longest_sum, no_worse
+from tests.rounding import check_features, longest_sum, no_worse
 
 needs_native = pytest.mark.skipif(not is_built(), reason="the native library is not built: no C compiler")
 SMALL = {"cnn4": {"width": 8, "size": 28}, "mobilenetv2-w0.35": {"size": 32}, "squeezenet": {"size": 64}}
@@ -128,3 +130,11 @@ def test_a_stream_trains_by_the_native_engine():
 def test_unknown_engines_are_named():
     with pytest.raises(UsageError, match="one of torch, native"):
         make_net(backbone("cnn4"), (), "tpu")
+
+
+@needs_native
+@pytest.mark.parametrize("arch", SMALL)
+def test_features_are_as_near_to_the_exact_ones_as_the_torch_engines(arch):
+    base = backbone(arch)
+    x = inputs(base, 3)
+    check_features(replace(base, engine="native").features(x), base, x)

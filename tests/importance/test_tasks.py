@@ -11,6 +11,7 @@ from stages.importance.tasks import TASKS, build_task, head_loss
 from stages.models.heads import prototype_head
 from stages.models.inputs import adapt
 from tests.importance.nets import INPUT, deployed, mixed
+from tests.rounding import Bounded, check_features, exact_features, exact_logits, gamma, longest_sum, no_worse
 
 BACKBONE = deployed(mixed())
 
@@ -43,7 +44,9 @@ def test_prototypes_are_class_means_of_the_support_as_it_is():
     task = build("prototypes", block)
     features = BACKBONE.features(adapt(block.x, "NCHW", INPUT))
     means = torch.stack([features[block.y == label].mean(0) for label in (3, 10, 17)])
-    np.testing.assert_allclose(task.head.weight, means.numpy(), rtol=1e-5)
+    exact = exact_features(BACKBONE, adapt(block.x, "NCHW", INPUT))
+    exact = torch.stack([exact[block.y == label].mean(0) for label in (3, 10, 17)])
+    no_worse(torch.from_numpy(task.head.weight), means, exact, longest_sum(BACKBONE.graph))
     assert task.head.labels.tolist() == [3, 10, 17]
     assert task.targets.tolist() == [0, 1, 2] * 4
 
@@ -72,8 +75,7 @@ def test_the_scale_is_that_of_the_runs_prototypes(head, scale):
 def test_a_class_of_one_sample_is_its_own_prototype():
     block = support(3, classes=3)
     task = build("prototypes", block)
-    features = BACKBONE.features(adapt(block.x, "NCHW", INPUT))
-    np.testing.assert_allclose(task.head.weight, features.numpy(), rtol=1e-5)
+    check_features(torch.from_numpy(task.head.weight), BACKBONE, adapt(block.x, "NCHW", INPUT))
 
 
 # ----------------------------------------------------------------------------------------------------------- linear
@@ -110,10 +112,10 @@ def test_classes_without_a_row_are_imprinted():
 def test_the_loss_is_cross_entropy_sample_by_sample():
     head = linear_head([0, 1, 2])
     features, targets = torch.randn(4, 5), torch.tensor([0, 2, 1, 1])
-    expected = [
-        functional.cross_entropy(features[i] @ torch.tensor(head.weight).T, targets[i]).item() for i in range(4)
-    ]
-    np.testing.assert_allclose(head_loss(head)(features, targets).numpy(), expected, rtol=1e-5)
+    scores = exact_logits(head, features.double())
+    exact = torch.stack([functional.cross_entropy(scores[i], targets[i]) for i in range(4)])
+    bound = 2 * gamma(5 + 3) * (features.abs() @ torch.tensor(head.weight).abs().T).double().amax(1) + gamma(8)
+    Bounded(exact, bound).check(head_loss(head)(features, targets))
 
 
 def test_batches_hold_every_sample_once_in_order():

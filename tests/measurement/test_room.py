@@ -67,7 +67,4 @@ def test_who_chooses_a_number_gets_it(machine):
 
 
 def test_what_is_held_is_said_in_one_line(machine):
-    assert (
-        str(fit(0, 4 * MIB, 2, machine=machine))
-        == "holds up to 120 MiB of 1,024 MiB that are free: 2 samples at a time"
-    )
+    assert str(fit(0, 4 * MIB, 2, machine=machine)) == "holds up to 120 MiB (1 GiB free), 2 samples at once"

@@ -67,13 +67,13 @@ def test_tinytrain_keeps_its_budgets_and_uses_its_settings(backbone, task):
 
 
 def test_transductive_loss_by_hand():
-    features = torch.eye(2).repeat(2, 1)
-    features[3] = torch.tensor([1.0, 1.0])
+    features = torch.eye(2, dtype=torch.float64).repeat(2, 1)
+    features[3] = 1.0
     # support logits (1, 0) and (0, 1); query distributions softmax(1, 0) and (1/2, 1/2)
     p = 1 / (1 + np.exp(-1))
     entropy = (-(p * np.log(p) + (1 - p) * np.log(1 - p)) + np.log(2)) / 2
     found = transductive_loss(features, torch.tensor([0, 1]), 2, 1.0)
-    assert found.item() == pytest.approx(-np.log(p) + entropy, rel=1e-5)
+    assert found.item() == pytest.approx(-np.log(p) + entropy, rel=1e-10)
 
 
 def test_transductive_training_lowers_its_loss(backbone, task):

@@ -152,6 +152,11 @@ def dense_net(growth: int = 6, depth: int = 5) -> nn.Module:
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+def normed_net() -> nn.Module:
+    """A convolution and a GroupNorm, whose scale is a layer of its own."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def write_module(folder: Path, name: str = "user_models") -> None:
     """A file that defines factories of user models, importable once `folder` is on the path."""
     source = """

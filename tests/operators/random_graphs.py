@@ -1,4 +1,4 @@
-"""Random graphs over all kinds of the table, drawn by hypothesis: maps, tokens and vectors, gates, attention, sharing."""
+"""Random graphs over all kinds of the table, drawn by hypothesis: maps, tokens, vectors, gates, attention, sharing."""
 
 from __future__ import annotations
 
@@ -95,10 +95,8 @@ class Growing:
     def join(self, x: Op) -> Op:
         axis = self.pick(*range(len(x.shape)))
         rest = (*x.shape[:axis], *x.shape[axis + 1 :])
-        others = [
-            op for op in self.ops
-            if len(op.shape) == len(x.shape) and (*op.shape[:axis], *op.shape[axis + 1 :]) == rest and prod(op.shape) < 100
-        ]  # fmt: skip
+        same = [op for op in self.ops if len(op.shape) == len(x.shape) and prod(op.shape) < 100]
+        others = [op for op in same if (*op.shape[:axis], *op.shape[axis + 1 :]) == rest]
         return self.add("concat", x, self.pick(*others, x), axis=axis)
 
     def cut(self, x: Op) -> Op:

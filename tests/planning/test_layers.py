@@ -19,7 +19,7 @@ from stages.planning.layers import SELECTORS, exhaustive, greedy, knapsack, sele
 from stages.planning.problem import Channels, Evidence, Problem, nothing_fits, pose
 from tests.cost.nets import backbone, conv, inverted_residual, op_input, unary
 from tests.models.nets import dense_net, folded
-from tests.planning.problems import chain_problem, costs, problems, random_scores
+from tests.planning.problems import chain_problem, costs, problems, random_durations, random_scores
 
 
 @settings(max_examples=100, deadline=None)
@@ -163,6 +163,20 @@ def test_the_smallest_macs_are_named():
     graph = inverted_residual()
     with pytest.raises(BudgetError, match="at least 512 backward MACs"):  # one channel of b.project: 64 * 8
         select_layers(tight(graph, random_scores(graph, 3), memory_bytes=2**20, backward_macs=511), "knapsack")
+
+
+def test_the_smallest_latency_is_named_in_milliseconds():
+    graph = inverted_residual()
+    measured = random_durations(graph, 3)
+    problem = pose(graph, random_scores(graph, 3), Budget(latency_s=1e-9), Channels(), Evidence(), measured=measured)
+    least_ns = min(problem.usage([option.update])[2] for one in problem.candidates for option in one.options)
+    assert f"at least {least_ns / 1e6:g} ms" in str(nothing_fits(problem))
+
+
+@pytest.mark.parametrize("ratios", [(), (0.0,), (1.0, -0.5), (1.5,)])
+def test_channel_ratios_are_more_than_0_and_at_most_1(ratios):
+    with pytest.raises(UsageError, match="channel ratio"):
+        Channels(ratios=ratios)
 
 
 def test_both_budgets_are_named_when_both_are_too_small():

@@ -164,18 +164,18 @@ TORCHS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_rule_is_torchs(name: str) -> None:
-    start = torch.linspace(-2, 2, 7)
+    start = torch.linspace(-2, 2, 7, dtype=torch.float64)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     momentum = 0.9 if name == "sgd" else 0.0
     optimizer = make_optimizer([ours], Optimizing(optimizer=name, weight_decay=0.03, momentum=momentum))
     oracle = TORCHS[name]([theirs])
     for update in range(20):
-        ours.grad = torch.cos(torch.arange(7.0) * update)
+        ours.grad = torch.cos(torch.arange(7, dtype=torch.float64) * update)
         theirs.grad = ours.grad.clone()
         optimizer.step(0.1)
         oracle.step()
     assert float((ours - start).detach().abs().max()) > 0.1
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_no_optimiser_imports_torchs_compiler() -> None:

@@ -52,8 +52,31 @@ def test_a_round_waits_for_the_fewest_samples():
     assert buffer.wants_to_close()
 
 
+def test_more_than_the_fewest_samples_are_enough():
+    buffer = demand(least=2)
+    buffer.arrive(block([0, 1, 0]))
+    look(buffer)
+    assert buffer.wants_to_close()
+
+
 def test_nothing_waits_unless_something_arrived():
-    assert demand().take() is None
+    buffer = demand()
+    assert buffer.take() is None
+    buffer.arrive(block([0, 1]))
+    look(buffer)
+    assert buffer.take() is None
+
+
+def test_a_backlog_that_is_just_full_loses_nothing():
+    for first in (9, 10):
+        buffer = demand(keep=10, backlog=10)
+        buffer.arrive(block([0] * first))
+        look(buffer)
+        assert buffer.close().per_class["missed"].tolist() == [0]
+    buffer = demand(keep=10, backlog=10)
+    buffer.arrive(block([0] * 11))
+    look(buffer)
+    assert buffer.close().per_class["missed"].tolist() == [6]
 
 
 def test_the_backlog_is_bounded_and_what_exceeds_it_is_counted_by_class():

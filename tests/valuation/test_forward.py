@@ -1,5 +1,6 @@
 """The forward pass over candidates: fast equals plain, and stopping early leaves the estimate unbiased."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -8,7 +9,6 @@ import torch
 
 from stages.artifacts.live import Version
 from stages.artifacts.records import Block, Model
-from stages.engines.torch.reference import run
 from stages.errors import DataError, UsageError
 from stages.graphs.graph import Graph
 from stages.models import registry
@@ -17,6 +17,7 @@ from stages.models.inputs import adapt
 from stages.planning.baselines import named_plan
 from stages.valuation.forward import ANYTIME_CHUNK, Forward, scoring_order, standing_for
 from stages.valuation.scoring import Weights
+from tests.rounding import check_features
 
 ARGS = {"width": 6, "size": 16}
 RNG = np.random.default_rng(0)
@@ -44,11 +45,6 @@ def weights(layer=None):
     return start.at(Version(1, {name: START.tensors[name].numpy() * 1.5}, None))
 
 
-def plain(block, known):
-    with torch.inference_mode():
-        return known.backbone.features(adapt(block.x, "NHW", START.input)).numpy()
-
-
 class Keys:
     """A generator that draws the keys it was given."""
 
@@ -67,7 +63,7 @@ def test_features_follow_the_weights(updates):
     names = [op.name for op in START.graph.layers]
     for known in (weights(), weights(names[-1]), weights(names[0]), weights()):
         looked = forward.look(block, np.full(40, 1 / 40), known, rng=RNG)
-        np.testing.assert_allclose(looked.features.numpy(), plain(block, known), rtol=1e-4, atol=1e-5)
+        check_features(looked.features, known.backbone, adapt(block.x, "NHW", START.input))
         np.testing.assert_array_equal(looked.pool.x, block.x)
         np.testing.assert_array_equal(looked.mass, np.full(40, 1 / 40))
 
@@ -77,8 +73,8 @@ def test_what_is_sent_is_the_frozen_layers_output():
     looked = forward.look(block, np.full(40, 1 / 40), weights(), rng=RNG)
     [name] = looked.pool.facts["boundary"].split()
     before = Graph(START.graph.ops[: START.graph.position[name] + 1])
-    expected = run(before, START.tensors, adapt(block.x, "NHW", START.input)).numpy()
-    np.testing.assert_allclose(looked.pool.columns["boundary0"], expected, rtol=1e-4, atol=1e-5)
+    found = torch.from_numpy(looked.pool.columns["boundary0"])
+    check_features(found, replace(START, graph=before), adapt(block.x, "NHW", START.input))
     np.testing.assert_array_equal(forward.attach(block).columns["boundary0"], looked.pool.columns["boundary0"])
 
 
@@ -101,7 +97,7 @@ def test_scoring_stops_when_the_batch_is_wanted():
 
     looked = forward.look(block, np.full(40, 1 / 40), weights(), ready=ready, rng=np.random.default_rng(3))
     assert len(looked.pool) == 2 * ANYTIME_CHUNK
-    np.testing.assert_allclose(looked.features.numpy(), plain(looked.pool, weights()), rtol=1e-4, atol=1e-5)
+    check_features(looked.features, weights().backbone, adapt(looked.pool.x, "NHW", START.input))
     masses = np.bincount(looked.pool.y, weights=looked.mass)
     np.testing.assert_allclose(masses, np.bincount(block.y) / 40)
 

@@ -18,8 +18,8 @@ def last_layer(rng, n=20, classes=4, dim=5):
 
 def test_equals_per_sample_gradients_of_torch_func():
     rng = np.random.default_rng(0)
-    layer = torch.nn.Linear(6, 3)
-    x, y = torch.from_numpy(rng.normal(size=(12, 6))).float(), torch.from_numpy(rng.integers(0, 3, 12))
+    layer = torch.nn.Linear(6, 3).double()
+    x, y = torch.from_numpy(rng.normal(size=(12, 6))), torch.from_numpy(rng.integers(0, 3, 12))
     parameters = {name: value.detach() for name, value in layer.named_parameters()}
 
     def loss(parameters, sample, target):
@@ -31,8 +31,8 @@ def test_equals_per_sample_gradients_of_torch_func():
 
     p = torch.softmax(layer(x), 1).detach().double().numpy()
     closed = LastLayer(p - np.eye(3)[y.numpy()], x.double().numpy())
-    np.testing.assert_allclose(closed.squared_norms, (expected**2).sum(1), rtol=1e-5)
-    np.testing.assert_allclose(closed.inner_products(), expected @ expected.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(closed.squared_norms, (expected**2).sum(1), rtol=1e-10)
+    np.testing.assert_allclose(closed.inner_products(), expected @ expected.T, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("n", "groups"), [(4, 2), (200, 3)], ids=["by inner products", "by sums"])

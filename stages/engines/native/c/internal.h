@@ -130,7 +130,7 @@ uint32_t et_crc(uint32_t crc, const void *data, uint64_t bytes);
 static inline float et_sqrtf(float x) { return __builtin_sqrtf(x); }
 
 /* exp and log of float, the same bits on every machine where products and sums are rounded one by one; without branches,
- * so that compilers make vectors of them. Within 2 units in the last place; exp saturates at 2e38. */
+ * so that compilers make vectors of them. Within 3 units in the last place; exp saturates at e^88. */
 static inline float et_expf(float x) {
     const float c = x > 88.0f ? 88.0f : x, v = c > -87.3f ? c : -87.3f;
     const float s = v * 1.44269504f;
