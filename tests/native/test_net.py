@@ -3,6 +3,9 @@ not depend on vectors, threads or what an arena held before."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 
 from stages.artifacts.records import LayerUpdate, Model, detached_layers
 from stages.engines.native import library
-from stages.engines.native.lowering import NotCovered, arena_bytes, lower, uncovered
+from stages.engines.native.lowering import NotCovered, arena_bytes, lower, training_bytes, uncovered
 from stages.engines.native.net import LOT, NativeNet
 from stages.engines.torch.live import Live
 from stages.engines.torch.net import SparseNet
@@ -220,6 +223,25 @@ def test_what_an_arena_held_before_changes_nothing(backbone, updates, x):
     net.backward(kept, pull(features))
     assert np.array_equal(features, expected[0])
     assert all(np.array_equal(net.gradients()[name], value) for name, value in expected[1].items())
+
+
+@pytest.mark.parametrize(("threads", "batch"), [(1, 1), (2, 2 * LOT + 3)])
+def test_memory_is_what_was_foreseen(backbone, updates, x, threads, batch):
+    net = native(backbone, updates, threads=threads)
+    boundary = net.prefix(x[:batch])
+    features, kept = net.forward(boundary)
+    held = [net.live, net.gradient, features, kept, *boundary]
+    held += [array for worker in net._workers for array in (worker.arena, worker.gradient)]
+    found = sum(array.nbytes for array in held)
+    assert found == training_bytes(backbone.graph, updates, batch=batch, workers=threads)
+    live = net.live.nbytes
+    assert training_bytes(backbone.graph, updates, batch=batch, workers=threads, state=2) == found + 2 * live
+    assert training_bytes(backbone.graph, updates, batch=batch, workers=threads, head=7) == found + 2 * 7 * 4
+
+
+def test_the_engine_needs_no_torch():
+    code = "import sys, stages.engines.native.net; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_running_forward_again_equals_keeping(backbone, updates, x):

@@ -13,7 +13,7 @@ from math import prod
 from stages.artifacts.records import LayerUpdate, detached_layers
 from stages.engines.native import arena, layers
 from stages.engines.native.builder import Builder, map_of, mark_of
-from stages.engines.native.chains import Chain, Cuts, ring_rows, sources
+from stages.engines.native.chains import Chain, Cuts, ring_rows
 from stages.engines.native.channels import Channels
 from stages.engines.native.plan import check_plan
 from stages.engines.native.program import Buffer, Lowering, Step
@@ -60,6 +60,26 @@ def lower(graph: Graph, updates: Sequence[LayerUpdate], *, separate: bool = Fals
 def arena_bytes(graph: Graph, updates: Sequence[LayerUpdate]) -> int:
     """Bytes of the arena in which one worker trains `updates`, or runs the graph where there are none."""
     return lower(graph, updates).arena_bytes
+
+
+def training_bytes(
+    graph: Graph, updates: Sequence[LayerUpdate], *, batch: int = 1, workers: int = 1, state: int = 0, head: int = 0
+) -> int:
+    """Bytes that training holds beside the image and the samples, as `net.NativeNet` allocates them.
+
+    Args:
+        batch: samples whose loss is taken together: each one's boundary, features and what its backward pass needs.
+        workers: threads, each with an arena and gradients of its own.
+        state: the optimiser's values per live value (0 for SGD, 1 with momentum, 2 for Adam).
+        head: values of the classifier on the features, with their gradients and state.
+    """
+    program = lower(graph, updates)
+    boundary = sum(buffer.floats for buffer in program.boundary)
+    return (
+        workers * 4 * (program.arena_floats + program.live_floats)
+        + 4 * (2 + state) * (program.live_floats + head)
+        + batch * (program.kept_bytes + 4 * (boundary + program.features))
+    )
 
 
 class _Lower:
@@ -250,6 +270,3 @@ def _ancestors(graph: Graph, names: Collection[str]) -> set[str]:
         if op.name in found:
             found.update(op.inputs)
     return found
-
-
-__all__ = ["NotCovered", "arena_bytes", "lower", "sources", "uncovered"]
