@@ -7,7 +7,7 @@ spaces keep it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -24,16 +24,12 @@ Run = tuple[int, int, bool]
 class Channels:
     """The order of every value's channels; `of[name][i]` is the graph's number of the i-th."""
 
-    def __init__(self, graph: Graph, updates: Iterable[LayerUpdate], flows: Mapping[str, str]) -> None:
-        """`flows`: how an operator of each kind treats channels: `same`, `own` or `fixed`."""
+    def __init__(self, graph: Graph, updates: Iterable[LayerUpdate], flow_of: Callable[[Op], str]) -> None:
+        """`flow_of`: how an operator treats channels: `same`, its `own`, or `fixed` to the graph's order."""
         self._parent = {op.name: op.name for op in graph.ops}
         fixed = {graph.ops[0].name}
         for op in graph.ops[1:]:
-            flow = "same" if op.is_depthwise else flows[op.kind]
-            if op.kind == "conv" and op.groups > 1 and not op.is_depthwise:
-                flow = "fixed"
-            if op.kind == "flatten" and np.prod(op.in_shape[1:]) == 1:
-                flow = "same"
+            flow = flow_of(op)
             if flow == "same":
                 for source in op.inputs:
                     self._join(op.name, source)
