@@ -93,10 +93,6 @@ def preload() -> None:
     """Import what the stages share, once, and keep the garbage collector from touching it after the fork."""
     for module in PRELOADED:
         importlib.import_module(module)
-    torch = sys.modules["torch"]
-    torch.overrides.is_tensor_method_or_property(
-        torch.relu
-    )  # tracing a model lists torch's functions when it asks this
     gc.collect()
     gc.freeze()
 

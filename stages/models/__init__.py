@@ -1,1 +1,1 @@
-"""Architectures, tracing, the deploy form, input adapters and heads."""
+"""Architectures, the deploy form, the user's state dict, input adapters and heads."""

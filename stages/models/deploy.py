@@ -77,6 +77,8 @@ def deploy(model: Model, *, allow: str | None = None, engine: str = "torch") -> 
     check_tensors(tensor_shapes(graph), tensors, "/model/tensors")
     if model.form == "batchnorm":
         graph, tensors = fold(graph, tensors)
+    elif any(op.operator.statistics for op in graph.ops):
+        raise DataError("/model/graph", "a BatchNorm in deploy form", "form batchnorm, or a folded graph")
     return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input, engine)
 
 
@@ -90,8 +92,11 @@ def open_graph(model: Model) -> Graph:
 
 
 def _float32(name: str, array: Array) -> Tensor:
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"/model/tensors/{name}", f"{array.dtype}", "numbers")
     value = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape).copy())
-    if not bool(torch.isfinite(value).all()) and not name.endswith(".value"):
+    masks = name.endswith(".value")  # a constant may hold an attention mask's infinities
+    if not bool((~torch.isnan(value) if masks else torch.isfinite(value)).all()):
         raise DataError(f"/model/tensors/{name}", "a value that is not finite", "finite weights")
     return value
 

@@ -125,7 +125,10 @@ def user_state(model: Model, tensors: Mapping[str, Array]) -> dict[str, Array]:
 def _put(state: dict[str, Array], row: Row, value: Array, model: Model) -> None:
     value = value.T if row.get("transposed") else value
     if row.get("rows", -1) < 0:
-        state[row["name"]] = value.reshape(row["shape"]) if "shape" in row else value
+        value = value.reshape(row["shape"]) if "shape" in row else value
+        if not np.array_equal(state.setdefault(row["name"], value), value):
+            found = "a weight that two layers use in different forms, trained in one"
+            raise UsageError(row["name"], found, "the same values in both", "export to .onnx instead")
         return
     whole = state.setdefault(row["name"], np.array(model.rest[row["name"]]))
     start = row.get("start", 0)

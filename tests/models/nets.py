@@ -1,4 +1,4 @@
-"""Small user models for the tests of tracing, folding, importing and exporting."""
+"""Small user models for the tests of capturing, folding, importing and exporting."""
 
 from __future__ import annotations
 
