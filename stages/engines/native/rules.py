@@ -54,6 +54,11 @@ def fixed(op: Op) -> str:
     return "fixed"
 
 
+def joined(op: Op) -> str:
+    """The inputs' channels, one value's behind the other's."""
+    return "joined"
+
+
 def always(op: Op) -> bool:
     """Whatever the operator."""
     return True
@@ -69,7 +74,7 @@ class Rule:
     """How a kind of operator is lowered."""
 
     channels: Callable[[Op], str]
-    """Its output's channels: the `same` as its inputs', its `own`, or `fixed` to the graph's order."""
+    """Its output's channels: the `same` as its inputs', its `own`, all its inputs' `joined`, or `fixed` in order."""
     forward: Forward
     backward: Backward
     rows: bool = False
@@ -573,7 +578,7 @@ RULES: dict[str, Rule] = {
     "add": Rule(same, _sum, _sum_back, refuses=_refuses_multiply, in_place=lambda op: op.in_shapes[0] == op.shape),
     "subtract": Rule(same, _sum, _sum_back, refuses=_refuses_subtract, in_place=always),
     "multiply": Rule(same, _multiply, _multiply_back, refuses=_refuses_multiply),
-    "concat": Rule(fixed, _concat, _concat_back, refuses=_refuses_axis),
+    "concat": Rule(joined, _concat, _concat_back, refuses=_refuses_axis),
     **{kind: Rule(fixed, _take, _take_back, refuses=_refuses_axis) for kind in ("slice", "take")},
     "pad": Rule(same, _pad, _pad_back, refuses=_refuses_pad),
     "constant": Rule(fixed, _constant, _no_gradient),
