@@ -157,12 +157,12 @@ def with_graph(model: Model, *, allow: str | None = None) -> Model:
 
 
 def _upgraded(model: Model, allow: str | None) -> Model:
-    from stages.models.state import from_state, state_rows
+    from stages.models.state import arrays_of, from_state, state_rows
 
     module, captured = code_of(model.arch, model.arch_args, model.input.shape, allow=allow)
     last = final_linear(captured)
     cut = last if last and f"{last}.weight" not in model.tensors else ""
-    state = {name: value.detach().cpu().numpy() for name, value in module.state_dict().items()}
+    state = arrays_of(module)
     if model.form == "batchnorm":
         expected = {name: tuple(value.shape) for name, value in state.items() if is_weight(name)}
         expected = {name: shape for name, shape in expected.items() if not cut or name.rpartition(".")[0] != cut}
@@ -172,7 +172,7 @@ def _upgraded(model: Model, allow: str | None) -> Model:
     graph: Graph = captured.graph
     if cut:
         graph, tensors = without_last(graph, tensors)
-    rows, rest = state_rows(state, captured, cut)
+    rows, rest = state_rows(module, state, captured, cut)
     if model.form == "deploy":
         graph, _ = fold(graph, tensors)
         tensors = _old_tensors(graph, model.tensors)
