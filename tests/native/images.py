@@ -97,8 +97,8 @@ def cases() -> Iterator[tuple[str, Graph, list[LayerUpdate]]]:
     ]  # fmt: skip
     yield "blocks-all", graph, [part(graph, op.name, "output", 1, bias=True) for op in graph.layers]
     yield "mixed-part", other, [
-        part(other, "grouped", "input", 2, bias=True), part(other, "dense", "output", 4),
-        part(other, "linear", "output", 3), part(other, "narrow", "input", 5, detached=True),
+        part(other, "dense", "output", 4), part(other, "grouped", "input", 2, bias=True),
+        part(other, "narrow", "input", 5, detached=True), part(other, "linear", "output", 3),
     ]  # fmt: skip
     yield "mixed-all", other, [part(other, op.name, "output", 1, bias=True) for op in other.layers]
     from tests.native.test_kinds import CASES, plan

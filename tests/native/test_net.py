@@ -320,9 +320,9 @@ def test_a_kind_without_a_kernel_is_named(backbone):
 @pytest.mark.parametrize(
     ("update", "found"),
     [
-        (LayerUpdate("nowhere", "output", (0,), 4), "no such layer"),
+        (LayerUpdate("nowhere", "output", (0,), 4), "nowhere"),
         (LayerUpdate("stem", "output", (0,), 5), "5 output channels"),
-        (LayerUpdate("stem", "output", (), 16), "nothing that trains"),
+        (LayerUpdate("stem", "output", (), 16), "nothing trains"),
         (LayerUpdate("stem", "output", (2, 1), 16), "ascending"),
     ],
 )

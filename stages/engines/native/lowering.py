@@ -15,11 +15,11 @@ from stages.engines.native import arena, layers
 from stages.engines.native.builder import Builder, map_of, mark_of
 from stages.engines.native.chains import Chain, Cuts, ring_rows
 from stages.engines.native.channels import Channels
-from stages.engines.native.plan import check_plan
 from stages.engines.native.program import Buffer, Lowering, Step
 from stages.engines.native.rules import RULES, Node, apply_bits, in_place, keep_bits, plus
 from stages.engines.native.units import BITS, Unit, units_of
 from stages.errors import UsageError
+from stages.graphs.checking import check_updates
 from stages.graphs.graph import Graph
 
 
@@ -53,7 +53,8 @@ def lower(graph: Graph, updates: Sequence[LayerUpdate], *, separate: bool = Fals
     if reason := uncovered(graph):
         where, _, what = reason.partition(": ")
         raise NotCovered(where, what, "what the native engine has", "use --engine torch")
-    check_plan(graph, updates)
+    if updates:
+        check_updates(updates, graph)
     return _Lower(graph, updates, chains).run(separate=separate)
 
 
