@@ -50,6 +50,12 @@ class Constant:
     """The entries of the state dict that it was made from."""
 
 
+class Missing(NamedTuple):
+    """A result that a translated call does not have: the indices of a pooling."""
+
+    call: str
+
+
 @dataclass
 class Construction:
     """A graph under construction."""
@@ -60,6 +66,8 @@ class Construction:
     origins: dict[str, Origin] = field(default_factory=dict)
     computed: dict[str, frozenset[str]] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
+    dtype: torch.dtype = torch.float32
+    """The input's: what constants beside values are made of."""
     owners: dict[Any, str] = field(default_factory=dict)
     """Identity of a weight -> the operator that holds it."""
 
@@ -70,7 +78,7 @@ class Construction:
         if name in signature.user_inputs:
             if self.ops:
                 raise UsageError("the model's forward", f"a second input {name}", "one input tensor")
-            shape = tuple(node.meta["val"].shape)[1:]
+            shape, self.dtype = tuple(node.meta["val"].shape)[1:], node.meta["val"].dtype
             self.add(Op(self.fresh("input"), "input", (), shape))
             return Value(self.ops[0].name, shape, (BATCH, *shape))
         place = signature.inputs_to_parameters.get(name) or signature.inputs_to_buffers.get(name)
@@ -89,7 +97,8 @@ class Construction:
         self.taken.add(op.name)
 
     def fresh(self, base: str) -> str:
-        """A free name: the base, numbered when taken."""
+        """A free name: the base, numbered when taken. A slash would part names in a record."""
+        base = base.replace("/", "_")
         if base not in self.taken:
             return base
         return next(name for i in range(1, len(self.taken) + 2) if (name := f"{base}_{i}") not in self.taken)
@@ -140,46 +149,11 @@ class Call:
         with torch.no_grad():
             found = self.node.target(*plain, **named)
         sources = frozenset().union(*(constant.sources for constant in constants))
-        if isinstance(found, Tensor):
-            return Constant(found, self._origin(args, found), sources)
-        if isinstance(found, list | tuple):
-            return [self._part(args, part, found[:i], sources) for i, part in enumerate(found)]
-        return found
-
-    def _part(self, args: Sequence[Any], part: Any, before: Sequence[Any], sources: frozenset[str]) -> Any:
-        """One of several results; rows of an entry stay rows of it."""
-        if not isinstance(part, Tensor):
-            return part
-        first = args[0]
-        whole = isinstance(first, Constant) and first.origin is not None
-        if whole and self.name.startswith(("split", "chunk")) and (len(args) < 3 or args[2] == 0):
-            start = sum(len(piece) for piece in before)
-            return Constant(part, replace(first.origin, start=first.origin.start + start, rows=len(part)), sources)
-        return Constant(part, None, sources)
-
-    def _origin(self, args: Sequence[Any], found: Tensor) -> Origin | None:
-        """The entry that a folded call only hands on: whole, some rows, or turned."""
-        first = args[0] if args else None
-        if not isinstance(first, Constant) or first.origin is None:
-            return None
-        same = found.data_ptr() == first.tensor.data_ptr() and found.numel() == first.tensor.numel()
-        if self.name in ("t.default", "transpose.int", "permute.default", "numpy_T.default") and found.ndim == 2:
-            return (
-                replace(first.origin, transposed=not first.origin.transposed)
-                if found.T.shape == first.tensor.shape
-                else None
-            )
-        if same and found.shape == first.tensor.shape:
-            return first.origin
-        if (
-            self.name == "slice.Tensor"
-            and found.shape[1:] == first.tensor.shape[1:]
-            and (len(args) < 2 or args[1] == 0)
-        ):
-            start = args[2] if len(args) > 2 and args[2] else 0
-            step = args[4] if len(args) > 4 else 1
-            return replace(first.origin, start=first.origin.start + start, rows=len(found)) if step == 1 else None
-        return None
+        parts = [
+            Constant(part, _origin(args, part), sources) if isinstance(part, Tensor) else part
+            for part in (found if isinstance(found, list | tuple) else [found])
+        ]
+        return parts if isinstance(found, list | tuple) else parts[0]
 
     def apply(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """The result of another ATen call that this one consists of."""
@@ -276,7 +250,7 @@ class Call:
 
     def constant(self, part: Constant, tensor: Tensor) -> Value:
         """The tensor of a constant, shaped for single samples, as an operator without inputs."""
-        part = replace(part, tensor=tensor.to(torch.float32) if not tensor.is_floating_point() else tensor)
+        part = replace(part, tensor=tensor.to(self.b.dtype))
         name = self.b.fresh(part.origin.name if part.origin is not None else f"{self.path}.constant".lstrip("."))
         self.b.add(Op(name, "constant", (), tuple(part.tensor.shape)))
         self._hold(f"{name}.value", part)
@@ -313,12 +287,19 @@ class Call:
         """Raise `UsageError` that names the module the call stands in."""
         raise UsageError(self.path or "the model's forward", found, expected, fix)
 
+    def refuse_whole_numbers(self) -> None:
+        """Refuse a call whose result is no floating-point tensor."""
+        result = self.node.meta.get("val")
+        if isinstance(result, Tensor) and not result.is_floating_point():
+            dtype = str(result.dtype).removeprefix("torch.")
+            self.refuse(f"{as_written(self.node, self.name)} makes {dtype} of activations", "floating-point values")
+
     def per_sample(self, full: Shape) -> Shape:
         """A captured shape without the batch. Refuses one in which the batch is missing or twice."""
         axes = [i for i, size in enumerate(full) if size and size % BATCH == 0]
         if len(axes) != 1:
             self.refuse(
-                f"{as_written(self.node, self.name)} mixes the samples of a batch: shape {_shown(full)}",
+                f"{as_written(self.node, self.name)} mixes the samples of a batch: shape {shown(full)}",
                 "each sample by itself",
                 "keep the batch in an axis of its own",
             )
@@ -397,7 +378,7 @@ class Call:
         value = self.value(x)
         if len(value.full) != axes + 2 or value.batch_axis != 0 or not value.batch_alone:
             self.refuse(
-                f"{as_written(self.node, self.name)} of {_shown(value.full)}",
+                f"{as_written(self.node, self.name)} of {shown(value.full)}",
                 "(N, C, T) or (N, C, H, W), N the batch alone",
                 "keep the batch in the first axis",
             )
@@ -407,14 +388,14 @@ class Call:
         """`x` with its channels behind the batch, as norms read it. Refuses a batch elsewhere."""
         value = self.value(x)
         if len(value.full) < 2 or value.batch_axis != 0:
-            self.refuse(f"{as_written(self.node, self.name)} of {_shown(value.full)}", "(N, C, ...)")
+            self.refuse(f"{as_written(self.node, self.name)} of {shown(value.full)}", "(N, C, ...)")
         return value
 
     def grouped(self, x: Any) -> Value:
         """`x` with its channels first in every sample. Refuses a batch that shares its axis."""
         value = self.channels_first(x)
         if not value.batch_alone:
-            self.refuse(f"{as_written(self.node, self.name)} of {_shown(value.full)}", "(N, C, ...), N the batch alone")
+            self.refuse(f"{as_written(self.node, self.name)} of {shown(value.full)}", "(N, C, ...), N the batch alone")
         return value
 
     def last_axis_free(self, x: Any) -> Value:
@@ -453,7 +434,7 @@ class Call:
         full[dim] = -(-(stop - start) // step)
         inner = Call(self.b, self.node, self.name, self.path, tuple(full))
         if stop <= start or x.full[dim] % BATCH == 0:
-            self.refuse(f"{as_written(self.node, self.name)} {start}:{stop} of {_shown(x.full)}", "part of a sample")
+            self.refuse(f"{as_written(self.node, self.name)} {start}:{stop} of {shown(x.full)}", "part of a sample")
         return inner.emit("slice", [x], axis=axis, start=start, stop=stop, step=step)
 
     def aligned(self, a: Any, b: Any) -> list[Value]:
@@ -462,7 +443,7 @@ class Call:
             behind = [len(x.full) - x.batch_axis for x in (a, b)]
             if behind[0] != behind[1]:
                 self.refuse(
-                    f"{as_written(self.node, self.name)} of {_shown(a.full)} and {_shown(b.full)}", "one batch axis"
+                    f"{as_written(self.node, self.name)} of {shown(a.full)} and {shown(b.full)}", "one batch axis"
                 )
             return [a, b]
         value = a if isinstance(a, Value) else b
@@ -478,7 +459,7 @@ class Call:
         if at < 0 or not value.batch_alone:
             return tensor
         if tensor.shape[at] != 1:
-            self.refuse(f"a constant {tuple(tensor.shape)} beside {_shown(value.full)}", "the same for every sample")
+            self.refuse(f"a constant {tuple(tensor.shape)} beside {shown(value.full)}", "the same for every sample")
         return tensor.squeeze(at)
 
     def mask(self, mask: Any, query: Value) -> Value:
@@ -525,9 +506,6 @@ def _translators() -> dict[str, Any]:
 
 
 _RULES: dict[str, Any] = {}
-
-TURNS = frozenset({"t.default", "transpose.int", "permute.default", "numpy_T.default"})
-"""Calls that transpose a matrix."""
 
 
 def is_known(name: str) -> bool:
@@ -586,6 +564,29 @@ def _owner(origin: Origin, tensor: Tensor, path: str, kind: str) -> str:
     return base if origin.rows < 0 else f"{base}_{origin.start // max(origin.rows, 1)}"
 
 
+def _origin(args: Sequence[Any], found: Tensor) -> Origin | None:
+    """The place of what a folded call only hands on: an entry as it lies in memory, turned, or some of its rows."""
+    first = args[0] if args else None
+    if not isinstance(first, Constant) or first.origin is None:
+        return None
+    origin, whole = first.origin, first.tensor
+    if found.numel() == 0 or found.dtype != whole.dtype or _memory(found) != _memory(whole):
+        return None
+    lies, lay = (found.shape, found.stride()), (whole.shape, whole.stride())
+    start = found.storage_offset() - whole.storage_offset()
+    if start == 0 and lies == lay:
+        return origin
+    if start == 0 and found.ndim == 2 and lies == (lay[0][::-1], lay[1][::-1]):
+        return replace(origin, transposed=not origin.transposed)
+    if origin.transposed or lies[1] != lay[1] or found.ndim == 0 or lies[0][1:] != lay[0][1:]:
+        return None
+    return replace(origin, start=origin.start + start // whole.stride(0), rows=len(found))
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def _parametrized(sources: frozenset[str]) -> str:
     """The entry of the state dict that torch's parametrisations stand for (`conv.weight`), if a weight is made so."""
     parts = (name.partition(".parametrizations.") for name in sorted(sources))
@@ -628,7 +629,7 @@ def _like(arg: Any) -> Any:
     return [_like(part) for part in arg] if isinstance(arg, list | tuple) else arg
 
 
-def _shown(full: Shape) -> str:
+def shown(full: Shape) -> str:
     """A captured shape as users write it."""
     sizes = [
         ("N" if size == BATCH else f"N*{size // BATCH}") if size and size % BATCH == 0 else str(size) for size in full

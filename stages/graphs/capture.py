@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,14 @@ from stages.graphs.calls import (
     Call,
     Constant,
     Construction,
+    Missing,
     Value,
     as_written,
     called,
     full_shape,
     is_known,
     module_path,
+    shown,
 )  # fmt: skip
 from stages.graphs.graph import Graph, needed
 from stages.graphs.origins import Origin
@@ -111,6 +114,7 @@ def _exported(module: nn.Module, input_shape: Shape) -> Any:
         with _silently():
             exported = torch.export.export(module, (sample,), strict=False)
             _refuse_sizes(exported)
+            _refuse_inner(exported)
             return exported if _is_plain(exported) else exported.run_decompositions(_decompositions(exported))
     except UsageError:
         raise
@@ -153,6 +157,14 @@ def _is_plain(program: Any) -> bool:
     place = {node: i for i, node in enumerate(program.graph.nodes)}
     calls = [node for node in place if node.op == "call_function" and node.target is not operator.getitem]
     return all(is_known(called(node)) and (not _changes(node) or _unseen(node, place)) for node in calls)
+
+
+def _refuse_inner(program: Any) -> None:
+    """Refuse what is no call of an operator: a region of its own, as `with torch.no_grad()` makes."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target is not operator.getitem and not hasattr(node.target, "_schema"):
+            found, fix = f"a region of its own ({node.target})", "leave torch.no_grad() out: the plan says what trains"
+            raise UsageError(module_path(node) or FORWARD, found, "operators alone", fix)
 
 
 def _changes(node: Any) -> bool:
@@ -244,10 +256,17 @@ def _call(b: Construction, node: Any, held: Mapping[Any, Any]) -> Any:
     args = torch.fx.node.map_arg(node.args, held.__getitem__)
     kwargs = torch.fx.node.map_arg(node.kwargs, held.__getitem__)
     if node.target is operator.getitem:
-        found = args[0][args[1]] if isinstance(args[0], list | tuple) and args[1] < len(args[0]) else None
-        return found if isinstance(found, Constant) or found is None else b.settled(found, full_shape(node))
+        found = args[0][args[1]] if args[1] < len(args[0]) else Missing(called(node.args[0]))
+        return b.settled(found, full_shape(node)) if isinstance(found, Value) else found
+    missing = [arg.call for arg in torch.utils._pytree.tree_leaves((args, kwargs), _is_missing) if _is_missing(arg)]
+    if missing:
+        raise UsageError(module_path(node) or FORWARD, f"a second result of {missing[0]}", "its first alone")
     call = Call(b, node, called(node), module_path(node), full_shape(node))
     return call.run(args, kwargs)
+
+
+def _is_missing(arg: Any) -> bool:
+    return isinstance(arg, Missing)
 
 
 def _outputs(returned: Any, program: Any, held: Mapping[Any, Any]) -> list[Any]:
@@ -268,12 +287,14 @@ def _chosen(outputs: Sequence[Any], result: int | None) -> Value:
     if not 0 <= number < len(outputs):
         raise UsageError("--result", str(result), f"0 to {len(outputs) - 1}")
     value = outputs[number]
-    if not isinstance(value, Value):
+    if not isinstance(value, Value) or not value.batch_alone:
         raise UsageError(FORWARD, f"returns {_described(value)}", "one tensor (N, ...) computed from the input")
     return value
 
 
 def _described(value: Any) -> str:
+    if isinstance(value, Value):
+        return f"{shown(value.full)}"
     return "a tensor that no input changes" if isinstance(value, Constant) else repr(value)[:120]
 
 
@@ -281,21 +302,62 @@ def _described(value: Any) -> str:
 
 
 def _finished(b: Construction, output: Value) -> Captured:
-    ops = list(needed(b.ops, [output.op]))
+    ops = _owning(list(needed(b.ops, [output.op])))
     ops, notes = _without_softmax(ops)
     notes += _own_scaling(ops)
-    if not any(op.is_layer for op in ops):
-        raise UsageError(FORWARD, "no convolution or linear layer", "at least one")
     ops = _vectors_at_once(ops)
     if len(ops[-1].shape) != 1:
         notes += (f"the output has shape {ops[-1].shape} per sample: its mean over positions is the feature vector",)
         ops.append(_as_vector(ops))
-    graph = with_blocks(tuple(ops))
     held = {op.owner for op in ops}
     tensors = {key: value for key, value in b.tensors.items() if key.rpartition(".")[0] in held}
     origins = {key: origin for key, origin in b.origins.items() if key in tensors}
     computed = {key: names for key, names in b.computed.items() if key in tensors}
-    return Captured(graph, tensors, origins, computed, notes)
+    tied = _tied(origins, computed)
+    owners = {key.rpartition(".")[0] for keys in tied.values() for key in keys}
+    ops = [replace(op, frozen=op.operator.trains) if op.owner in owners else op for op in ops]
+    if not any(op.is_layer for op in ops):
+        raise UsageError(FORWARD, "no convolution or linear layer with a weight of its own", "at least one")
+    origins |= {key: replace(origins[key], trains=False) for keys in tied.values() for key in keys if key in origins}
+    notes += tuple(
+        f"{entry} is used in several ways ({', '.join(keys)}): it stays as loaded" for entry, keys in tied.items()
+    )
+    return Captured(with_blocks(tuple(ops)), tensors, origins, computed, notes)
+
+
+def _tied(origins: Mapping[str, Origin], computed: Mapping[str, frozenset[str]]) -> dict[str, list[str]]:
+    """The entries that became several tensors of the graph (a weight and its transpose), which could not train as one.
+
+    Rows of an entry that lie apart are several weights of the user's own.
+    """
+    uses: dict[str, list[str]] = {}
+    for key, names in [*((key, {origin.name}) for key, origin in origins.items()), *computed.items()]:
+        for name in names:
+            uses.setdefault(name, []).append(key)
+    return {name: sorted(keys) for name, keys in uses.items() if not _apart([origins.get(key) for key in keys])}
+
+
+def _apart(parts: Sequence[Origin | None]) -> bool:
+    """Whether an entry's uses have no value in common."""
+    if len(parts) == 1:
+        return True
+    ranges = sorted((part.start, part.start + part.rows) for part in parts if part is not None and part.rows >= 0)
+    return len(ranges) == len(parts) and all(a[1] <= b[0] for a, b in pairwise(ranges))
+
+
+def _owning(ops: list[Op]) -> list[Op]:
+    """The operators, the first that is left of those with common tensors under the name of the one that held them."""
+    names = {op.name for op in ops}
+    renamed: dict[str, str] = {}
+    found = []
+    for op in ops:
+        op = replace(op, inputs=tuple(renamed.get(name, name) for name in op.inputs))
+        if op.owner not in names:
+            renamed[op.name] = op.shares
+            names.add(op.shares)
+            op = replace(op, name=op.shares, shares="")
+        found.append(op)
+    return found
 
 
 def _without_softmax(ops: list[Op]) -> tuple[list[Op], tuple[str, ...]]:
@@ -366,13 +428,14 @@ def _as_vector(ops: Sequence[Op]) -> Op:
 
 def _channels_last(ops: Sequence[Op]) -> bool:
     """Whether the last axis of the output counts channels: whether the last layer before it works on tokens."""
-    layer = next(op for op in reversed(ops) if op.is_layer)
+    layer = next((op for op in reversed(ops) if op.operator.trains), ops[0])
     return len(layer.shape) > 1 and layer.channel_axis % len(layer.shape) == len(layer.shape) - 1
 
 
 # ------------------------------------------------------------------------------------------------------ the check
 
-SAMPLES = 2
+SAMPLES = 3
+"""Few, and seldom another axis' size: a value may have its batch anywhere."""
 
 
 def _check(

@@ -166,7 +166,9 @@ def _user_model(arch: str, arch_args: Mapping[str, Any], allow: str | None, seed
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _call(arch, _import_factory(arch), arch_args).eval()
+        module = _call(arch, _import_factory(arch), arch_args).eval()
+    half = {torch.float16, torch.bfloat16}
+    return module.float() if any(value.dtype in half for value in module.state_dict().values()) else module
 
 
 def _import_factory(arch: str) -> Factory:

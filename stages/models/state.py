@@ -45,7 +45,8 @@ def state_rows(
     same = _names_of_one_tensor(module)
     places: dict[str, list[Row]] = {}
     for key, origin in captured.origins.items():
-        places.setdefault(origin.name, []).append(_placed(captured, key, classifier))
+        if origin.trains or state[origin.name].dtype.kind == "f":  # counts and masks stay as they were loaded
+            places.setdefault(origin.name, []).append(_placed(captured, key, classifier))
     normed, doubled = dict(_computed(captured)), _also_constants(captured)
     rows: list[Row] = []
     rest: dict[str, Array] = {}
@@ -141,7 +142,7 @@ def user_state(model: Model, tensors: Mapping[str, Array]) -> dict[str, Array]:
                 found = "a trained weight of which the graph also holds a constant, such as an unrolled first step"
                 raise UsageError(name, found, "the values that were loaded", "export to .onnx instead")
         elif "length_of" in row:
-            state[name] = _lengths(tensors[row["length_of"]], row)
+            state[name] = _lengths(tensors[row["length_of"]], model.rest[name])
         elif "direction_of" in row:
             state[name] = tensors[row["direction_of"]]
         else:
@@ -162,10 +163,11 @@ def _put(state: dict[str, Array], row: Row, value: Array, model: Model) -> None:
     whole[start : start + row["rows"]] = value
 
 
-def _lengths(weight: Array, row: Row) -> Array:
-    """weight_norm's g over axis 0: the Euclidean norm of each row."""
-    axes = tuple(range(1, weight.ndim))
-    return np.asarray(np.sqrt((weight.astype(np.float64) ** 2).sum(axes, keepdims=True)), weight.dtype)
+def _lengths(weight: Array, like: Array) -> Array:
+    """weight_norm's g: the Euclidean norm over the axes along which `like`, the loaded one, has a single entry."""
+    axes = tuple(axis for axis in range(weight.ndim) if like.ndim == 0 or like.shape[axis] == 1)
+    squares: Array = (weight.astype(np.float64) ** 2).sum(axes, keepdims=True)
+    return np.asarray(np.sqrt(squares).reshape(like.shape), weight.dtype)
 
 
 def _norm_entry(row: Row, tensors: Mapping[str, Array], model: Model) -> Array:
@@ -189,5 +191,6 @@ def from_state(captured: Captured, state: Mapping[str, Array]) -> dict[str, Arra
     for key, origin in captured.origins.items():
         whole = state[origin.name]
         part = whole if origin.rows < 0 else whole[origin.start : origin.start + origin.rows]
-        found[key] = np.ascontiguousarray(part.T if origin.transposed else part).reshape(found[key].shape)
+        part = np.ascontiguousarray(part.T if origin.transposed else part, found[key].dtype)
+        found[key] = part.reshape(found[key].shape)
     return found

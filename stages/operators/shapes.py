@@ -548,12 +548,19 @@ def _aten_upsample(mode: str, corners: bool) -> Any:
         aligned = bool(more.get("align_corners", aligned))
         target = call.out_shape()[1:]
         x = call.map(x, len(target))
+        factors = [f for part in (*rest, *more.values()) for f in (part if isinstance(part, list | tuple) else [part])]
+        scales = [factor for factor in factors if isinstance(factor, float)]
+        pairs = zip(x.shape[1:], scales, target, strict=False)  # no factors where sizes were given
+        if not aligned and any(abs(size * factor - out) > 1e-6 * out for size, factor, out in pairs):
+            found = f"resizing {x.shape[1:]} by factors {tuple(scales)} that give no whole sizes"
+            call.refuse(found, "sizes", "use size=..., or recompute_scale_factor=True")
         return call.emit("upsample", [x], size=tuple(target), mode=mode, align_corners=aligned)
 
     return translate
 
 
 def _aten_drop(call: Any, x: Any, *_: Any, **__: Any) -> Any:
+    call.refuse_whole_numbers()
     return x
 
 
@@ -659,8 +666,11 @@ DROPPED = {
     **dict.fromkeys(
         ("clone.default", "contiguous.default", "alias.default", "detach.default",
          "lift_fresh_copy.default", "_to_copy.default", "to.dtype", "to.dtype_layout", "to.device", "type_as.default",
-         "feature_dropout.default", "alpha_dropout.default", "_assert_tensor_metadata.default"), _aten_drop,
+         "_assert_tensor_metadata.default"), _aten_drop,
     ),
-    "dropout.default": _aten_dropout, "feature_dropout.default": _aten_dropout,
+    **dict.fromkeys(
+        ("dropout.default", "feature_dropout.default", "alpha_dropout.default", "feature_alpha_dropout.default"),
+        _aten_dropout,
+    ),
 }  # fmt: skip
 """ATen calls that change nothing in evaluation."""
