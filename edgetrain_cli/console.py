@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,19 +50,27 @@ class Progress:
     """One line on stderr that says what is being done, how far it is and how long it will take; it leaves no trace."""
 
     def __init__(self, doing: str, total: int | None, unit: str) -> None:
-        self._doing, self._total, self._unit = doing, total, unit
+        self._doing, self._total, self.unit = doing, total, unit
         self._bar: tqdm[Any] | None = None
+        self._start_s = monotonic()
+        self.done = 0
 
     def __call__(self, done: int, **figures: Any) -> None:
+        self.done = done
         if self._bar is None:  # with the first step, so that another stage's notes before it stand alone
             from tqdm import tqdm
 
-            unit = f" {self._unit}"
+            unit = f" {self.unit}"
             self._bar = tqdm(total=self._total, desc=self._doing, unit=unit, unit_scale=True, file=sys.stderr,
                              leave=False, dynamic_ncols=True)  # fmt: skip
         if figures:
             self._bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in figures.items()), refresh=False)
         self._bar.update(done - self._bar.n)
+
+    def rate(self) -> str:
+        """How fast it went; empty where nothing was done."""
+        seconds = monotonic() - self._start_s
+        return f"{self.done / seconds:,.3g} {self.unit}/s" if self.done and seconds > 0 else ""
 
     def clear(self) -> None:
         """Take the line away until it is drawn again."""

@@ -94,12 +94,13 @@ class Manners:
 
     def close(self, *, well: bool) -> None:
         """The end: no progress line is left; on a terminal a line says what was done, how fast, and where it is."""
+        seconds, rate = perf_counter() - self._start_s, ""
         if self._progress is not None:
             self._progress.close()
-        if well and self.talks and (self._summary or self.written):
-            seconds = perf_counter() - self._start_s
-            parts = [*self._summary, f"{seconds:.1f} s", *([self.written] if self.written else [])]
-            console.note(f"edgetrain {self.command}: " + ", ".join(parts))
+            rate = self._progress.rate()
+        if well and self.talks and (self._summary or self.written or rate):
+            parts = [*self._summary, f"{seconds:.1f} s", rate, self.written]
+            console.note(f"edgetrain {self.command}: " + ", ".join(part for part in parts if part))
 
     # -- signals and neighbours
 

@@ -110,7 +110,7 @@ def evaluate(
     names: dict[int, str] = {}
     loss, done = 0.0, 0
     for block in (part for whole in blocks for part in whole.slices(chunk)):
-        check_prepared(block.prepared, learnt, "samples", "those that the model learnt from")
+        check_prepared(block.prepared, learnt, "samples", "those that the model learnt from", backbone.input)
         rows, scores = _scores(backbone, head, block)
         loss += float(torch.nn.functional.cross_entropy(scores, rows, reduction="sum"))
         for row, right in zip(rows.tolist(), (scores.argmax(dim=1) == rows).tolist(), strict=True):

@@ -27,7 +27,7 @@ from stages.graphs.record import graph_tree
 from stages.models import registry
 from stages.models.deploy import deploy, final_linear, without_last
 from stages.models.matching import Matched, match
-from stages.models.state import from_state, state_rows
+from stages.models.state import arrays_of, from_state, state_rows
 
 CLASSIFIERS = ("keep", "drop", "features")
 WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -142,8 +142,8 @@ def _model(
     settings: Importing, spec: InputSpec, captured: Captured, module: Any, matched: Matched | None, cut: str
 ) -> tuple[Model, tuple[Array, Array] | None]:
     """The record's model, and the weight and bias of the layer that was cut off."""
-    state = {name: value.detach().cpu().numpy().copy() for name, value in module.state_dict().items()}
-    rows, rest = state_rows(state, captured, cut)
+    state = arrays_of(module)
+    rows, rest = state_rows(module, state, captured, cut)
     graph, tensors, form = captured.graph, from_state(captured, state), "batchnorm"
     if matched is not None and matched.form == "deploy":
         graph, tensors = fold(graph, tensors)

@@ -63,7 +63,7 @@ def predict(
     """
     done = 0
     for chunk in chunks:
-        check_prepared(chunk.block.prepared, learnt, "samples", "those that the model learnt from")
+        check_prepared(chunk.block.prepared, learnt, "samples", "those that the model learnt from", backbone.input)
         probability = heads.probabilities(head, backbone.features(adapt_block(chunk.block, backbone.input)))
         predicted = head.labels[torch.argmax(probability, 1).numpy()]
         done += len(predicted)

@@ -306,7 +306,7 @@ class _Trainer:
 
     def take(self, block: Block, holdout: Holdout | None) -> Update:
         """One update from one block. Raises `DataError` for one that was prepared in another way than those before."""
-        check_prepared(block.prepared, self.prepared, "stream", "the blocks before it")
+        check_prepared(block.prepared, self.prepared, "stream", "the blocks before it", self.backbone.input)
         self.prepared = self.prepared or block.prepared
         figures = self.learner.update(_batch(block, self.learner.net, self.backbone.input))
         self.blocks += 1

@@ -157,6 +157,7 @@ def _on_samples(
         allow=arch,
         engine=settings.engine,
     )
+    io.did(f"{result.samples:,} samples", f"{result.interval.value:.1%} right", f"loss {result.loss:.4g}")
     if as_json:
         io.write_text(json.dumps(accuracy_json(result), indent=1) + "\n", out)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import thread_time, time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -101,23 +101,18 @@ def select_samples(
     with io.writer(out) as writer:
         if run is not None:
             writer.write(run)
-        start = weights = anytime = None
+        view = Scorer()
         if run is not None and (settings.needs_model or settings.send_features):
-            start, directory = _start(run, arch), None
-            if live:
-                directory = _directory(live, run, None if resume is None else passed)
-            weights = _weights(io, start, directory, lag, passed)
-            if until_ready and directory is not None:
-                anytime, weights = _learning(directory, weights)
-        del run  # its tensors are in `start`
+            view = _scorer(io, run, live, lag, passed, resume is not None, until_ready, arch)
+        del run  # its tensors are in `view`
         status = Status(io, metrics, "choosing batches")
         for record in select_stream(
             candidates,
             settings,
-            weights=weights,
+            weights=view.weights,
             updates=updates,
-            backbone=None if start is None else start.backbone,
-            ready=None if anytime is None else anytime.wanted,
+            backbone=None if view.start is None else view.start.backbone,
+            ready=None if view.anytime is None else view.anytime.wanted,
             passed=passed,
             replayed=replayed,
             seed=seed,
@@ -126,19 +121,34 @@ def select_samples(
             on_note=io.note,
         ):
             writer.write(record)
-            if anytime is not None:
-                anytime.delivered()
+            if view.anytime is not None:
+                view.anytime.delivered()
             if isinstance(record, Block):
                 status.passed(record)
     status.close()
 
 
-def _start(run: Run, arch: str | None) -> Weights:
-    """The weights that selection begins with."""
+class Scorer(NamedTuple):
+    """What candidates are scored with, and when their batch is wanted; nothing where they are not scored."""
+
+    start: Weights | None = None
+    weights: Callable[[int], Weights] | None = None
+    anytime: Anytime | None = None
+
+
+def _scorer(
+    io: Stage, run: Run, live: str | None, lag: str, passed: int, resumes: bool, until_ready: bool, arch: str | None
+) -> Scorer:
     from stages.models.deploy import deploy
     from stages.selection import Weights
 
-    return Weights(deploy(run.model, allow=arch), run.model.head)
+    start = Weights(deploy(run.model, allow=arch), run.model.head)
+    directory = _directory(live, run, passed if resumes else None) if live else None
+    weights = _weights(io, start, directory, lag, passed)
+    if until_ready and directory is not None:
+        anytime, weights = _learning(directory, weights)
+        return Scorer(start, weights, anytime)
+    return Scorer(start, weights)
 
 
 def _decisions(metrics: Path) -> dict[int, Decision]:

@@ -38,7 +38,8 @@ from stages.engines.torch.net import SparseNet
 from stages.fsl.augment import augment
 from stages.fsl.protonet import support_loss
 from stages.importing import Importing, import_model, read_weights
-from stages.methods.plans import Shortcut, TinyTrain, arrays, scheme_for
+from stages.methods.plans import Shortcut, TinyTrain, scheme_for
+from stages.methods.search import weights_of
 from stages.methods.task import Task
 from stages.models.deploy import Backbone, deploy
 from stages.models.inputs import adapt as adapt_input
@@ -202,7 +203,7 @@ def tinytrain(backbone: Backbone, some: Task) -> Updates:
 
 def plans(backbone: Backbone) -> dict[str, Updates]:
     """The plans that steps are measured with."""
-    scheme, weights = scheme_for(backbone.graph), arrays(backbone)
+    scheme, weights = scheme_for(backbone.graph), weights_of(backbone)
     return {
         "tinytrain": tinytrain(backbone, task(backbone, 25)),
         scheme: named_plan(scheme, backbone.graph, tensors_l2=weights),

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from engine import NETS, ROOT, load, plans
+from engine import NETS, ROOT, load, task, tinytrain
 
 from stages.cost.model import paper_peak_bytes
 from stages.cost.training import saved_activation_bytes
@@ -82,7 +82,7 @@ def job(net_name: str, threads: int, repeats: int) -> None:
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
     backbone = load(net_name)
-    updates = plans(backbone)["tinytrain"]
+    updates = tinytrain(backbone, task(backbone, 25))
     tensors = {name: value.numpy() for name, value in backbone.tensors.items()}
     sparse = SparseNet(backbone, updates)
     widths = [0] if threads > 1 else [w for w in (16, 8, 4) if w <= library().et_width()]
@@ -115,7 +115,9 @@ def measured(net: str, threads: int, repeats: int) -> dict[str, list[float]]:
 def report(nets: list[str], repeats: int) -> Iterator[str]:
     yield "# The native engine beside the sparse engine in PyTorch"
     yield ""
-    yield f"`python examples/bench/native.py`, {repeats} repeats; ratios below 1: native is faster."
+    yield f"`python examples/bench/native.py`, {repeats} repeats; ratios below 1: native is faster. When it began,"
+    yield f"{os.getloadavg()[0]:.0f} processes ran on {os.cpu_count()} cores: where others run too, PyTorch's two"
+    yield "threads lose most of their time waiting for each other."
     worst: dict[tuple[str, int], float] = {}
     memory = []
     for threads in (1, 2):

@@ -81,10 +81,11 @@ class Preparation:
         if self.of not in PREPARED_FROM:
             raise SchemaError("prepared", f"of {self.of!r}", "one of " + ", ".join(PREPARED_FROM[1:]))
 
-    def conflict(self, other: Preparation) -> tuple[str, str] | None:
+    def conflict(self, other: Preparation, *, grey: bool = False) -> tuple[str, str] | None:
         """What the two do differently to the same file, as words for each; None where they agree or nobody can tell.
 
-        Sizes and lengths may differ, since a model's input adapter brings them to its own.
+        Sizes and lengths may differ, since a model's input adapter brings them to its own; colours too where it is
+        `grey` that the model reads.
         """
         rates = self.sample_rate_hz, other.sample_rate_hz
         if all(rates) and rates[0] != rates[1]:
@@ -95,6 +96,8 @@ class Preparation:
             return ("inverted pictures", "as they are") if self.invert else ("pictures as they are", "inverted")
         if self.size and other.size and self.fit != other.fit:
             return f"pictures brought to their size by {self.fit}", f"by {other.fit}"
+        if not grey and self.colour and other.colour and self.colour != other.colour:
+            return f"pictures packed with --colour {self.colour}", f"--colour {other.colour}"
         return None
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from stages.artifacts.records import Array, Block, Preparation
+from stages.artifacts.records import Array, Block, InputSpec, Preparation
 from stages.errors import DataError
 
 
@@ -131,9 +131,12 @@ def preparation_of(blocks: Sequence[Block], where: str) -> Preparation | None:
     return known[0][1] if len({block.prepared for block in blocks}) == 1 and known else None
 
 
-def check_prepared(mine: Preparation | None, other: Preparation | None, where: str, whose: str) -> None:
-    """Raise `DataError` where samples were prepared in another way than those of `whose`."""
-    differ = mine.conflict(other) if mine is not None and other is not None else None
+def check_prepared(
+    mine: Preparation | None, other: Preparation | None, where: str, whose: str, spec: InputSpec | None = None
+) -> None:
+    """Raise `DataError` where samples were prepared in another way than those of `whose`, for a model of this input."""
+    grey = spec is not None and spec.kind == "image" and spec.shape[0] == 1
+    differ = mine.conflict(other, grey=grey) if mine is not None and other is not None else None
     if differ is not None:
         raise DataError(where, differ[0], f"{differ[1]}, as in {whose}", "pack both with the same options")
 

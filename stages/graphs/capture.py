@@ -211,6 +211,8 @@ def _not_captured(module: nn.Module, input_shape: Shape, error: Exception) -> Us
     dependent = "data-dependent" in text or "GuardOnDataDependent" in text or "DataDependent" in text
     place = re.search(r'File "(.+?)", line (\d+)', str(error))
     fix = "the forward must take one tensor of that shape and return tensors"
+    if "for embedding" in text or "argument #1 'indices'" in text:
+        text, fix = "an embedding, which reads whole numbers", "embeddings are not there yet: feed features"
     if dependent:
         at = f" ({Path(place[1]).name}, line {place[2]})" if place else ""
         text, fix = f"a branch or a size that depends on the input's values{at}", "use torch.where, or masks"
@@ -230,7 +232,7 @@ def _refuse_mutation(program: Any) -> None:
 def _walk(b: Construction, program: Any, result: int | None) -> Value:
     """Translates every call; the value that the module returns."""
     held: dict[Any, Any] = {}
-    for node in program.graph.nodes:
+    for node in _read(program):
         if node.op == "placeholder":
             held[node] = b.placeholder(node)
         elif node.op == "call_function":
@@ -238,6 +240,16 @@ def _walk(b: Construction, program: Any, result: int | None) -> Value:
         elif node.op == "output":
             return _chosen(_outputs(node.args[0], program, held), result)
     raise UsageError(FORWARD, "returns nothing", "one tensor (N, ...) computed from the input")
+
+
+def _read(program: Any) -> list[Any]:
+    """The nodes that the outputs depend on, in order."""
+    wanted: set[Any] = set()
+    for node in reversed(program.graph.nodes):
+        if node.op in ("output", "placeholder") or node in wanted:
+            wanted.add(node)
+            wanted.update(node.all_input_nodes)
+    return [node for node in program.graph.nodes if node in wanted]
 
 
 def _call(b: Construction, node: Any, held: Mapping[Any, Any]) -> Any:

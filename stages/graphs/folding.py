@@ -55,7 +55,8 @@ def affine(op: Op, tensors: Mapping[str, Array]) -> tuple[Array, Array]:
     gamma, beta, mean, var = (
         tensors[f"{op.owner}.{what}"].astype(np.float64) for what in ("weight", "bias", "running_mean", "running_var")
     )
-    scale = gamma / np.sqrt(var + op["eps"])
+    with np.errstate(invalid="ignore", divide="ignore"):  # deploy refuses weights that are not finite
+        scale = gamma / np.sqrt(var + op["eps"])
     return scale, beta - scale * mean
 
 

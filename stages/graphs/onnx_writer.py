@@ -61,6 +61,10 @@ class Writer:
         """Names of the operator's inputs."""
         return [self.output(self.graph[name]) for name in op.inputs]
 
+    def read_by(self, op: Op, kind: str) -> bool:
+        """Whether an operator of that kind reads the operator's value."""
+        return any(self.graph[name].kind == kind for name in self.graph.consumers[op.name])
+
     def ranked_inputs(self, op: Op) -> list[str]:
         """Inputs with as many axes as the output: what is missing stands behind the batch."""
         found = []

@@ -77,6 +77,8 @@ def deploy(model: Model, *, allow: str | None = None, engine: str = "torch") -> 
     check_tensors(tensor_shapes(graph), tensors, "/model/tensors")
     if model.form == "batchnorm":
         graph, tensors = fold(graph, tensors)
+    elif any(op.operator.statistics for op in graph.ops):
+        raise DataError("/model/graph", "a BatchNorm in deploy form", "form batchnorm, or a folded graph")
     return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input, engine)
 
 
@@ -90,8 +92,11 @@ def open_graph(model: Model) -> Graph:
 
 
 def _float32(name: str, array: Array) -> Tensor:
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"/model/tensors/{name}", f"{array.dtype}", "numbers")
     value = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape).copy())
-    if not bool(torch.isfinite(value).all()) and not name.endswith(".value"):
+    masks = name.endswith(".value")  # a constant may hold an attention mask's infinities
+    if not bool((~torch.isnan(value) if masks else torch.isfinite(value)).all()):
         raise DataError(f"/model/tensors/{name}", "a value that is not finite", "finite weights")
     return value
 
@@ -152,12 +157,12 @@ def with_graph(model: Model, *, allow: str | None = None) -> Model:
 
 
 def _upgraded(model: Model, allow: str | None) -> Model:
-    from stages.models.state import from_state, state_rows
+    from stages.models.state import arrays_of, from_state, state_rows
 
     module, captured = code_of(model.arch, model.arch_args, model.input.shape, allow=allow)
     last = final_linear(captured)
     cut = last if last and f"{last}.weight" not in model.tensors else ""
-    state = {name: value.detach().cpu().numpy() for name, value in module.state_dict().items()}
+    state = arrays_of(module)
     if model.form == "batchnorm":
         expected = {name: tuple(value.shape) for name, value in state.items() if is_weight(name)}
         expected = {name: shape for name, shape in expected.items() if not cut or name.rpartition(".")[0] != cut}
@@ -167,7 +172,7 @@ def _upgraded(model: Model, allow: str | None) -> Model:
     graph: Graph = captured.graph
     if cut:
         graph, tensors = without_last(graph, tensors)
-    rows, rest = state_rows(state, captured, cut)
+    rows, rest = state_rows(module, state, captured, cut)
     if model.form == "deploy":
         graph, _ = fold(graph, tensors)
         tensors = _old_tensors(graph, model.tensors)

@@ -56,7 +56,8 @@ def adapt_block(block: Block, spec: InputSpec) -> Tensor:
 
 def _check_range(x: Array, spec: InputSpec) -> None:
     """Refuse numbers that must mean something else than the model reads: fractions for bytes, integers for shares."""
-    if not x.size or (x.dtype.kind == "f" and not np.isfinite(x).all()):
+    plain = {"image": np.dtype(np.uint8), "sound": np.dtype(np.int16)}.get(spec.kind, x.dtype)
+    if x.dtype == plain or not x.size or (x.dtype.kind == "f" and not np.isfinite(x).all()):
         return
     low, high = float(x.min()), float(x.max())
     peak = max(-low, high)
@@ -65,7 +66,7 @@ def _check_range(x: Array, spec: InputSpec) -> None:
     if of_bytes and (fractions or (low < 0 and peak <= STANDARDISED) or high > 2 * BYTE):
         fix = "bring them there, from 0 to 1 with `edgetrain pack --scale 255 --dtype uint8`"
         raise DataError("x", f"pictures of values from {low:g} to {high:g}", "0 to 255, as the model reads", fix)
-    if spec.kind == "sound" and x.dtype != np.int16 and peak > LOUDEST:
+    if spec.kind == "sound" and peak > LOUDEST:
         fix = "bring them there, 16-bit values with `edgetrain pack --dtype int16`"
         raise DataError("x", f"recordings of values from {low:g} to {high:g}", "-1 to 1, or int16", fix)
 

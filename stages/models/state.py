@@ -8,6 +8,8 @@ Each entry of the state dict is a row, a JSON object with its `name` and one of
   the BatchNorm changes nothing but what the layer before it cannot hold: weight 1, bias 0, running_var = 1 - eps, and
   running_mean = -(folded bias) where that layer has no bias of its own;
 * `length_of` or `direction_of`: the two parts of a weight under torch's weight_norm;
+* `also` beside `tensor`: a constant of the graph was computed from the entry as well (an unrolled first step), so it
+  can be written only as it was loaded;
 * `computed`: the graph's tensor that was computed from it, which cannot be turned back;
 * `classifier`: the weight or bias of the layer that the record's head stands for;
 * nothing else: the graph does not use it, and it is kept as it was loaded.
@@ -20,6 +22,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from stages.artifacts.records import Array, Model
 from stages.errors import UsageError
@@ -33,25 +36,46 @@ WEIGHT_NORM = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "
 
 
 def state_rows(
-    state: Mapping[str, Array], captured: Captured, classifier: str
+    module: nn.Module, state: Mapping[str, Array], captured: Captured, classifier: str
 ) -> tuple[tuple[Row, ...], dict[str, Array]]:
-    """The rows of a module's state dict, and what of it must be kept beside the graph's tensors.
+    """The rows of a module's state dict with the values `state`, and what must be kept beside the graph's tensors.
 
     `classifier` is the layer that the record leaves to its head; empty where there is none.
     """
+    same = _names_of_one_tensor(module)
     places: dict[str, list[Row]] = {}
     for key, origin in captured.origins.items():
         if origin.trains or state[origin.name].dtype.kind == "f":  # counts and masks stay as they were loaded
             places.setdefault(origin.name, []).append(_placed(captured, key, classifier))
-    normed = dict(_computed(captured))
+    normed, doubled = dict(_computed(captured)), _also_constants(captured)
     rows: list[Row] = []
     rest: dict[str, Array] = {}
     for name, array in state.items():
-        found = places.get(name) or [normed.get(name, {})]
+        found = next((places[other] for other in same[name] if other in places), [normed.get(name, {})])
+        found = [{**row, "also": True} if name in doubled and "tensor" in row else row for row in found]
         rows += [{"name": name, **row, **_reshaped(row, array, captured)} for row in found]
-        if any("tensor" not in row or row.get("rows", -1) >= 0 for row in found):
+        if any("tensor" not in row or "also" in row or row.get("rows", -1) >= 0 for row in found):
             rest[name] = array
     return tuple(rows), rest
+
+
+def arrays_of(module: nn.Module) -> dict[str, Array]:
+    """A module's state dict as arrays of their own."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in module.state_dict().items()}
+
+
+def _names_of_one_tensor(module: nn.Module) -> dict[str, list[str]]:
+    """Entry -> all entries that are the same tensor, itself first: tied weights, a module under two names."""
+    places: dict[tuple[Any, ...], list[str]] = {}
+    for name, value in module.state_dict().items():
+        places.setdefault((value.data_ptr(), value.shape, value.stride()), []).append(name)
+    return {name: [name, *names] for names in places.values() for name in names}
+
+
+def _also_constants(captured: Captured) -> frozenset[str]:
+    """The entries that a constant of the graph was computed from, beside what they are themselves."""
+    constants = (key for key in captured.computed if not captured.graph[key.rpartition(".")[0]].is_layer)
+    return frozenset().union(*(captured.computed[key] for key in constants))
 
 
 def _placed(captured: Captured, key: str, classifier: str) -> Row:
@@ -114,6 +138,9 @@ def user_state(model: Model, tensors: Mapping[str, Array]) -> dict[str, Array]:
             state[name] = _norm_entry(row, tensors, model)
         elif "tensor" in row:
             _put(state, row, tensors[row["tensor"]], model)
+            if "also" in row and not np.array_equal(state[name], model.rest[name]):
+                found = "a trained weight of which the graph also holds a constant, such as an unrolled first step"
+                raise UsageError(name, found, "the values that were loaded", "export to .onnx instead")
         elif "length_of" in row:
             state[name] = _lengths(tensors[row["length_of"]], model.rest[name])
         elif "direction_of" in row:
@@ -126,7 +153,10 @@ def user_state(model: Model, tensors: Mapping[str, Array]) -> dict[str, Array]:
 def _put(state: dict[str, Array], row: Row, value: Array, model: Model) -> None:
     value = value.T if row.get("transposed") else value
     if row.get("rows", -1) < 0:
-        state[row["name"]] = value.reshape(row["shape"]) if "shape" in row else value
+        value = value.reshape(row["shape"]) if "shape" in row else value
+        if not np.array_equal(state.setdefault(row["name"], value), value):
+            found = "a weight that two layers use in different forms, trained in one"
+            raise UsageError(row["name"], found, "the same values in both", "export to .onnx instead")
         return
     whole = state.setdefault(row["name"], np.array(model.rest[row["name"]]))
     start = row.get("start", 0)

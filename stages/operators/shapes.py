@@ -251,7 +251,7 @@ def _pad_onnx(op: Op, w: Any) -> None:
         return
     amounts = w.integers([0, *op["before"], 0, *op["after"]])
     value = op["value"]
-    if value == 0 and any(w.graph[name].kind == "max_pool" for name in w.graph.consumers[op.name]):
+    if value == 0 and w.read_by(op, "max_pool"):
         value = SMALLEST
     inputs = [*w.inputs(op), amounts] + ([w.number(value)] if op["mode"] == "constant" else [])
     w.node("Pad", inputs, w.output(op), mode=MODES[op["mode"]])
@@ -393,6 +393,10 @@ def _aten_cat(call: Any, tensors: Any, dim: int = 0) -> Any:
     return call.emit("concat", values, axis=call.axis(call.first_value(tensors), dim)) if len(values) > 1 else values[0]
 
 
+def _aten_hstack(call: Any, tensors: Any) -> Any:
+    return _aten_cat(call, tensors, min(1, call.rank(call.first_value(tensors)) - 1))
+
+
 def _aten_stack(call: Any, tensors: Any, dim: int = 0) -> Any:
     rank = call.rank(call.first_value(tensors)) + 1
     return _aten_cat(call, [call.apply("unsqueeze.default", part, dim % rank) for part in tensors], dim % rank)
@@ -435,6 +439,13 @@ def _aten_slice_scatter(
 def _aten_index_select(call: Any, x: Any, dim: int, index: Any) -> Any:
     numbers = tuple(int(i) for i in call.numbers(index))
     return call.emit("take", [call.value(x)], axis=call.axis(x, dim), index=numbers)
+
+
+def _aten_flip(call: Any, x: Any, dims: Any) -> Any:
+    for dim in dims:
+        axis = call.axis(x, dim)
+        x = call.emit("take", [x], axis=axis, index=tuple(reversed(range(x.shape[axis]))))
+    return x
 
 
 def _aten_index(call: Any, x: Any, indices: Any) -> Any:
@@ -599,7 +610,8 @@ register(
     Operator(
         kind="concat", doc="values one behind the other along an axis", arity=(1, 10_000), args={"axis": int},
         shape=_concat_shape, macs="a copy", keeps=keeps_nothing, forward=_concat, pull=_pull_concat, joins="side",
-        onnx=_concat_onnx, aten={"cat.default": _aten_cat, "stack.default": _aten_stack},
+        onnx=_concat_onnx,
+        aten={"cat.default": _aten_cat, "stack.default": _aten_stack, "hstack.default": _aten_hstack},
     ),
     Operator(
         kind="slice", doc="a range of one axis, with a step",
@@ -617,7 +629,7 @@ register(
         kind="take", doc="entries of one axis by number",
         args={"axis": int, "index": tuple}, shape=_take_shape, macs="a copy",
         keeps=keeps_nothing, forward=_take, pull=linear_pull, onnx=_take_onnx,
-        aten={"index_select.default": _aten_index_select, "index.Tensor": _aten_index},
+        aten={"index_select.default": _aten_index_select, "index.Tensor": _aten_index, "flip.default": _aten_flip},
     ),
     Operator(
         kind="pad", doc="borders of zeros, a constant, or copies (reflect, replicate, circular)",

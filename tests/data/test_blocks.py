@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.artifacts.records import Block
-from stages.data.blocks import check_labels, finite_rows, join_blocks, rebatch
+from stages.artifacts.records import Block, InputSpec, Preparation
+from stages.data.blocks import check_labels, check_prepared, finite_rows, join_blocks, rebatch
 from stages.errors import DataError
 
 
@@ -135,3 +136,32 @@ def test_labels_below_zero_and_beyond_the_names() -> None:
         check_labels(np.array([0, -1, -3, -2]), (), "here")
     with pytest.raises(DataError, match=r"label 5.*one of the 5 that have names"):
         check_labels(np.array([5]), range(5), "here")
+
+
+GREY = InputSpec("image", (1, 8, 8))
+PICTURE = Preparation(of="pictures", size=(8, 8), fit="crop", colour="gray")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"invert": True}, "pictures as they are, expected inverted"),
+        ({"fit": "pad"}, "brought to their size by crop, expected by pad"),
+        ({"colour": "rgb"}, "--colour gray, expected --colour rgb"),
+        ({"sample_rate_hz": 8000}, "16000 samples per second, expected 8000"),
+    ],
+)
+def test_what_was_done_to_the_same_kind_of_file_must_agree(other: dict[str, Any], message: str) -> None:
+    mine, yours = replace(PICTURE, sample_rate_hz=16000), replace(PICTURE, **{"sample_rate_hz": 16000, **other})
+    with pytest.raises(DataError, match=message):
+        check_prepared(mine, yours, "here", "others")
+    check_prepared(mine, None, "here", "others")
+    check_prepared(replace(PICTURE, of="arrays"), replace(yours, sample_rate_hz=0), "here", "others")
+
+
+def test_sizes_may_differ_and_colours_where_the_model_reads_grey() -> None:
+    check_prepared(PICTURE, replace(PICTURE, size=(9, 9), scale=3.0, seconds=1.0), "here", "others")
+    check_prepared(PICTURE, replace(PICTURE, size=None, fit="pad"), "here", "others")
+    check_prepared(PICTURE, replace(PICTURE, colour="rgb"), "here", "others", GREY)
+    with pytest.raises(DataError, match="--colour"):
+        check_prepared(PICTURE, replace(PICTURE, colour="rgb"), "here", "others", replace(GREY, shape=(3, 8, 8)))

@@ -276,3 +276,33 @@ def test_a_users_classifier_is_cut_when_its_tensors_are_absent_from_schema_1(
         deploy(cut)
     monkeypatch.setattr("stages.models.registry.build", None)  # the record carries its graph: no code is needed now
     assert torch.equal(deploy(stored).features(x), features)
+
+
+class Twice(nn.Module):
+    """A convolution under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(x).mean((2, 3))
+
+
+def twice() -> nn.Module:
+    return Twice()
+
+
+def test_every_name_of_one_tensor_is_exported_with_what_was_trained() -> None:
+    from stages.importing import Importing, import_model
+    from stages.models.state import user_state
+
+    spec = InputSpec("image", (3, 8, 8), (1.0,), (0.0,))
+    model = import_model(Importing(arch="tests.models.test_deploy:twice", input=spec)).model
+    key = next(name for name in model.tensors if name.endswith(".weight"))
+    trained = {**model.tensors, key: model.tensors[key] + 1}
+    state = user_state(model, trained)
+    assert state.keys() == Twice().state_dict().keys()
+    np.testing.assert_array_equal(state["first.weight"], trained[key])
+    np.testing.assert_array_equal(state["again.weight"], trained[key])

@@ -20,12 +20,12 @@ def conv(name: str, source: str, before: tuple[int, ...], after: tuple[int, ...]
     facts = {"stride": 1, "padding": kernel // 2, "dilation": 1} | facts
     per_axis = {key: (facts.pop(key),) * axes for key in ("stride", "padding", "dilation")}
     return Op(
-        name, "conv", (source,), after, in_shape=before, kernel=(kernel,) * axes, bias=True, **per_axis, **facts
+        name, "conv", (source,), after, in_shapes=(before,), kernel=(kernel,) * axes, bias=True, **per_axis, **facts
     )  # fmt: skip
 
 
 def plain(name: str, kind: str, sources: tuple[str, ...], shape: tuple[int, ...], before=None, **facts) -> Op:
-    return Op(name, kind, sources, shape, in_shape=shape if before is None else before, **facts)
+    return Op(name, kind, sources, shape, in_shapes=(shape if before is None else before,) * len(sources), **facts)
 
 
 def blocks() -> Graph:
@@ -61,12 +61,12 @@ def mixed() -> Graph:
         plain("most", "max_pool", ("dense.act",), (18, 6, 7), (18, 11, 13), **window),
         conv("grouped", "most", (18, 6, 7), (12, 6, 7), 3, groups=3, dilation=2, padding=2),
         conv("narrow", "most", (18, 6, 7), (5, 6, 7), 1),
-        plain("both", "concat", ("grouped", "narrow"), (17, 6, 7), (12, 6, 7)),
+        Op("both", "concat", ("grouped", "narrow"), (17, 6, 7), ((12, 6, 7), (5, 6, 7)), args=(("axis", 0),)),
         plain("even", "avg_pool", ("both",), (17, 3, 4), (17, 6, 7), **window),
         plain("flat", "flatten", ("even",), (204,), (17, 3, 4)),
-        Op("linear", "linear", ("flat",), (70,), in_shape=(204,), bias=True),
+        Op("linear", "linear", ("flat",), (70,), in_shapes=((204,),), bias=True),
         plain("linear.act", "relu6", ("linear",), (70,)),
-        Op("last", "linear", ("linear.act",), (19,), in_shape=(70,), bias=True),
+        Op("last", "linear", ("linear.act",), (19,), in_shapes=((70,),), bias=True),
     )
     return Graph(ops)
 
@@ -74,10 +74,10 @@ def mixed() -> Graph:
 def tensors(graph: Graph) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(7)
     made = {}
-    for op in graph.layers:
-        scale = 1.5 / np.sqrt(np.prod(op.weight_shape[1:]))
-        made[f"{op.name}.weight"] = (rng.standard_normal(op.weight_shape) * scale).astype(np.float32)
-        made[f"{op.name}.bias"] = rng.standard_normal(op.out_channels).astype(np.float32)
+    for op in graph.ops:
+        for what, shape in op.tensors.items():
+            scale = 1.5 / np.sqrt(np.prod(shape[1:])) if what == "weight" and op.is_layer else 1.0
+            made[f"{op.name}.{what}"] = (rng.standard_normal(shape) * scale).astype(np.float32)
     return made
 
 
@@ -97,10 +97,15 @@ def cases() -> Iterator[tuple[str, Graph, list[LayerUpdate]]]:
     ]  # fmt: skip
     yield "blocks-all", graph, [part(graph, op.name, "output", 1, bias=True) for op in graph.layers]
     yield "mixed-part", other, [
-        part(other, "grouped", "input", 2, bias=True), part(other, "dense", "output", 4),
-        part(other, "linear", "output", 3), part(other, "narrow", "input", 5, detached=True),
+        part(other, "dense", "output", 4), part(other, "grouped", "input", 2, bias=True),
+        part(other, "narrow", "input", 5, detached=True), part(other, "linear", "output", 3),
     ]  # fmt: skip
     yield "mixed-all", other, [part(other, op.name, "output", 1, bias=True) for op in other.layers]
+    from tests.native.test_kinds import CASES, plan
+
+    for name in ("mish", "softmax", "groupnorm", "multiply by a gate", "subtract a value per channel", "take", "pad",
+                 "adaptive_avg_pool", "upsample", "constant"):  # fmt: skip
+        yield name.replace(" ", "_"), CASES[name], plan(CASES[name])
 
 
 def main(folder: Path) -> None:

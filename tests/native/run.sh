@@ -5,6 +5,10 @@ cd "$(dirname "$0")/../.."
 folder=$1 mutations=${2:-4000}
 source=stages/engines/native/c
 mkdir -p "$folder"
+if ! printf 'int main(void) { return 0; }' | ${CC:-cc} -xc -fsanitize=address,undefined - -o "$folder/probe"; then
+    echo "native-test: skipped, ${CC:-cc} is not a C compiler with sanitizers"
+    exit 0
+fi
 python -m tests.native.images "$folder"
 for bits in "-ffp-contract=fast" "-ffp-contract=off -DET_SAME_BITS"; do
     driver=$folder/driver$(printf %s "$bits" | tr -c 'a-z' '_')

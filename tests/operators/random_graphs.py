@@ -204,7 +204,9 @@ ANY = (
     Growing.activation, Growing.activation, Growing.residual, Growing.residual, Growing.constant, Growing.gate,
     Growing.quotient, Growing.curve, Growing.join, Growing.cut, Growing.pad, Growing.turn, Growing.scale, Growing.again,
 )  # fmt: skip
-MAPS = (Growing.conv, Growing.conv, Growing.conv, Growing.enlarge, Growing.pool, Growing.groupnorm, Growing.tokens)
+MAPS = (
+    Growing.conv, Growing.conv, Growing.enlarge, Growing.pool, Growing.pool, Growing.groupnorm, Growing.tokens,
+)  # fmt: skip
 TOKENS = (Growing.linear, Growing.linear, Growing.layernorm, Growing.attend, Growing.product, Growing.class_token)
 VECTORS = (Growing.linear, Growing.layernorm)
 STEPS: dict[int, tuple[Callable[[Growing, Op], Op], ...]] = {
@@ -215,7 +217,7 @@ STEPS: dict[int, tuple[Callable[[Growing, Op], Op], ...]] = {
 @st.composite
 def graphs(draw: st.DrawFn, most: int = 7) -> Graph:
     """A graph whose values keep below a few hundred elements, ending in features, with at least one layer."""
-    shape = draw(st.sampled_from([(2, 4, 5), (4, 3, 3), (3, 4), (4, 6), (5,)]))
+    shape = draw(st.sampled_from([(2, 4, 5), (4, 3, 3), (2, 4, 5), (3, 4), (4, 6), (5,)]))
     grow = Growing(draw, shape)
     value = grow.ops[0]
     for _ in range(draw(st.integers(2, most))):

@@ -10,7 +10,7 @@ SWALLOWED = """
 import os, signal, time, weakref
 from edgetrain_cli import app
 class Thing: pass
-def work():
+def work(prog_name):
     thing = Thing()
     reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     del thing

@@ -18,9 +18,12 @@ class Io:
     """A stage that keeps what its line shows."""
 
     def __init__(self):
-        self.shown = []
+        self.shown, self.said = [], ()
 
-    def progress(self, label):
+    def did(self, *figures):
+        self.said = figures
+
+    def progress(self, label, unit):
         return lambda done, **figures: self.shown.append((done, figures))
 
 
@@ -38,7 +41,7 @@ def test_a_plain_block_tells_what_it_can():
 
 def test_the_line_and_the_file(tmp_path):
     io, metrics = Io(), tmp_path / "rounds.jsonl"
-    status = Status(io, str(metrics), last=True)
+    status = Status(io, str(metrics), "training", last=True)
     status.passed(BLOCK)
     status.passed(BLOCK)
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -46,12 +49,15 @@ def test_the_line_and_the_file(tmp_path):
     assert rows[0]["seconds"] <= rows[1]["seconds"]
     done, figures = io.shown[-1]
     assert done == 2
-    assert (figures["dropped"], figures["gain"]) == ("70 %", "4.00x")
+    assert (figures["dropped"], figures["gradient noise"]) == ("70 %", "1/4 of random choice's")
+    status.close()
+    assert io.said[0] == "2 rounds"
+    assert "dropped 70 %" in io.said
 
 
 def test_watching_passes_blocks_on_and_shows_nothing_by_itself():
     io = Io()
-    status = Status(io, None, last=True)
+    status = Status(io, None, "training", last=True)
     assert list(status.watch([BLOCK])) == [BLOCK]
     assert io.shown == []
     status.show(loss=1.5)

@@ -88,8 +88,8 @@ class TextCNN(nn.Module):
 
 
 SPECIMENS = (
-    Specimen("gru", GRUKeywords, (20, 25), ("gru of two layers", "last frame"), refused="gru"),
-    Specimen("conv-lstm", DeepConvLSTM, (6, 32), ("lstm, frames first", "last hidden state"), refused="lstm"),
-    Specimen("crnn", CRNN, (1, 40, 20), ("bidirectional gru", "attention pool"), refused="gru"),
+    Specimen("gru", GRUKeywords, (20, 25), ("gru of two layers", "last frame")),
+    Specimen("conv-lstm", DeepConvLSTM, (6, 32), ("lstm, frames first", "last hidden state")),
+    Specimen("crnn", CRNN, (1, 40, 20), ("bidirectional gru", "attention pool")),
     Specimen("text-cnn", TextCNN, (20,), ("embedding", "max over time"), refused="embedding", vocabulary=100),
 )

@@ -1,13 +1,13 @@
 """The order of channels inside the arena: such that what trains lies side by side wherever it can.
 
 Values that share their channels one to one (through activations, additions, depthwise layers, pooling) form a space;
-one order holds for all of them. Where an operator needs the graph's own order (concatenation, groups, flattening) its
-spaces keep it.
+one order holds for all of them; a concatenation has the orders of what it joins, one behind the other. Where an
+operator needs the graph's own order (groups, flattening) its spaces keep it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -24,30 +24,45 @@ Run = tuple[int, int, bool]
 class Channels:
     """The order of every value's channels; `of[name][i]` is the graph's number of the i-th."""
 
-    def __init__(self, graph: Graph, updates: Iterable[LayerUpdate], flows: Mapping[str, str]) -> None:
-        """`flows`: how an operator of each kind treats channels: `same`, `own` or `fixed`."""
+    def __init__(self, graph: Graph, updates: Iterable[LayerUpdate], flow_of: Callable[[Op], str]) -> None:
+        """`flow_of`: how an operator treats channels: `same`, its `own`, `joined` or `fixed` to the graph's order."""
+        self._graph = graph
         self._parent = {op.name: op.name for op in graph.ops}
+        flows = {op.name: flow_of(op) for op in graph.ops[1:]}
         fixed = {graph.ops[0].name}
         for op in graph.ops[1:]:
-            flow = "same" if op.is_depthwise else flows[op.kind]
-            if op.kind == "conv" and op.groups > 1 and not op.is_depthwise:
-                flow = "fixed"
-            if op.kind == "flatten" and np.prod(op.in_shape[1:]) == 1:
-                flow = "same"
-            if flow == "same":
+            if flows[op.name] == "same":
                 for source in op.inputs:
                     self._join(op.name, source)
-            elif flow == "fixed":
+            elif flows[op.name] == "fixed":
                 fixed |= {op.name, *op.inputs}
         self._fixed = {self._root(name) for name in fixed}
-        sets: dict[str, list[frozenset[int]]] = {}
+        self._joined = self._concatenations(flows)
+        self._sets: dict[str, list[frozenset[int]]] = {}
         for update in updates:
             if update.channels:
                 op = graph[update.layer]
                 value = op.inputs[0] if update.axis == "input" else op.name
-                sets.setdefault(self._root(value), []).append(frozenset(update.channels))
-        self.of = {op.name: self._order(op, sets) for op in graph.ops}
+                self._sets.setdefault(self._root(value), []).append(frozenset(update.channels))
+        orders: dict[str, Integers] = {}
+        self.of = {op.name: self._order(op, orders) for op in graph.ops}
         self.position = {name: np.argsort(order) for name, order in self.of.items()}
+
+    def _concatenations(self, flows: Mapping[str, str]) -> dict[str, Op]:
+        """The spaces whose order is that of the values which one concatenation joins; other concatenations, and what
+        they join, keep the graph's order."""
+        makers: dict[str, list[Op]] = {}
+        for op in self._graph.ops[1:]:
+            if flows[op.name] in ("own", "joined"):
+                makers.setdefault(self._root(op.name), []).append(op)
+        joined = [(root, op) for root, ops in makers.items() for op in ops if flows[op.name] == "joined"]
+        for root, op in joined:
+            if len(makers[root]) > 1 or root in map(self._root, op.inputs):
+                self._fixed.add(root)
+        for root, op in sorted(joined, key=lambda each: -self._graph.position[each[1].name]):
+            if root in self._fixed:
+                self._fixed |= set(map(self._root, op.inputs))
+        return {root: op for root, op in joined if root not in self._fixed}
 
     def _root(self, name: str) -> str:
         while self._parent[name] != name:
@@ -57,12 +72,22 @@ class Channels:
     def _join(self, first: str, second: str) -> None:
         self._parent[self._root(first)] = self._root(second)
 
-    def _order(self, op: Op, sets: Mapping[str, Sequence[frozenset[int]]]) -> Integers:
+    def _order(self, op: Op, known: dict[str, Integers]) -> Integers:
         root = self._root(op.name)
-        count = op.shape[0]
-        if root in self._fixed or root not in sets:
+        if root not in known:
+            known[root] = self._order_of(root, op.shape[0], known)
+        return known[root]
+
+    def _order_of(self, root: str, count: int, known: dict[str, Integers]) -> Integers:
+        if root in self._fixed:
             return np.arange(count)
-        return np.array(sorted(range(count), key=lambda channel: (_rank(channel, sets[root]), channel)), np.int64)
+        if root in self._joined:
+            parts = [self._graph[source] for source in self._joined[root].inputs]
+            starts = np.cumsum([0, *(part.shape[0] for part in parts)])
+            orders = [start + self._order(part, known) for start, part in zip(starts, parts, strict=False)]
+            return np.concatenate(orders)
+        sets = self._sets.get(root, [])
+        return np.array(sorted(range(count), key=lambda channel: (_rank(channel, sets), channel)), np.int64)
 
     def runs(self, value: str, live: Sequence[int]) -> list[Run]:
         """The channels of a value as runs of live and of frozen ones."""

@@ -13,13 +13,13 @@ from math import prod
 from stages.artifacts.records import LayerUpdate, detached_layers
 from stages.engines.native import arena, layers
 from stages.engines.native.builder import Builder, map_of, mark_of
-from stages.engines.native.chains import Chain, Cuts, ring_rows, sources
+from stages.engines.native.chains import Chain, Cuts, ring_rows
 from stages.engines.native.channels import Channels
-from stages.engines.native.plan import check_plan
 from stages.engines.native.program import Buffer, Lowering, Step
 from stages.engines.native.rules import RULES, Node, apply_bits, in_place, keep_bits, plus
 from stages.engines.native.units import BITS, Unit, units_of
 from stages.errors import UsageError
+from stages.graphs.checking import check_updates
 from stages.graphs.graph import Graph
 
 
@@ -32,8 +32,11 @@ def uncovered(graph: Graph) -> str:
     for op in graph.ops:
         if op.kind not in RULES:
             return f"operator {op.name}: kind {op.kind!r}"
-        if reason := RULES[op.kind].refuses(op):
-            return f"operator {op.name}: {reason}"
+        reason = "tensors shared with another operator" if op.shares else RULES[op.kind].refuses(op)
+        if not reason and not 1 <= len(op.shape) <= 3:
+            reason = f"values of {len(op.shape)} axes"
+        if reason:
+            return f"operator {op.name}: {op.kind} with {reason}"
     return ""
 
 
@@ -50,7 +53,8 @@ def lower(graph: Graph, updates: Sequence[LayerUpdate], *, separate: bool = Fals
     if reason := uncovered(graph):
         where, _, what = reason.partition(": ")
         raise NotCovered(where, what, "what the native engine has", "use --engine torch")
-    check_plan(graph, updates)
+    if updates:
+        check_updates(updates, graph)
     return _Lower(graph, updates, chains).run(separate=separate)
 
 
@@ -59,13 +63,32 @@ def arena_bytes(graph: Graph, updates: Sequence[LayerUpdate]) -> int:
     return lower(graph, updates).arena_bytes
 
 
+def training_bytes(
+    graph: Graph, updates: Sequence[LayerUpdate], *, batch: int = 1, workers: int = 1, state: int = 0, head: int = 0
+) -> int:
+    """Bytes that training holds beside the image and the samples, as `net.NativeNet` allocates them.
+
+    Args:
+        batch: samples whose loss is taken together: each one's boundary, features and what its backward pass needs.
+        workers: threads, each with an arena and gradients of its own.
+        state: the optimiser's values per live value (0 for SGD, 1 with momentum, 2 for Adam).
+        head: values of the classifier on the features, with their gradients and state.
+    """
+    program = lower(graph, updates)
+    boundary = sum(buffer.floats for buffer in program.boundary)
+    return (
+        workers * 4 * (program.arena_floats + program.live_floats)
+        + 4 * (2 + state) * (program.live_floats + head)
+        + batch * (program.kept_bytes + 4 * (boundary + program.features))
+    )
+
+
 class _Lower:
     def __init__(self, graph: Graph, updates: Sequence[LayerUpdate], chains: bool) -> None:
         self.graph, self.chains = graph, chains
         self.live = {update.layer: update for update in updates if update.trains}
         self.detached = detached_layers(updates)
-        flows = {kind: rule.channels for kind, rule in RULES.items()}
-        self.builder = Builder(graph, Channels(graph, self.live.values(), flows))
+        self.builder = Builder(graph, Channels(graph, self.live.values(), lambda op: RULES[op.kind].channels(op)))
         self.trained = graph.downstream(set(self.live))
         self.flow = graph.gradient_flow(set(self.live), self.detached)
         self.output = graph.ops[-1].name
@@ -248,6 +271,3 @@ def _ancestors(graph: Graph, names: Collection[str]) -> set[str]:
         if op.name in found:
             found.update(op.inputs)
     return found
-
-
-__all__ = ["NotCovered", "arena_bytes", "lower", "sources", "uncovered"]

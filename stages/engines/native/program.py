@@ -28,9 +28,10 @@ MOST_ROWS, MOST_STAGES, MOST_CHANNELS, MOST_COLUMNS = 64, 16, 1 << 24, 1 << 15
 
 KINDS = {
     "input": 1, "chain": 2, "conv": 3, "depthwise": 4, "max_pool": 5, "avg_pool": 6, "mean": 7, "unary": 8, "add": 9,
-    "copy": 10, "transpose": 11, "merge": 12, "mask": 13, "features": 14, "gradient": 32, "mask_back": 33,
+    "copy": 10, "transpose": 11, "merge": 12, "mask": 13, "features": 14, "multiply": 15, "fill": 16, "softmax": 17,
+    "norm": 18, "nearest": 19, "gradient": 32, "mask_back": 33,
     "conv_dx": 34, "conv_dw": 35, "depthwise_dx": 36, "depthwise_dw": 37, "bias_dw": 38, "max_pool_dx": 39,
-    "avg_pool_dx": 40, "mean_dx": 41, "unary_dx": 42,
+    "avg_pool_dx": 40, "mean_dx": 41, "unary_dx": 42, "dot": 43, "softmax_dx": 44, "norm_dx": 45, "nearest_dx": 46,
 }  # fmt: skip
 """Names of steps and their codes."""
 
@@ -43,7 +44,7 @@ REFERENCES = ("x", "y", "w", "b", "r", "m")
 SAVING, ACCUMULATE, COUNT_PAD, ADAPTIVE = 1, 2, 4, 8
 ACTIVATIONS = {
     "": 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "elu": 4, "hardswish": 5, "hardsigmoid": 6, "silu": 7, "gelu": 8,
-    "gelu_tanh": 9, "sigmoid": 10, "tanh": 11, "clamp": 12,
+    "gelu_tanh": 9, "sigmoid": 10, "tanh": 11, "clamp": 12, "exp": 13, "softplus": 14, "mish": 15, "abs": 16,
 }  # fmt: skip
 
 
@@ -99,7 +100,9 @@ class Step:
             "flags": 0, "ldr": 0, "ph": 0, "pw": 0, "act": 0, "act2": 0, "n": 0, "a0": 0, "a1": 0,
         }  # fmt: skip
         words |= dict.fromkeys(REFERENCES, NONE) | {"kind": KINDS[self.kind]}
-        words |= {name: word.word() if isinstance(word, Ref) else int(word) for name, word in self.words.items()}
+        words |= {
+            name: word.word() if isinstance(word, Ref) else int(word) % 2**32 for name, word in self.words.items()
+        }
         words.setdefault("co", words["ci"])
         words["xr"] = int(self.words.get("xr", words["hi"]))  # type: ignore[arg-type]
         words["yr"] = int(self.words.get("yr", words["ho"]))  # type: ignore[arg-type]

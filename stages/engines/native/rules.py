@@ -6,9 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
+
 from stages.engines.native import layers
 from stages.engines.native.builder import Builder, geometry, map_of
-from stages.engines.native.program import ACTIVATIONS, COUNT_PAD, Buffer, Ref, Step
+from stages.engines.native.program import (
+    ACTIVATIONS,
+    ADAPTIVE,
+    COUNT_PAD,
+    MOST_ROWS,
+    Buffer,
+    Floats,
+    Ref,
+    Step,
+    Tensors,
+)
 from stages.engines.native.units import BITS, Unit
 from stages.operators import Op
 
@@ -32,6 +44,26 @@ class Node:
         return self.unit.op
 
 
+def same(op: Op) -> str:
+    """Channel c of the output is made of channel c of the inputs."""
+    return "same"
+
+
+def fixed(op: Op) -> str:
+    """The graph's own order."""
+    return "fixed"
+
+
+def joined(op: Op) -> str:
+    """The inputs' channels, one value's behind the other's."""
+    return "joined"
+
+
+def always(op: Op) -> bool:
+    """Whatever the operator."""
+    return True
+
+
 Forward = Callable[[Builder, Node, list[Step]], None]
 Backward = Callable[[Builder, Node, int, Buffer, Buffer | None, list[Step]], Buffer]
 """(builder, node, which input, gradient of the output, what other readers gave, steps) -> that input's gradient."""
@@ -41,12 +73,14 @@ Backward = Callable[[Builder, Node, int, Buffer, Buffer | None, list[Step]], Buf
 class Rule:
     """How a kind of operator is lowered."""
 
-    channels: str
-    """Its output's channels: the `same` as its inputs', its `own`, or `fixed` to the graph's order."""
+    channels: Callable[[Op], str]
+    """Its output's channels: the `same` as its inputs', its `own`, all its inputs' `joined`, or `fixed` in order."""
     forward: Forward
     backward: Backward
     rows: bool = False
     """It can run row by row, in one step."""
+    in_place: Callable[[Op], bool] = lambda op: False
+    """Whether its output may take the place of its first input."""
     refuses: Callable[[Op], str] = lambda op: ""
     """Why this operator cannot be lowered; empty where it can."""
 
@@ -66,9 +100,20 @@ def _layer_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer
     return dx
 
 
+def _layer_channels(op: Op) -> str:
+    if op.is_depthwise:
+        return "same"
+    return "fixed" if op.groups > 1 else "own"
+
+
 def _refuses_layer(op: Op) -> str:
     rows = (1, 1, *op.kernel)[-2]
-    return f"a kernel of {rows} rows" if rows > 64 else ""
+    return f"a kernel of {rows} rows" if rows > MOST_ROWS else ""
+
+
+def _refuses_tokens(op: Op) -> str:
+    """Layers whose channels are not the first axis."""
+    return "tokens" if op.channel_axis % len(op.shape) else ""
 
 
 # ---------------------------------------------------------------------------------------------------------- activations
@@ -83,9 +128,121 @@ def _flat(op: Op, shape: Sequence[int] | None = None) -> dict[str, int | Ref]:
     }  # fmt: skip
 
 
+PARAMETERS = {"leaky_relu": ("slope",), "elu": ("alpha", "scale"), "clamp": ("low", "high"), "softplus": ("beta",)}
+"""Numbers that an activation is made with, in the order of the step's."""
+
+
+def _function(op: Op) -> dict[str, int | Ref]:
+    """The words that say which function of an element an activation is."""
+    kind = "gelu_tanh" if op.kind == "gelu" and op["approximate"] == "tanh" else op.kind
+    numbers = [float_word(op[name]) for name in PARAMETERS.get(kind, ())]
+    return {"act": ACTIVATIONS[kind], **dict(zip(("a0", "a1"), numbers, strict=False))}
+
+
+def float_word(value: float) -> int:
+    """A number as the word of a step."""
+    return int(np.float32(value).view(np.int32))
+
+
 def _activation(builder: Builder, node: Node, into: list[Step]) -> None:
-    x, y = node.inputs[0], node.y
-    builder.emit(into, "unary", **_flat(node.op), x=x[0], y=y[0], act=ACTIVATIONS[node.op.kind])
+    builder.emit(into, "unary", **_flat(node.op), **_function(node.op), x=node.inputs[0][0], y=node.y[0])
+
+
+def _activation_back(
+    builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]
+) -> Buffer:
+    words = _flat(node.op) | _function(node.op)
+    return _elementwise(builder, node, "unary_dx", words, node.inputs[0], g, add, into)
+
+
+def _elementwise(
+    builder: Builder, node: Node, kind: str, words: dict[str, int | Ref], kept: Buffer, g: Buffer, add: Buffer | None,
+    into: list[Step],
+) -> Buffer:  # fmt: skip
+    """The input's gradient as a function of a kept value and the output's gradient, value by value."""
+    dx = builder.buffer(f"gradient {node.op.inputs[0]}", g.floats, over=g if add is None else add)
+    more = None if add is None else add[0]
+    builder.emit(into, kind, **words, x=kept[0], w=g[0], r=more, ldr=words["ldx"], y=dx[0])
+    return dx
+
+
+def _softmax(builder: Builder, node: Node, into: list[Step]) -> None:
+    logarithm = int(node.op.kind == "log_softmax")
+    builder.emit(into, "softmax", **_flat(node.op), x=node.inputs[0][0], y=node.y[0], n=logarithm)
+
+
+def _softmax_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    words = _flat(node.op) | {"n": int(node.op.kind == "log_softmax")}
+    return _elementwise(builder, node, "softmax_dx", words, node.y, g, add, into)
+
+
+def _refuses_axis(op: Op) -> str:
+    return f"axis {op['axis']}" if op["axis"] % len(op.shape) else ""
+
+
+# -------------------------------------------------------------------------------------------------------- normalisation
+
+
+def _norm_words(op: Op) -> dict[str, int | Ref]:
+    groups = 1 if op.kind == "layernorm" else op["groups"]
+    return _flat(op) | {"n": groups, "a0": float_word(op["eps"])}
+
+
+def _norm(builder: Builder, node: Node, into: list[Step]) -> None:
+    room = builder.buffer(f"statistics {node.op.name}", 4 * node.op.shape[0])
+    builder.emit(into, "norm", **_norm_words(node.op), x=node.inputs[0][0], y=node.y[0], m=room[0])
+
+
+def _norm_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    room = builder.buffer(f"statistics {node.op.name}", 4 * node.op.shape[0])
+    words = _norm_words(node.op) | {"m": room[0]}
+    return _elementwise(builder, node, "norm_dx", words, node.inputs[0], g, add, into)
+
+
+def _refuses_layernorm(op: Op) -> str:
+    return f"the last {op['axes']} of {len(op.shape)} axes" if op["axes"] != len(op.shape) else ""
+
+
+# ------------------------------------------------------------------------------------------------------------- products
+
+
+def _is_vector(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """One value per channel, to be repeated over the pixels of the other value."""
+    return len(shape) == len(whole) and shape[0] == whole[0] and prod(shape[1:]) == 1 < prod(whole[1:])
+
+
+def _factors(op: Op) -> tuple[int, int]:
+    """Which input is the whole map, and which the other."""
+    return (1, 0) if _is_vector(op.in_shapes[0], op.shape) else (0, 1)
+
+
+def _multiply(builder: Builder, node: Node, into: list[Step]) -> None:
+    whole, other = _factors(node.op)
+    sizes = _flat(node.op)
+    apart = 0 if _is_vector(node.op.in_shapes[other], node.op.shape) else sizes["ldx"]
+    x, r = node.inputs[whole], node.inputs[other]
+    builder.emit(into, "multiply", **sizes, x=x[0], r=r[0], ldr=apart, y=node.y[0])
+
+
+def _multiply_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    op, other, sizes = node.op, node.inputs[1 - which], _flat(node.op)
+    dx = builder.buffer(f"gradient {op.inputs[which]}", prod(op.in_shapes[which]), over=add)
+    more = None if add is None else add[0]
+    if _is_vector(op.in_shapes[which], op.shape):
+        builder.emit(into, "dot", **sizes, x=g[0], r=other[0], ldr=sizes["ldx"], w=more, y=dx[0])
+    else:
+        apart = 0 if _is_vector(op.in_shapes[1 - which], op.shape) else sizes["ldx"]
+        builder.emit(into, "multiply", **sizes, x=g[0], r=other[0], ldr=apart, w=more, y=dx[0])
+    return dx
+
+
+def _refuses_multiply(op: Op) -> str:
+    fits = all(shape == op.shape or _is_vector(shape, op.shape) for shape in op.in_shapes)
+    return "" if fits and op.shape in op.in_shapes else f"shapes {op.in_shapes}"
+
+
+def _refuses_subtract(op: Op) -> str:
+    return _refuses_multiply(op) or ("" if op.in_shapes[0] == op.shape else f"shapes {op.in_shapes}")
 
 
 def _bits_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
@@ -114,14 +271,53 @@ def _flat_of(shape: Sequence[int]) -> dict[str, int | Ref]:
 # ------------------------------------------------------------------------------------------------ additions and copies
 
 
-def _add(builder: Builder, node: Node, into: list[Step]) -> None:
-    x, r = node.inputs
-    sizes = _flat(node.op)
-    builder.emit(into, "add", **sizes, x=x[0], r=r[0], y=node.y[0], ldr=sizes["ldx"])
+def _sum(builder: Builder, node: Node, into: list[Step]) -> None:
+    op, sizes = node.op, _flat(node.op)
+    whole, other = _factors(op) if op.kind == "add" else (0, 1)
+    x, r = node.inputs[whole], node.inputs[other]
+    apart = 0 if _is_vector(op.in_shapes[other], op.shape) else sizes["ldx"]
+    builder.emit(into, "add", **sizes, x=x[0], r=r[0], y=node.y[0], ldr=apart, n=int(op.kind == "subtract"))
 
 
-def _add_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
-    return plus(builder, node.op.inputs[which], node.op.in_shape, g, add, into)
+def _sum_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    op = node.op
+    if _is_vector(op.in_shapes[which], op.shape):
+        g = _over_pixels(builder, op, g, into)
+    if op.kind == "subtract" and which == 1:
+        return _less(builder, op, g, add, into)
+    return plus(builder, op.inputs[which], op.in_shapes[which], g, add, into)
+
+
+def _over_pixels(builder: Builder, op: Op, g: Buffer, into: list[Step]) -> Buffer:
+    """The sum over all pixels of a gradient."""
+    channels = op.shape[0]
+    total = builder.buffer(f"gradient of a channel of {op.name}", channels)
+    ones = builder.constant(lambda tensors: np.ones(channels, np.float32), channels)
+    builder.emit(into, "dot", **_flat(op), x=g[0], r=ones, y=total[0])
+    return total
+
+
+def _less(builder: Builder, op: Op, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    """add - g."""
+    sizes = _flat_of(op.in_shapes[1])
+    total = builder.buffer(f"gradient {op.inputs[1]}", g.floats, over=add)
+    if add is None:
+        builder.emit(into, "fill", **sizes, y=total[0])
+    from_ = total if add is None else add
+    builder.emit(into, "add", **sizes, x=from_[0], r=g[0], y=total[0], ldr=sizes["ldx"], n=1)
+    return total
+
+
+def _constant(builder: Builder, node: Node, into: list[Step]) -> None:
+    """Copied into the arena, where its readers look for it."""
+    op = node.op
+    name = f"{op.name}.value"
+
+    def pixels(tensors: Tensors) -> Floats:
+        size = map_of(op.shape)
+        return tensors[name].reshape(size.channels, size.pixels).T
+
+    _copy(builder, into, builder.constant(pixels, op.elements), node.y[0], op.shape, op.shape[0], op.shape[0])
 
 
 def _copy(
@@ -153,9 +349,86 @@ def _concat_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffe
     return own
 
 
+def _chosen(op: Op) -> list[int]:
+    """Numbers of the input's channels that the output has."""
+    return list(op["index"]) if op.kind == "take" else list(range(op["start"], op["stop"], op["step"]))
+
+
+def _ranges(numbers: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Ranges of consecutive numbers: (place of the first, the first, how many).
+
+    >>> _ranges([4, 5, 2, 2])
+    [(0, 4, 2), (2, 2, 1), (3, 2, 1)]
+    """
+    found: list[tuple[int, int, int]] = []
+    for at, number in enumerate(numbers):
+        if found and found[-1][1] + found[-1][2] == number:
+            place, first, count = found.pop()
+            found.append((place, first, count + 1))
+        else:
+            found.append((at, number, 1))
+    return found
+
+
+def _take(builder: Builder, node: Node, into: list[Step]) -> None:
+    op = node.op
+    for at, first, count in _ranges(_chosen(op)):
+        shape = (count, *op.shape[1:])
+        _copy(builder, into, node.inputs[0][first], node.y[at], shape, op.in_shape[0], op.shape[0])
+
+
+def _take_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    op, sizes = node.op, _flat_of(node.op.in_shape)
+    dx = builder.buffer(f"gradient {op.inputs[0]}", prod(op.in_shape), over=add)
+    if add is None:
+        builder.emit(into, "fill", **sizes, y=dx[0])
+    else:
+        builder.emit(into, "copy", **sizes, x=add[0], y=dx[0])
+    for at, first, count in _ranges(_chosen(op)):
+        own = _flat_of((count, *op.shape[1:])) | {"ldx": op.shape[0], "ldy": sizes["ldx"], "ldr": sizes["ldx"]}
+        builder.emit(into, "add", **own, x=g[at], r=dx[first], y=dx[first])
+    return dx
+
+
+def _pad(builder: Builder, node: Node, into: list[Step]) -> None:
+    """A depthwise layer whose only weight is 1: what it reads outside of the map is 0."""
+    builder.emit(into, "depthwise", **_pad_words(builder, node.op), x=node.inputs[0][0], y=node.y[0])
+
+
+def _pad_words(builder: Builder, op: Op) -> dict[str, int | Ref]:
+    channels = op.shape[0]
+    ones = builder.constant(lambda tensors: np.ones(channels, np.float32), channels)
+    top, left = (0, 0, *op["before"][1:])[-2:]
+    return _window(op) | {"ph": top, "pw": left, "w": ones}
+
+
+def _pad_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    dx = builder.buffer(f"gradient {node.op.inputs[0]}", prod(node.op.in_shape), over=add)
+    more = None if add is None else add[0]
+    builder.emit(into, "depthwise_dx", **_pad_words(builder, node.op), x=g[0], r=more, y=dx[0])
+    return dx
+
+
+def _refuses_pad(op: Op) -> str:
+    if op["mode"] != "constant" or op["value"] != 0:
+        return f"mode {op['mode']}, value {op['value']}"
+    least = min(*op["before"], *op["after"])
+    return f"{op['before']} before, {op['after']} after" if op["before"][0] or op["after"][0] or least < 0 else ""
+
+
 def _turns(op: Op) -> bool:
     """Whether flattening changes the order of values: pixels of channels become channels of pixels."""
     return prod(op.in_shape[1:]) > 1
+
+
+def _flatten_channels(op: Op) -> str:
+    return "fixed" if _turns(op) else "same"
+
+
+def _refuses_reshape(op: Op) -> str:
+    """A vector made of a map, or a vector of another shape."""
+    vector = op.shape[0] == op.in_shape[0] and prod(op.shape[1:]) == prod(op.in_shape[1:]) == 1
+    return "" if vector or len(op.shape) == 1 else f"{op.in_shape} as {op.shape}"
 
 
 def _flatten(builder: Builder, node: Node, into: list[Step]) -> None:
@@ -184,6 +457,53 @@ def _window(op: Op) -> dict[str, int | Ref]:
     channels = op.in_channels
     words = geometry(op) | {"ci": channels, "co": channels, "ldx": channels, "ldy": channels, "ldr": channels}
     return words | {"flags": COUNT_PAD if op.kind == "avg_pool" and op.count_include_pad else 0}
+
+
+def _adaptive(op: Op) -> dict[str, int | Ref]:
+    sizes = zip(map_sizes(op.in_shape), map_sizes(op.shape), strict=True)
+    rows, columns = (max(-(-(o + 1) * size // out) - o * size // out for o in range(out)) for size, out in sizes)
+    return _window(op) | {"kh": rows, "kw": columns, "flags": ADAPTIVE}
+
+
+def map_sizes(shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width."""
+    size = map_of(tuple(shape))
+    return size.height, size.width
+
+
+def _adaptive_pool(builder: Builder, node: Node, into: list[Step]) -> None:
+    builder.emit(into, "avg_pool", **_adaptive(node.op), x=node.inputs[0][0], y=node.y[0])
+
+
+def _adaptive_pool_back(
+    builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]
+) -> Buffer:
+    dx = builder.buffer(f"gradient {node.op.inputs[0]}", prod(node.op.in_shape), over=add)
+    more = None if add is None else add[0]
+    builder.emit(into, "avg_pool_dx", **_adaptive(node.op), x=g[0], r=more, y=dx[0])
+    return dx
+
+
+def _refuses_adaptive(op: Op) -> str:
+    rows = _adaptive(op)["kh"]
+    return f"bins of {rows} rows" if int(rows) > MOST_ROWS else ""  # type: ignore[arg-type]
+
+
+def _nearest(builder: Builder, node: Node, into: list[Step]) -> None:
+    builder.emit(into, "nearest", **_window(node.op), x=node.inputs[0][0], y=node.y[0])
+
+
+def _nearest_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    return _spread(builder, node, "nearest_dx", g, add, into)
+
+
+def _refuses_upsample(op: Op) -> str:
+    whole = all(out % size == 0 for size, out in zip(op.in_shape[1:], op.shape[1:], strict=True))
+    return "" if op["mode"] == "nearest" and whole else f"mode {op['mode']} from {op.in_shape} to {op.shape}"
+
+
+def _refuses_mean(op: Op) -> str:
+    return "" if op["axes"] == tuple(range(1, len(op.in_shape))) else f"axes {op['axes']}"
 
 
 def _max_pool(builder: Builder, node: Node, into: list[Step]) -> None:
@@ -240,24 +560,45 @@ def _no_gradient(builder: Builder, node: Node, which: int, g: Buffer, add: Buffe
 
 
 RULES: dict[str, Rule] = {
-    "input": Rule("fixed", _input, _no_gradient, rows=True),
-    "conv": Rule("own", _layer, _layer_back, rows=True, refuses=_refuses_layer),
-    "linear": Rule("own", _layer, _layer_back),
-    "relu": Rule("same", _activation, _bits_back, rows=True),
-    "relu6": Rule("same", _activation, _bits_back, rows=True),
-    "add": Rule("same", _add, _add_back),
-    "concat": Rule("fixed", _concat, _concat_back),
-    "flatten": Rule("fixed", _flatten, _flatten_back),
-    "max_pool": Rule("same", _max_pool, _max_pool_back, rows=True, refuses=_refuses_max_pool),
-    "avg_pool": Rule("same", _avg_pool, _avg_pool_back, rows=True, refuses=_refuses_layer),
-    "global_pool": Rule("same", _mean, _mean_back),
-}
+    "input": Rule(fixed, _input, _no_gradient, rows=True),
+    "conv": Rule(_layer_channels, _layer, _layer_back, rows=True, refuses=_refuses_layer),
+    "linear": Rule(_layer_channels, _layer, _layer_back, refuses=_refuses_tokens),
+    "scale": Rule(same, _layer, _layer_back, rows=True, refuses=_refuses_tokens),
+    **{kind: Rule(same, _activation, _bits_back, rows=True, in_place=always) for kind in BITS},
+    **{
+        kind: Rule(same, _activation, _activation_back, rows=True, in_place=always)
+        for kind in (
+            "leaky_relu", "elu", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "clamp", "exp",
+            "softplus", "mish", "abs",
+        )
+    },
+    **{kind: Rule(same, _softmax, _softmax_back, refuses=_refuses_axis) for kind in ("softmax", "log_softmax")},
+    "layernorm": Rule(fixed, _norm, _norm_back, refuses=_refuses_layernorm),
+    "groupnorm": Rule(fixed, _norm, _norm_back),
+    "add": Rule(same, _sum, _sum_back, refuses=_refuses_multiply, in_place=lambda op: op.in_shapes[0] == op.shape),
+    "subtract": Rule(same, _sum, _sum_back, refuses=_refuses_subtract, in_place=always),
+    "multiply": Rule(same, _multiply, _multiply_back, refuses=_refuses_multiply),
+    "concat": Rule(joined, _concat, _concat_back, refuses=_refuses_axis),
+    **{kind: Rule(fixed, _take, _take_back, refuses=_refuses_axis) for kind in ("slice", "take")},
+    "pad": Rule(same, _pad, _pad_back, refuses=_refuses_pad),
+    "constant": Rule(fixed, _constant, _no_gradient),
+    "flatten": Rule(_flatten_channels, _flatten, _flatten_back, in_place=lambda op: not _turns(op)),
+    "reshape": Rule(
+        _flatten_channels, _flatten, _flatten_back, refuses=_refuses_reshape, in_place=lambda op: not _turns(op)
+    ),
+    "max_pool": Rule(same, _max_pool, _max_pool_back, rows=True, refuses=_refuses_max_pool),
+    "avg_pool": Rule(same, _avg_pool, _avg_pool_back, rows=True, refuses=_refuses_layer),
+    "adaptive_avg_pool": Rule(same, _adaptive_pool, _adaptive_pool_back, refuses=_refuses_adaptive),
+    "global_pool": Rule(same, _mean, _mean_back),
+    "mean": Rule(same, _mean, _mean_back, refuses=_refuses_mean),
+    "upsample": Rule(same, _nearest, _nearest_back, refuses=_refuses_upsample),
+}  # fmt: skip
 """One row per kind."""
 
 
 def in_place(op: Op) -> bool:
     """Whether an operator's output may take the place of its first input."""
-    return op.kind in ("relu", "relu6", "add") or (op.kind == "flatten" and not _turns(op))
+    return RULES[op.kind].in_place(op)
 
 
 def apply_bits(builder: Builder, activation: str, out: str, kept: Buffer, g: Buffer, into: list[Step]) -> Buffer:

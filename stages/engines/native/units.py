@@ -49,7 +49,7 @@ def _fused(graph: Graph, op: Op, names: Collection[str], keep: Collection[str]) 
     if reader.kind != "add" or op.is_depthwise:
         return Unit(op, op.name)
     (other,) = [name for name in reader.inputs if name != op.name]
-    if graph.position[other] > graph.position[op.name]:
+    if graph.position[other] > graph.position[op.name] or graph[other].shape != op.shape:
         return Unit(op, op.name)
     last = _only_reader(graph, reader.name, names, keep)
     if last is not None and last.kind in BITS:

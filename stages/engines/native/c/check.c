@@ -100,7 +100,7 @@ static int check(const struct limits *l, const struct et_header *h, const float 
         fits = plain(s) && within(l, s->x, extent(xs, ldx, ci), READ) && within(l, s->y, extent(ys, ldy, ci), WRITE);
         break;
     case ET_ADD:
-        fits = relu && plain(s) && within(l, s->x, extent(xs, ldx, ci), READ) &&
+        fits = relu && plain(s) && between(s->n, 0, 1) && within(l, s->x, extent(xs, ldx, ci), READ) &&
                within(l, s->r, extent(in, ldr, ci), READ) && within(l, s->y, extent(ys, ldy, ci), WRITE);
         break;
     case ET_TRANSPOSE:
@@ -115,6 +115,39 @@ static int check(const struct limits *l, const struct et_header *h, const float 
     case ET_MASK_BACK:
         fits = relu && s->n >= 1 && n <= MOST && within(l, s->x, n, READ) && within(l, s->m, (n + 511) / 512 * 16, WRITE) &&
                (s->kind == ET_MASK || within(l, s->y, n, WRITE));
+        break;
+    case ET_MULTIPLY:
+        fits = plain(s) && within(l, s->x, extent(in, ldx, ci), READ) && within(l, s->r, extent(in, ldr, ci), READ) &&
+               within(l, s->y, extent(in, ldy, ci), WRITE) && maybe(l, s->w, extent(in, ldy, ci), READ);
+        break;
+    case ET_DOT:
+        fits = within(l, s->x, extent(in, ldx, ci), READ) && within(l, s->r, extent(in, ldr, ci), READ) &&
+               within(l, s->y, ci, WRITE) && maybe(l, s->w, ci, READ);
+        break;
+    case ET_FILL:
+        fits = within(l, s->y, extent(in, ldy, ci), WRITE);
+        break;
+    case ET_SOFTMAX:
+        fits = plain(s) && between(s->n, 0, 1) && within(l, s->x, extent(in, ldx, ci), READ) &&
+               within(l, s->y, extent(in, ldy, ci), WRITE);
+        break;
+    case ET_NORM:
+        fits = plain(s) && s->n >= 1 && s->ci % s->n == 0 && within(l, s->x, extent(in, ldx, ci), READ) &&
+               within(l, s->y, extent(in, ldy, ci), WRITE) && within(l, s->m, 4 * ci, WRITE);
+        break;
+    case ET_SOFTMAX_DX:
+    case ET_NORM_DX:
+        fits = within(l, s->x, extent(in, ldx, ci), READ) && within(l, s->w, extent(in, ldy, ci), READ) &&
+               within(l, s->y, extent(in, ldy, ci), WRITE) && maybe(l, s->r, extent(in, ldr, ci), READ) &&
+               (s->kind == ET_SOFTMAX_DX ? between(s->n, 0, 1)
+                                         : s->n >= 1 && s->ci % s->n == 0 && within(l, s->m, 4 * ci, WRITE));
+        break;
+    case ET_NEAREST:
+        fits = ci == co && within(l, s->x, extent(in, ldx, ci), READ) && within(l, s->y, extent(out, ldy, ci), WRITE);
+        break;
+    case ET_NEAREST_DX:
+        fits = ci == co && within(l, s->x, extent(out, ldy, ci), READ) &&
+               within(l, s->y, extent(in, ldx, ci), WRITE) && maybe(l, s->r, extent(in, ldr, ci), READ);
         break;
     case ET_FEATURES:
     case ET_GRADIENT_IN:

@@ -1,12 +1,13 @@
 /* Operators on single values: activations with their gradients, additions, and the bits that ReLU and ReLU6 keep. */
 #include "vector.h"
 
-/* y = act(x + r), pixels of ci values. */
+/* y = act(x + r), or act(x - r) where n is 1; pixels of ci values; ldr 0: r is one pixel, the same for all. */
 KERNEL add_row(const struct et_step *s, const float *x, const float *r, float *y, int pixels) {
     for (int p = 0; p < pixels; p++, x += s->ldx, r += s->ldr, y += s->ldy)
         for (int c = 0; c < s->ci; c += VL) {
             const int n = MIN(VL, s->ci - c);
-            put(y + c, n, vact(get(x + c, n) + get(r + c, n), s->act));
+            const vf a = get(x + c, n), b = get(r + c, n);
+            put(y + c, n, vact(s->n ? a - b : a + b, s->act));
         }
 }
 
@@ -15,7 +16,7 @@ INL float activate(int act, float v, float a, float b) {
     case ET_RELU: return v < 0 ? 0 : v;
     case ET_RELU6: return v < 0 ? 0 : v > 6 ? 6 : v;
     case ET_LEAKY_RELU: return v < 0 ? v * a : v;
-    case ET_ELU: return v < 0 ? a * (et_expf(v) - 1.0f) : v;
+    case ET_ELU: return b * (v < 0 ? a * et_expm1f(v) : v);
     case ET_HARDSWISH: return v * (v <= -3 ? 0.0f : v >= 3 ? 1.0f : v / 6.0f + 0.5f);
     case ET_HARDSIGMOID: return v <= -3 ? 0.0f : v >= 3 ? 1.0f : v / 6.0f + 0.5f;
     case ET_SILU: return v * et_sigmoidf(v);
@@ -24,6 +25,10 @@ INL float activate(int act, float v, float a, float b) {
     case ET_SIGMOID: return et_sigmoidf(v);
     case ET_TANH: return et_tanhf(v);
     case ET_CLAMP: return v < a ? a : v > b ? b : v;
+    case ET_EXP: return et_expf(v);
+    case ET_SOFTPLUS: return et_softplusf(v * a) / a;
+    case ET_MISH: return v * et_tanhf(et_softplusf(v));
+    case ET_ABS: return v < 0 ? -v : v;
     default: return v;
     }
 }
@@ -34,7 +39,7 @@ INL float slope(int act, float v, float a, float b) {
     case ET_RELU: return v > 0 ? 1.0f : 0.0f;
     case ET_RELU6: return v > 0 && v < 6 ? 1.0f : 0.0f;
     case ET_LEAKY_RELU: return v > 0 ? 1.0f : a;
-    case ET_ELU: return v > 0 ? 1.0f : a * et_expf(v);
+    case ET_ELU: return b * (v > 0 ? 1.0f : a * et_expf(v));
     case ET_HARDSWISH: return v < -3 ? 0.0f : v <= 3 ? v / 3.0f + 0.5f : 1.0f;
     case ET_HARDSIGMOID: return v > -3 && v < 3 ? 1.0f / 6.0f : 0.0f;
     case ET_SILU: { const float t = et_sigmoidf(v); return t * (1.0f + v * (1.0f - t)); }
@@ -46,6 +51,13 @@ INL float slope(int act, float v, float a, float b) {
     case ET_SIGMOID: { const float t = et_sigmoidf(v); return t * (1.0f - t); }
     case ET_TANH: { const float t = et_tanhf(v); return 1.0f - t * t; }
     case ET_CLAMP: return v >= a && v <= b ? 1.0f : 0.0f;
+    case ET_EXP: return et_expf(v);
+    case ET_SOFTPLUS: return et_sigmoidf(v * a);
+    case ET_MISH: {
+        const float t = et_tanhf(et_softplusf(v));
+        return t + v * (1.0f - t * t) * et_sigmoidf(v);
+    }
+    case ET_ABS: return v > 0 ? 1.0f : v < 0 ? -1.0f : 0.0f;
     default: return 1.0f;
     }
 }
@@ -65,6 +77,10 @@ INL float slope(int act, float v, float a, float b) {
     case ET_SIGMOID: DO(ET_SIGMOID) break;                                                                             \
     case ET_TANH: DO(ET_TANH) break;                                                                                   \
     case ET_CLAMP: DO(ET_CLAMP) break;                                                                                 \
+    case ET_EXP: DO(ET_EXP) break;                                                                                     \
+    case ET_SOFTPLUS: DO(ET_SOFTPLUS) break;                                                                           \
+    case ET_MISH: DO(ET_MISH) break;                                                                                   \
+    case ET_ABS: DO(ET_ABS) break;                                                                                     \
     default: DO(ET_LINEAR) break;                                                                                      \
     }
 

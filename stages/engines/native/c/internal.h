@@ -17,15 +17,14 @@ enum { ET_ARENA = 0, ET_CONSTANT = 1, ET_LIVE = 2, ET_GRADIENT = 3 };
 
 enum et_kind {
     ET_INPUT = 1, ET_CHAIN, ET_CONV, ET_DEPTHWISE, ET_MAX_POOL, ET_AVG_POOL, ET_MEAN, ET_UNARY, ET_ADD, ET_COPY,
-    ET_TRANSPOSE, ET_MERGE, ET_MASK, ET_FEATURES, ET_SOFTMAX, ET_NORM, ET_MULTIPLY, ET_FILL, ET_RESAMPLE,
+    ET_TRANSPOSE, ET_MERGE, ET_MASK, ET_FEATURES, ET_MULTIPLY, ET_FILL, ET_SOFTMAX, ET_NORM, ET_NEAREST,
     ET_GRADIENT_IN = 32, ET_MASK_BACK, ET_CONV_DX, ET_CONV_DW, ET_DEPTHWISE_DX, ET_DEPTHWISE_DW, ET_BIAS_DW,
-    ET_MAX_POOL_DX, ET_AVG_POOL_DX, ET_MEAN_DX, ET_UNARY_DX, ET_SOFTMAX_DX, ET_NORM_DX, ET_NORM_DW, ET_MULTIPLY_DW,
-    ET_SUM, ET_RESAMPLE_DX
+    ET_MAX_POOL_DX, ET_AVG_POOL_DX, ET_MEAN_DX, ET_UNARY_DX, ET_DOT, ET_SOFTMAX_DX, ET_NORM_DX, ET_NEAREST_DX
 };
 enum { ET_SAVING = 1, ET_ACCUMULATE = 2, ET_COUNT_PAD = 4, ET_ADAPTIVE = 8, ET_FLAGS = 15 };
 enum et_activation {
     ET_LINEAR = 0, ET_RELU, ET_RELU6, ET_LEAKY_RELU, ET_ELU, ET_HARDSWISH, ET_HARDSIGMOID, ET_SILU, ET_GELU,
-    ET_GELU_TANH, ET_SIGMOID, ET_TANH, ET_CLAMP, ET_ACTIVATIONS
+    ET_GELU_TANH, ET_SIGMOID, ET_TANH, ET_CLAMP, ET_EXP, ET_SOFTPLUS, ET_MISH, ET_ABS, ET_ACTIVATIONS
 };
 
 /* Every field is one 32-bit word, little-endian. */
@@ -93,6 +92,14 @@ struct et_kernels {
     void (*avg_pool_dx)(const struct et_step *, const float *g, const float *add, float *dx);
     void (*mean_dx)(const struct et_step *, const float *g, const float *add, float *dx);
     void (*unary_dx)(const struct et_step *, const float *x, const float *g, const float *add, float *dx);
+    void (*multiply)(const struct et_step *, const float *x, const float *r, const float *add, float *y);
+    void (*dot)(const struct et_step *, const float *x, const float *r, const float *add, float *y);
+    void (*softmax)(const struct et_step *, const float *x, float *y);
+    void (*softmax_dx)(const struct et_step *, const float *y, const float *g, const float *add, float *dx);
+    void (*norm)(const struct et_step *, const float *x, float *y, float *room);
+    void (*norm_dx)(const struct et_step *, const float *x, const float *g, const float *add, float *dx, float *room);
+    void (*nearest)(const struct et_step *, const float *x, float *y);
+    void (*nearest_dx)(const struct et_step *, const float *g, const float *add, float *dx);
     int width;
 };
 extern const struct et_kernels et_kernels_1;
@@ -123,7 +130,7 @@ uint32_t et_crc(uint32_t crc, const void *data, uint64_t bytes);
 static inline float et_sqrtf(float x) { return __builtin_sqrtf(x); }
 
 /* exp and log of float, the same bits on every machine where products and sums are rounded one by one; without branches,
- * so that compilers make vectors of them. Within 2 units in the last place; exp saturates at 2e38. */
+ * so that compilers make vectors of them. Within 3 units in the last place; exp saturates at e^88. */
 static inline float et_expf(float x) {
     const float c = x > 88.0f ? 88.0f : x, v = c > -87.3f ? c : -87.3f;
     const float s = v * 1.44269504f;
@@ -132,6 +139,11 @@ static inline float et_expf(float x) {
     const float p = 0.166666667f + r * (0.0416666667f + r * (0.00833333333f + r * 0.00138888889f));
     const float y = (1.0f + r * (1.0f + r * (0.5f + r * p))) * et_float((n + 127) * (1 << 23));
     return x != x ? x : x < -87.3f ? 0.0f : y;
+}
+/* exp(x) - 1 of x below 0; near 0 by its series. */
+static inline float et_expm1f(float x) {
+    const float series = x * (1.0f + x * (0.5f + x * (0.166666667f + x * (0.0416666667f + x * 0.00833333333f))));
+    return x > -0.25f ? series : et_expf(x) - 1.0f;
 }
 /* tanh by exp of the negative absolute value; near 0 by its series. */
 static inline float et_tanhf(float x) {
@@ -148,6 +160,12 @@ static inline float et_erff(float x) {
     const float e = 1.0f - p * et_expf(-q);
     return a < 0.3f ? series : x < 0 ? -e : e;
 }
+/* log(1 + x) of x between 0 and 1: twice the inverse hyperbolic tangent of x / (2 + x). */
+static inline float et_log1pf(float x) {
+    const float s = x / (2.0f + x), q = s * s;
+    return s * (2.0f + q * (0.666666667f + q * (0.4f + q * (0.285714286f + q * (0.222222222f + q * 0.181818182f)))));
+}
+static inline float et_softplusf(float x) { return (x > 0 ? x : 0.0f) + et_log1pf(et_expf(x < 0 ? x : -x)); }
 static inline float et_sigmoidf(float x) {
     const float e = et_expf(x < 0 ? x : -x), s = 1.0f / (1.0f + e);
     return x != x ? x : x < 0 ? e * s : s;

@@ -89,6 +89,12 @@ static void transpose(const struct et_step *s, const float *x, const float *r, f
             else y[c * pixels + p] = x[p * s->ldx + c];
 }
 
+static void fill(const struct et_step *s, float *y) {
+    const float value = et_float(s->a0);
+    for (ptrdiff_t p = 0; p < (ptrdiff_t)s->hi * s->wi; p++)
+        for (int c = 0; c < s->ci; c++) y[p * s->ldy + c] = value;
+}
+
 static void merge(const struct et_step *s, const float *fixed, const float *live, const int32_t *index, float *y) {
     const size_t padded = ((size_t)s->co + 15) / 16 * 16;
     if (fixed) memcpy(y, fixed, padded * sizeof *y);
@@ -116,6 +122,15 @@ static void run_step(const struct et_net *net, const struct et_step *s) {
     case ET_TRANSPOSE: transpose(s, x, r, y); break;
     case ET_MERGE: merge(s, w, b, index, y); break;
     case ET_MASK: k->mask(x, (size_t)s->n, s->act, (uint32_t *)(void *)m); break;
+    case ET_MULTIPLY: k->multiply(s, x, r, w, y); break;
+    case ET_DOT: k->dot(s, x, r, w, y); break;
+    case ET_FILL: fill(s, y); break;
+    case ET_SOFTMAX: k->softmax(s, x, y); break;
+    case ET_SOFTMAX_DX: k->softmax_dx(s, x, w, r, y); break;
+    case ET_NORM: k->norm(s, x, y, m); break;
+    case ET_NORM_DX: k->norm_dx(s, x, w, r, y, m); break;
+    case ET_NEAREST: k->nearest(s, x, y); break;
+    case ET_NEAREST_DX: k->nearest_dx(s, x, r, y); break;
     case ET_FEATURES: for (int i = 0; i < s->n; i++) net->features[i] = x[index[i]]; break;
     case ET_GRADIENT_IN: for (int i = 0; i < s->n; i++) y[index[i]] = net->gradient[i]; break;
     case ET_MASK_BACK: k->mask_back(x, (size_t)s->n, (const uint32_t *)(const void *)m, y); break;

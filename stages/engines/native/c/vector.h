@@ -18,7 +18,6 @@ INL vf vld(const float *p) { return *p; }
 INL void vst(float *p, vf v) { *p = v; }
 INL vf vset(float s) { return s; }
 INL vf vact(vf v, int act) { return act && v < 0 ? 0 : act == ET_RELU6 && v > 6 ? 6 : v; }
-INL vf vmax(vf a, vf b) { return a > b ? a : b; }
 #else
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));

@@ -1,0 +1,152 @@
+"""Every kind that the native engine has a rule for, between layers that train, against double precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from stages.artifacts.records import LayerUpdate
+from stages.engines.native import library
+from stages.engines.native.lowering import uncovered
+from stages.engines.native.rules import RULES
+from stages.graphs.graph import Graph
+from stages.operators import Op
+from tests.native.test_net import live_slices, native, pull, train, weighted
+from tests.operators.random_graphs import dense_gradients, random_backbone, random_input
+
+pytestmark = pytest.mark.skipif(not library.is_built(), reason="the native library is not built: make setup")
+MAP = (6, 5, 7)
+WINDOW = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+
+
+def op(name: str, kind: str, sources: list[Op], shape: tuple[int, ...], facts=None, **args) -> Op:
+    return Op(
+        name, kind, tuple(source.name for source in sources), shape, tuple(source.shape for source in sources),
+        args=tuple(args.items()), **(facts or {}),
+    )  # fmt: skip
+
+
+def between(kind: str, shape: tuple[int, ...] = MAP, facts=None, *, gate: tuple[int, ...] = (), **args) -> Graph:
+    """conv -> the operator (with a gate of its own as second input, where it has two) -> conv -> mean -> linear."""
+    entry = Op("input", "input", (), (3, 5, 7))
+    first = op("first", "conv", [entry], MAP, {**WINDOW, "bias": True})
+    ops = [entry, first]
+    inputs = [first]
+    if gate:
+        sizes = gate if len(gate) == 3 and gate[1:] != (1, 1) else MAP
+        side = op("side", "conv", [entry], sizes, {**WINDOW, "bias": True})
+        ops.append(side)
+        if sizes != gate:
+            side = op("squeeze", "mean", [side], gate, axes=(1, 2), keepdim=True)
+            ops.append(side)
+        inputs.append(side)
+    middle = op("middle", kind, inputs, shape, facts, **args)
+    ops.append(middle)
+    if len(shape) == 3:
+        ops.append(op("second", "conv", [middle], (4, *shape[1:]), {**WINDOW, "bias": True}))
+        ops.append(op("mean", "global_pool", [ops[-1]], (4,)))
+    ops.append(op("last", "linear", [ops[-1]], (5,), {"bias": True}))
+    return Graph(tuple(ops))
+
+
+def with_constant() -> Graph:
+    """A table of numbers that no input changes, added to what the first layer makes."""
+    ops = list(between("add", gate=MAP).ops)
+    table = op("table", "constant", [], MAP)
+    ops[2] = table
+    ops[3] = op("middle", "add", [ops[1], table], MAP)
+    return Graph(tuple(ops))
+
+
+CASES = {
+    "leaky_relu": between("leaky_relu", slope=0.1),
+    "elu": between("elu", alpha=0.7, scale=1.3),
+    **{kind: between(kind) for kind in ("hardswish", "hardsigmoid", "silu", "sigmoid", "tanh", "mish", "abs")},
+    "exp": between("exp"),
+    "softplus": between("softplus", beta=1.5),
+    "gelu": between("gelu", approximate="none"),
+    "gelu tanh": between("gelu", approximate="tanh"),
+    "clamp": between("clamp", low=-0.5, high=0.8),
+    "softmax": between("softmax", axis=0),
+    "log_softmax": between("log_softmax", axis=0),
+    "layernorm": between("layernorm", axes=3, eps=1e-5),
+    "groupnorm": between("groupnorm", groups=3, eps=1e-5),
+    "instancenorm": between("groupnorm", groups=6, eps=1e-5),
+    "scale": between("scale", facts={"bias": True}, axis=0),
+    "multiply": between("multiply", gate=MAP),
+    "multiply by a gate": between("multiply", gate=(6, 1, 1)),
+    "slice": between("slice", (3, 5, 7), axis=0, start=2, stop=5, step=1),
+    "adaptive_avg_pool": between("adaptive_avg_pool", (6, 2, 3), size=(2, 3)),
+    "upsample": between("upsample", (6, 10, 21), size=(10, 21), mode="nearest", align_corners=False),
+    "mean": between("mean", (6,), axes=(1, 2), keepdim=False),
+    "flatten": between("flatten", (210,)),
+    "reshape": between("reshape", (210,), to=(210,)),
+    "add": between("add", gate=MAP),
+    "add a value per channel": between("add", gate=(6, 1, 1)),
+    "subtract": between("subtract", gate=MAP),
+    "subtract a value per channel": between("subtract", gate=(6, 1, 1)),
+    "take": between("take", (4, 5, 7), axis=0, index=(4, 5, 1, 1)),
+    "slice with steps": between("slice", (3, 5, 7), axis=0, start=1, stop=6, step=2),
+    "pad": between("pad", (6, 8, 8), before=(0, 2, 0), after=(0, 1, 1), mode="constant", value=0.0),
+    "constant": with_constant(),
+    "concat": between("concat", (12, 5, 7), gate=MAP, axis=0),
+    "relu": between("relu"),
+    "relu6": between("relu6"),
+    "max_pool": between("max_pool", MAP, WINDOW),
+    "avg_pool": between("avg_pool", MAP, {**WINDOW, "count_include_pad": False}),
+}
+
+
+def plan(graph: Graph) -> list[LayerUpdate]:
+    """All channels of the first layers and half of the middle one's, so that a gradient passes everything."""
+    found = []
+    for layer in graph.layers:
+        every = tuple(range(0, layer.out_channels, 2 if layer.name == "middle" else 1))
+        found.append(LayerUpdate(layer.name, "output", every, layer.out_channels))
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("width", [0, 1])
+def test_values_and_gradients(name, width):
+    graph = CASES[name]
+    backbone, x = random_backbone(graph, 5, torch.float64), random_input(graph, 3, 5, torch.float64)
+    features, dense = dense_gradients(backbone, x, weighted)
+    found, gradients = train(native(backbone, plan(graph), width=width), x.float().numpy())
+    assert np.linalg.norm(found - features.numpy()) <= 3e-6 * float(features.norm())
+    scale = max(1.0, *(float(gradient.norm()) for gradient in dense.values()))
+    for tensor, value in live_slices(graph, plan(graph), dense).items():
+        assert np.linalg.norm(gradients[tensor] - value) <= 3e-6 * scale, tensor
+
+
+def test_every_kind_with_a_rule_is_tested():
+    tested = {op.kind for graph in CASES.values() for op in graph.ops}
+    assert set(RULES) == tested
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_frozen_operators_give_the_same(name):
+    """In the prefix they run in chains of rows where they can; channels may lie in another order."""
+    graph = CASES[name]
+    backbone, x = random_backbone(graph, 6, torch.float32), random_input(graph, 2, 6, torch.float32)
+    trained = native(backbone, plan(graph)).features(x.numpy())
+    frozen = native(backbone, []).features(x.numpy())
+    assert np.allclose(frozen, trained, rtol=1e-5, atol=1e-5)
+    assert pull(frozen).shape == frozen.shape
+
+
+@pytest.mark.parametrize(
+    ("graph", "found"),
+    [
+        (between("softmax", axis=1), "axis 1"),
+        (between("layernorm", axes=1, eps=1e-5), "last 1 of 3"),
+        (between("slice", (6, 5, 3), axis=2, start=0, stop=3, step=1), "axis 2"),
+        (between("upsample", (6, 8, 9), size=(8, 9), mode="nearest", align_corners=False), "mode nearest"),
+        (between("mean", (6, 7), axes=(1,), keepdim=False), "axes"),
+        (between("pad", (6, 5, 8), before=(0, 0, 1), after=(0, 0, 0), mode="circular", value=0.0), "circular"),
+    ],
+)
+def test_what_has_no_kernel_is_named(graph, found):
+    assert found in uncovered(graph)
+    assert "middle" in uncovered(graph)
