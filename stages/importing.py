@@ -125,6 +125,8 @@ def import_noting(settings: Importing, weights: Weights | None = None) -> Import
     if settings.classifier == "features" and not last:
         raise UsageError("--classifier", f"features, but {settings.arch} ends before its classifier", "keep or drop")
     cut = "" if settings.classifier == "features" else last
+    if [cut] == [op.name for op in captured.graph.layers]:
+        raise UsageError(cut, "the classifier is the only layer", "layers that give features", "--classifier features")
     classifier = matched.classifier if matched is not None else None
     model, own = _model(settings, spec, captured, module, matched, cut)
     head = None

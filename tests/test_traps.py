@@ -106,10 +106,6 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Any], tuple
     "halves": (lambda m, x: end(m, F.linear(m.a(x), m.w.chunk(2)[1]) + F.linear(x, m.w[:6])), nothing, (12, 6)),
     "in the order it had": (lambda m, x: end(m, F.linear(m.a(x), m.w.permute(0, 1))), nothing, (6, 6)),
     "a square from the right": (lambda m, x: end(m, m.a(x) @ m.w), nothing, (6, 6)),
-    "a weight and its transpose": (lambda m, x: end(m, F.linear(m.a(x), m.w) @ m.w), nothing, (6, 6)),
-    "columns by halves": (
-        lambda m, x: end(m, sum(F.linear(m.a(x), part) for part in m.w.t().chunk(2))), nothing, (6, 12)),
-    "a factor and an offset": (lambda m, x: end(m, m.a(x) * m.w) + m.w, nothing, (6,)),
     "lengths of columns": (
         lambda m, x: end(m, m.a(x) + m.w), lambda m: setattr(m, "a", weight_norm(m.a, dim=1)), (6,)),
     "one length": (lambda m, x: end(m, m.a(x) + m.w), lambda m: setattr(m, "a", weight_norm(m.a, dim=None)), (6,)),
@@ -127,6 +123,12 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Any], tuple
 }  # fmt: skip
 
 
+TIED: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Any], tuple[int, ...]]] = {
+    "a weight and its transpose": (lambda m, x: end(m, F.linear(m.a(x), m.w) @ m.w), nothing, (6, 6)),
+    "a factor and an offset": (lambda m, x: end(m, m.a(x) * m.w) + m.w, nothing, (6,)),
+}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_record_computes_trains_and_exports_what_the_module_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call, add, w = CASES[name]
@@ -142,12 +144,22 @@ def test_the_record_computes_trains_and_exports_what_the_module_is(name: str, mo
     assert not {"whole", "mask"} & set(moved)
 
 
-def test_what_is_used_in_several_ways_stays_as_loaded_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its two forms could not train as one."""
-    call, add, w = CASES["a weight and its transpose"]
-    module, found = imported(monkeypatch, call, add, w)
+@pytest.mark.parametrize("name", TIED)
+def test_what_is_used_in_several_ways_is_said_and_never_exported_apart(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its two forms do not train as one, and no state dict could hold both."""
+    call, add, w = TIED[name]
+    _, found = imported(monkeypatch, call, add, w)
     assert [note for note in found.notes if "w is used in several ways" in note]
-    assert torch.equal(check_export(trained(found.run.model), call, add, w).w, module.w)
+    check_export(found.run.model, call, add, w)
+    with pytest.raises(UsageError, match="onnx"):
+        export(trained(found.run.model), "pth")
+
+
+def test_a_classifier_alone_leaves_nothing_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"only layer.*--classifier features"):
+        imported(monkeypatch, lambda m, x: m.a(x))
 
 
 @pytest.mark.parametrize("axes", [(2, 3), (0, 1)])

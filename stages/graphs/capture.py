@@ -305,6 +305,8 @@ def _finished(b: Construction, output: Value) -> Captured:
     ops = _owning(list(needed(b.ops, [output.op])))
     ops, notes = _without_softmax(ops)
     notes += _own_scaling(ops)
+    if not any(op.is_layer for op in ops):
+        raise UsageError(FORWARD, "no convolution or linear layer", "at least one")
     ops = _vectors_at_once(ops)
     if len(ops[-1].shape) != 1:
         notes += (f"the output has shape {ops[-1].shape} per sample: its mean over positions is the feature vector",)
@@ -313,20 +315,15 @@ def _finished(b: Construction, output: Value) -> Captured:
     tensors = {key: value for key, value in b.tensors.items() if key.rpartition(".")[0] in held}
     origins = {key: origin for key, origin in b.origins.items() if key in tensors}
     computed = {key: names for key, names in b.computed.items() if key in tensors}
-    tied = _tied(origins, computed)
-    owners = {key.rpartition(".")[0] for keys in tied.values() for key in keys}
-    ops = [replace(op, frozen=op.operator.trains) if op.owner in owners else op for op in ops]
-    if not any(op.is_layer for op in ops):
-        raise UsageError(FORWARD, "no convolution or linear layer with a weight of its own", "at least one")
-    origins |= {key: replace(origins[key], trains=False) for keys in tied.values() for key in keys if key in origins}
     notes += tuple(
-        f"{entry} is used in several ways ({', '.join(keys)}): it stays as loaded" for entry, keys in tied.items()
+        f"{entry} is used in several ways ({', '.join(keys)}): trained they come apart, and only .onnx is exported then"
+        for entry, keys in _tied(origins, computed).items()
     )
     return Captured(with_blocks(tuple(ops)), tensors, origins, computed, notes)
 
 
 def _tied(origins: Mapping[str, Origin], computed: Mapping[str, frozenset[str]]) -> dict[str, list[str]]:
-    """The entries that became several tensors of the graph (a weight and its transpose), which could not train as one.
+    """Entries that became several tensors of the graph (a weight and its transpose), which do not train as one.
 
     Rows of an entry that lie apart are several weights of the user's own.
     """
@@ -428,7 +425,7 @@ def _as_vector(ops: Sequence[Op]) -> Op:
 
 def _channels_last(ops: Sequence[Op]) -> bool:
     """Whether the last axis of the output counts channels: whether the last layer before it works on tokens."""
-    layer = next((op for op in reversed(ops) if op.operator.trains), ops[0])
+    layer = next(op for op in reversed(ops) if op.is_layer)
     return len(layer.shape) > 1 and layer.channel_axis % len(layer.shape) == len(layer.shape) - 1
 
 
