@@ -7,6 +7,7 @@ optimiser's state. There is no further random state: training on a stream draws 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -54,8 +55,9 @@ def read_checkpoint(record: Run, *, start: str, configuration: str) -> Checkpoin
         found = f"a checkpoint of a run that started from model {str(group.attrs['start'])[:12]}"
         raise DataError("--resume", found, f"model {start[:12]}", "begin with the same run record")
     if group.attrs["configuration"] != configuration:
-        found = f"a checkpoint of training with {group.attrs['configuration']}"
-        raise UsageError("--resume", found, configuration, "use the same options")
+        theirs, mine = _differing(str(group.attrs["configuration"]), configuration)
+        fix = "use the same options, and the version that wrote it"
+        raise UsageError("--resume", f"a checkpoint of training with {theirs}", mine, fix)
     groups = {name: child for name, child in record.extra.groups.items() if name != GROUP}
     state = group.groups["optimizer"].arrays if "optimizer" in group.groups else {}
     return Checkpoint(
@@ -65,6 +67,13 @@ def read_checkpoint(record: Run, *, start: str, configuration: str) -> Checkpoin
         configuration=configuration,
         optimizer=state,
     )
+
+
+def _differing(*configurations: str) -> list[str]:
+    """Of two configurations, JSON objects as text, the entries that differ, as text."""
+    first, second = (json.loads(text) for text in configurations)
+    keys = [key for key in sorted({*first, *second}) if first.get(key, "") != second.get(key, "")]
+    return [", ".join(f"{key} {json.dumps(one.get(key, 'not there'))}" for key in keys) for one in (first, second)]
 
 
 def blocks_used(record: Run) -> int:

@@ -13,7 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stages.artifacts.records import InputSpec, Model
+from stages.artifacts.codec import to_tree
+from stages.artifacts.hdf5 import decode, encode, encode_tree
+from stages.artifacts.records import Head, InputSpec, Model, Plan, Run, Step
+from stages.cost.training import whole_update
+from stages.engines.torch.net import SparseNet
 from stages.engines.torch.program import FROZEN_CHUNK
 from stages.engines.torch.reference import run
 from stages.errors import DataError, UsageError
@@ -306,3 +310,34 @@ def test_every_name_of_one_tensor_is_exported_with_what_was_trained() -> None:
     assert state.keys() == Twice().state_dict().keys()
     np.testing.assert_array_equal(state["first.weight"], trained[key])
     np.testing.assert_array_equal(state["again.weight"], trained[key])
+
+
+def test_a_file_of_schema_1_goes_on_with_its_head_plan_and_history() -> None:
+    """As version 1 wrote it: tensors under the deploy form's names, and neither graph nor state."""
+    model = record("cnn4", **SMALL["cnn4"])
+    model = store(model, deploy(model))
+    backbone = deploy(model)
+    layers = [whole_update(op) for op in backbone.graph.layers]
+    width = backbone.graph.feature_dim
+    head = Head("linear", np.arange(2), np.ones((2, width), np.float32), np.zeros(2, np.float32), np.ones(2, bool))
+    plan = Plan("full", tuple(layers), 10, "paper", 10)
+    run = Run(replace(model, head=head), plan=plan, history=(Step("import", "0.1", {}, 0, {}),))
+    tree = to_tree(run)
+    groups = {
+        name: group for name, group in tree.groups["model"].groups.items() if name in ("input", "tensors", "head")
+    }
+    assert tree.groups["model"].groups.keys() - groups.keys() == {"graph", "state", "rest"}
+    old_model = replace(tree.groups["model"], groups=groups)
+    old = replace(tree, attrs={**tree.attrs, "schema": 1}, groups={**tree.groups, "model": old_model})
+    read = decode(encode_tree(old))
+    assert isinstance(read, Run)
+    assert read.model.graph is None
+    assert (read.plan, read.history) == (run.plan, run.history)
+    again = with_graph(read.model)
+    assert open_graph(again) == open_graph(model)
+    net = SparseNet(deploy(read.model), read.plan.updates)
+    x = torch.rand(2, *model.input.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(net.features(x), SparseNet(backbone, layers).features(x))
+    written = decode(encode(replace(read, model=again)))
+    assert isinstance(written, Run)
+    assert written.model.state == model.state

@@ -45,7 +45,8 @@ def test_an_optimizer_without_state_needs_none() -> None:
     ("start", "configuration", "error", "message"),
     [
         ("xyz", '{"lr":1}', DataError, "started from model abc, expected model xyz"),
-        ("abc", '{"lr":2}', UsageError, "use the same options"),
+        ("abc", '{"lr":2}', UsageError, "training with lr 1, expected lr 2; use the same options"),
+        ("abc", '{"lr":1,"engine":"torch"}', UsageError, 'with engine "not there", expected engine "torch"'),
     ],
 )
 def test_another_run_or_configuration_is_refused(
