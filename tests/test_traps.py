@@ -58,7 +58,8 @@ def imported(
     monkeypatch.setitem(sys.modules, HERE, code)
     torch.manual_seed(3)
     module = Trap(call, add, w).eval()
-    weights = {name: value.float().numpy() for name, value in module.state_dict().items()}
+    state = module.state_dict().items()
+    weights = {name: value.float().numpy() for name, value in state if not name.endswith("num_batches_tracked")}
     settings = Importing(arch=f"{HERE}:build", input=InputSpec("features", (6,)), result=result)
     return module, import_noting(settings, Weights(weights, True))
 
@@ -113,6 +114,9 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Any], tuple
     "a path with a slash": (
         lambda m, x: end(m, m.part["a/b"](m.a(x)) + m.w),
         lambda m: setattr(m, "part", nn.ModuleDict({"a/b": nn.Linear(6, 6)})), (6,)),
+    "a norm of statistics alone": (
+        lambda m, x: end(m, m.bn(m.a(x) + x) + m.w),
+        lambda m: setattr(m, "bn", nn.BatchNorm1d(6, eps=0.1, affine=False)), (6,)),
     "a fixed mask": (lambda m, x: end(m, m.a(x).masked_fill(m.mask == 0, 0.7) + m.w), masks, (6,)),
     "a fixed choice": (
         lambda m, x: end(m, torch.where(m.mask, torch.where(m.whole > 1, m.a(x), 2 * x), m.w)), masks, (6,)),

@@ -6,7 +6,8 @@ Each entry of the state dict is a row, a JSON object with its `name` and one of
   `shape` in that shape;
 * `norm`: it belongs to a BatchNorm, which deploy form folds away. `tensor` names it in batchnorm form; in deploy form
   the BatchNorm changes nothing but what the layer before it cannot hold: weight 1, bias 0, running_var = 1 - eps, and
-  running_mean = -(folded bias) where that layer has no bias of its own;
+  running_mean = -(folded bias) where that layer has no bias of its own. One that is a layer itself keeps its weight and
+  bias, or has them as statistics where it has no others;
 * `length_of` or `direction_of`: the two parts of a weight under torch's weight_norm;
 * `also` beside `tensor`: a constant of the graph was computed from the entry as well (an unrolled first step), so it
   can be written only as it was loaded;
@@ -177,12 +178,21 @@ def _norm_entry(row: Row, tensors: Mapping[str, Array], model: Model) -> Array:
     if alone and norm["what"] in ("weight", "bias"):
         return tensors[row["tensor"]]
     if alone and not {f"{owner}.weight", f"{owner}.bias"} <= {other.get("tensor") for other in model.state}:
-        fix = "affine=True, or export to .onnx"
-        raise UsageError(owner, "BatchNorm without weight and bias cannot hold what was trained", "", fix)
+        return _statistic(norm, owner, tensors)
     size = len(tensors[f"{owner}.weight"] if alone else tensors[f"{norm['layer']}.bias"])
     shift = np.zeros(size, np.float32) if alone or norm["bias"] else -tensors[f"{norm['layer']}.bias"]
     fill = {"weight": 1.0, "bias": 0.0, "running_var": 1.0 - norm["eps"]}
     return shift if norm["what"] == "running_mean" else np.full(size, fill[norm["what"]], np.float32)
+
+
+def _statistic(norm: Row, owner: str, tensors: Mapping[str, Array]) -> Array:
+    """A scale and shift as the statistics of a BatchNorm that has nothing else. Raises `UsageError` for others."""
+    scale, shift = (tensors[f"{owner}.{what}"].astype(np.float64) for what in ("weight", "bias"))
+    if not (scale > 0).all() or (scale**-2 < norm["eps"]).any():
+        fix = "affine=True, or export to .onnx"
+        raise UsageError(owner, "BatchNorm without weight and bias cannot hold what was trained", "", fix)
+    found: Array = -shift / scale if norm["what"] == "running_mean" else scale**-2 - norm["eps"]
+    return found.astype(np.float32)
 
 
 def from_state(captured: Captured, state: Mapping[str, Array]) -> dict[str, Array]:
