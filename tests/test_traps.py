@@ -117,6 +117,11 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Any], tuple
     "a path with a slash": (
         lambda m, x: end(m, m.part["a/b"](m.a(x)) + m.w),
         lambda m: setattr(m, "part", nn.ModuleDict({"a/b": nn.Linear(6, 6)})), (6,)),
+    "a fixed mask": (lambda m, x: end(m, m.a(x).masked_fill(m.mask == 0, 0.7) + m.w), masks, (6,)),
+    "a fixed choice": (
+        lambda m, x: end(m, torch.where(m.mask, torch.where(m.whole > 1, m.a(x), 2 * x), m.w)), masks, (6,)),
+    "a mask before a softmax": (
+        lambda m, x: end(m, m.a(x).masked_fill(~m.mask, float("-inf")).softmax(1) + m.w), masks, (6,)),
     "wide constants": (
         lambda m, x: end(m, (m.a(x) * torch.linspace(0, 1, 6, dtype=torch.float64)).float() + m.w), nothing, (6,)),
 }  # fmt: skip
@@ -184,6 +189,7 @@ class Maps(nn.Module):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
+        (lambda m, y: y.masked_fill(y > 0, 0.0).mean((2, 3)), "operator gt"),
         (lambda m, y: y.int().float().mean((2, 3)), "makes int32 of activations"),
         (lambda m, y: F.interpolate(y, scale_factor=1.3).mean((2, 3)), "give no whole sizes"),
         (lambda m, y: F.interpolate(y, scale_factor=1.3, mode="bilinear").mean((2, 3)), "recompute_scale_factor=True"),

@@ -351,6 +351,10 @@ class Call:
         """A constant of another's shape and dtype."""
         return Constant(torch.full_like(self._constant(x).tensor, value))
 
+    def is_finite(self, x: Any) -> bool:
+        """Whether a constant has neither infinities nor NaN."""
+        return bool(torch.isfinite(self._constant(x).tensor).all())
+
     def rank(self, x: Any) -> int:
         """Number of axes as captured."""
         return len(x.full) if isinstance(x, Value) else self._constant(x).tensor.ndim

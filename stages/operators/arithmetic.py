@@ -133,6 +133,23 @@ def _aten_addcmul(call: Any, x: Any, a: Any, b: Any, *, value: float = 1) -> Any
     return call.apply("add.Tensor", x, call.apply("mul.Tensor", a, b), alpha=value)
 
 
+def _aten_where(call: Any, mask: Any, chosen: Any, other: Any) -> Any:
+    """A choice by a fixed mask: `other * ~mask + chosen * mask`."""
+    if call.is_value(mask):
+        call.refuse("a choice by a mask that depends on the input", "a fixed mask", "use a product with a gate")
+    if not call.is_value(other):
+        return _aten_where(call, call.apply("logical_not.default", mask), other, chosen)
+    kept = call.apply("mul.Tensor", other, call.apply("logical_not.default", mask))
+    if call.is_value(chosen):
+        return call.apply("add.Tensor", kept, call.apply("mul.Tensor", chosen, mask))
+    blank = call.apply(f"where.{'Scalar' if isinstance(chosen, int | float) else 'ScalarOther'}", mask, chosen, 0.0)
+    return call.apply("add.Tensor", kept if call.is_finite(blank) else other, blank)  # 0 times an infinity is none
+
+
+def _aten_masked_fill(call: Any, x: Any, mask: Any, value: Any) -> Any:
+    return _aten_where(call, mask, value, x)
+
+
 _BOTH = ("Tensor", "Scalar")
 
 register(
@@ -140,7 +157,9 @@ register(
         kind="add", doc="the sum of two values, the smaller one repeated", arity=(2, 2), shape=_broadcast_shape,
         macs="an addition per element, no multiplication", keeps=keeps_nothing, forward=_binary(lambda a, b: a + b),
         pull=_pull_add, overwrite=_add_into, joins="sum", onnx=_onnx("Add"),
-        aten={**{f"add.{form}": _emit("add") for form in _BOTH}, "addcmul.default": _aten_addcmul},
+        aten={**{f"add.{form}": _emit("add") for form in _BOTH}, "addcmul.default": _aten_addcmul,
+              **{f"masked_fill.{form}": _aten_masked_fill for form in _BOTH},
+              **{f"where.{form}": _aten_where for form in ("self", "ScalarSelf", "ScalarOther", "Scalar")}},
     ),
     Operator(
         kind="subtract", doc="the difference of two values, the smaller one repeated", arity=(2, 2),
