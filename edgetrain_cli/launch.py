@@ -168,13 +168,23 @@ def _forwarding(children: Sequence[int]):  # type: ignore[no-untyped-def]
 
 
 def _wait(children: dict[int, int], stages: Sequence[Sequence[str]]) -> list[Ended]:
-    ended = []
-    for _ in children:
-        child, status = os.wait()
-        code = os.waitstatus_to_exitcode(status)
-        position = children[child]
-        ended.append(Ended(position, stages[position][0], 128 - code if code < 0 else code))
-        if code < 0 and -code != signal.SIGPIPE:
-            name = signal.Signals(-code).name
-            print(f"edgetrain run: {stages[position][0]} was ended by {name}", file=sys.stderr, flush=True)
+    ended: list[Ended] = []
+    while len(ended) < len(children):
+        # of several that ended since the last look, one behind another may have failed in consequence
+        for child, status in sorted(_reaped(), key=lambda each: children[each[0]]):
+            code = os.waitstatus_to_exitcode(status)
+            position = children[child]
+            ended.append(Ended(position, stages[position][0], 128 - code if code < 0 else code))
+            if code < 0 and -code != signal.SIGPIPE:
+                name = signal.Signals(-code).name
+                print(f"edgetrain run: {stages[position][0]} was ended by {name}", file=sys.stderr, flush=True)
     return ended
+
+
+def _reaped() -> list[tuple[int, int]]:
+    """Process id and status of every child that has ended by now, at least of one."""
+    found = [os.wait()]
+    with contextlib.suppress(ChildProcessError):
+        while (last := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+            found.append(last)
+    return found

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from edgetrain_cli.app import COMMANDS
+from stages.artifacts.codec import text_array
+from stages.artifacts.records import Group
 from stages.artifacts.schema import SCHEMAS
+from stages.graphs.record import COMMON, read_graph
 
 ROOT = Path(__file__).parents[1]
 FORMAT = ROOT / "docs" / "format.md"
@@ -175,6 +178,13 @@ def test_the_page_of_the_library_leaves_no_stage_out():
 def test_every_command_is_explained_in_the_readme():
     text = (ROOT / "README.md").read_text()
     assert [command for command in COMMANDS if f"`{command}`" not in text] == []
+
+
+def test_the_graph_of_the_page_is_one():
+    (example,) = re.findall(r"```json\n(.*?)```", FORMAT.read_text(), flags=re.DOTALL)
+    graph = read_graph(Group(arrays={"operator": text_array(example.splitlines()), "block": text_array(["0", "2"])}))
+    assert [op.kind for op in graph.ops] == ["input", "conv", "relu6", "conv", "batchnorm", "add", "global_pool"]
+    assert [field for field in COMMON if f"| `{field}` |" not in FORMAT.read_text()] == []
 
 
 def test_links_between_pages_lead_somewhere():

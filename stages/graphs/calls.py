@@ -431,11 +431,12 @@ class Call:
         """A range of one axis."""
         if isinstance(x, Constant):
             return self.apply("slice.Tensor", x, dim, start, stop, step)
-        if start == 0 and stop == x.full[dim] and step == 1:
+        count = -(-(stop - start) // step)
+        if count == x.full[dim]:
             return x
         axis = self.axis(x, dim)
         full = list(x.full)
-        full[dim] = -(-(stop - start) // step)
+        full[dim] = count
         inner = Call(self.b, self.node, self.name, self.path, tuple(full))
         if stop <= start or x.full[dim] % BATCH == 0:
             self.refuse(f"{as_written(self.node, self.name)} {start}:{stop} of {shown(x.full)}", "part of a sample")

@@ -145,7 +145,10 @@ def _slice_shape(op: Op) -> Shape:
     axis, start, stop, step = op["axis"], op["start"], op["stop"], op["step"]
     if not 0 <= axis < len(op.in_shape) or step < 1 or not 0 <= start < stop <= op.in_shape[axis]:
         raise ValueError(f"{start}:{stop}:{step} of axis {axis} of {op.in_shape}")
-    return (*op.in_shape[:axis], -(-(stop - start) // step), *op.in_shape[axis + 1 :])
+    count = -(-(stop - start) // step)
+    if count == op.in_shape[axis]:
+        raise ValueError(f"a slice that takes all of axis {axis} of {op.in_shape}")
+    return (*op.in_shape[:axis], count, *op.in_shape[axis + 1 :])
 
 
 def _cut(op: Op) -> tuple[slice, ...]:

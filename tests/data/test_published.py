@@ -13,11 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
-from edgetrain_cli.commands.pack import pack
+from edgetrain_cli.commands.run import run_words
 from stages.artifacts.records import Block
 from stages.artifacts.stream import open_records
 from stages.data.blocks import join_blocks
@@ -185,9 +183,7 @@ def packed(title: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Block:
     shell = f'python() {{ "{sys.executable}" "$@"; }}\n{before}'
     subprocess.run(["bash", "-euo", "pipefail", "-c", shell], check=True)
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], check=True, capture_output=True, text=True).stdout
-    app = typer.Typer()
-    app.command()(pack)
-    assert CliRunner().invoke(app, words.split("\0")[:-1], catch_exceptions=False).exit_code == 0
+    assert run_words(["pack", *words.split("\0")[:-1]]) == 0
     (out,) = folder.glob("*.h5")
     return join_blocks([record for record in open_records(out) if isinstance(record, Block)])
 

@@ -53,12 +53,12 @@ def joined(grow: Growing, x: Op) -> Op:
 
 def channels(grow: Growing, x: Op) -> Op:
     count = x.shape[0]
-    if grow.flag():
+    if count == 1 or grow.flag():
         index = tuple(grow.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=5)))
         return grow.add("take", x, axis=0, index=index)
     if grow.flag():
         start = grow.draw(st.integers(0, count - 1))
-        return grow.add("slice", x, axis=0, start=start, stop=count, step=grow.pick(1, 2))
+        return grow.add("slice", x, axis=0, start=start, stop=count, step=grow.pick(1, 2) if start else 2)
     others = [op for op in grow.ops if op.shape[1:] == x.shape[1:] and op.shape[0] < 8]
     return grow.add("concat", x, grow.pick(*others, x), axis=0)
 

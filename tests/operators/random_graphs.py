@@ -102,11 +102,11 @@ class Growing:
     def cut(self, x: Op) -> Op:
         axis = self.pick(*range(len(x.shape)))
         size = x.shape[axis]
-        if self.flag():
+        if size == 1 or self.flag():
             index = tuple(self.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4)))
             return self.add("take", x, axis=axis, index=index)
         start = self.draw(st.integers(0, size - 1))
-        return self.add("slice", x, axis=axis, start=start, stop=size, step=self.pick(1, 2))
+        return self.add("slice", x, axis=axis, start=start, stop=size, step=self.pick(1, 2) if start else 2)
 
     def pad(self, x: Op) -> Op:
         rank = len(x.shape)
