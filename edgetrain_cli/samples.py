@@ -34,14 +34,14 @@ def blocks_of(
 
 
 def block_of(io: Stage, path: str, run: Run, *, like: Preparation | None = None) -> Block:
-    """The same as one labelled block; a file of one block stays on disk until it is sliced."""
+    """The same as one labelled block; blocks of a file stay on disk until they are sliced."""
     from stages.data.blocks import join_blocks
     from stages.errors import DataError
 
     found = list(blocks_of(io, path, run, like=like))
     if not found:
         raise DataError(Path(path).name, "no sample blocks", "samples", "make them with `edgetrain pack`")
-    return found[0] if len(found) == 1 else join_blocks(found, where=Path(path).name)
+    return found[0] if len(found) == 1 else join_blocks(found, in_memory=False, where=Path(path).name)
 
 
 def _told(io: Stage, run: Run, blocks: Iterator[Block]) -> Iterator[Block]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from stages.artifacts.records import Array, Block, InputSpec, Preparation
+from stages.artifacts.records import Array, Block, InputSpec, Preparation, Samples
 from stages.errors import DataError
 
 
@@ -36,8 +38,40 @@ def check_labels(y: Array, named: Collection[int], where: str) -> None:
             raise DataError(where, found, expected, f"leave such samples out with `--where 'class!={bad}'`")
 
 
-def join_blocks(blocks: Sequence[Block], *, by_name: bool = False, where: str = "") -> Block:
-    """All samples in one block, in memory.
+class Joined:
+    """The samples of several blocks on disk, one after another: read when they are asked for, as those of one are."""
+
+    def __init__(self, parts: Sequence[Samples]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+        self.shape = (int(self._starts[-1]), *parts[0].shape[1:])
+        self.dtype = parts[0].dtype
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Array:
+        """Samples by a slice, or by ascending distinct rows as HDF5 takes them."""
+        if not isinstance(index, slice):
+            rows = np.asarray(index)
+            inside = [rows[(rows >= start) & (rows < stop)] - start for start, stop in pairwise(self._starts)]
+            wanted: list[Any] = [rows if len(rows) else slice(0, 0) for rows in inside]
+        else:
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                return self[np.arange(start, stop, step)]
+            wanted = [
+                slice(max(start - first, 0), max(min(stop, last) - first, 0)) for first, last in pairwise(self._starts)
+            ]
+        return np.concatenate([part[rows] for part, rows in zip(self._parts, wanted, strict=True)])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.asarray(self[:], dtype)
+
+
+def join_blocks(blocks: Sequence[Block], *, by_name: bool = False, in_memory: bool = True, where: str = "") -> Block:
+    """All samples in one block, in memory; or, where all of them lie on disk, left there.
 
     Columns and facts that all blocks have (facts: with one value) are kept; what counts per class or belongs to one
     round is not. Labels and names must agree; with `by_name` every class is renumbered to its name's place in the
@@ -52,9 +86,12 @@ def join_blocks(blocks: Sequence[Block], *, by_name: bool = False, where: str = 
     _check_alike(blocks, where)
     first = blocks[0]
     labels, names = classes_of(blocks, where)
+    on_disk = not in_memory and not any(isinstance(block.x, np.ndarray) for block in blocks)
     common = [name for name in first.columns if all(name in block.columns for block in blocks)]
     return Block(
-        x=np.concatenate([np.asarray(block.x[:]) for block in blocks]),
+        x=Joined([block.x for block in blocks])
+        if on_disk
+        else np.concatenate([np.asarray(block.x[:]) for block in blocks]),
         y=np.concatenate([block.y for block in blocks]),
         layout=first.layout,
         columns={name: np.concatenate([block.columns[name] for block in blocks]) for name in common},

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from stages.artifacts.records import LayerUpdate
 from stages.errors import UsageError, require
@@ -46,10 +45,8 @@ def planned(planner: Planner) -> Method:
 
 def nothing(backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Answer:
     """No adaptation: the nearest prototype of the backbone as it is. Nothing is drawn at random."""
-    features = backbone.features(torch.cat([task.support_x, task.query_x]))
-    count = len(task.support_y)
-    means = prototypes(features[:count], task.support_y, task.ways)
-    return Answer(cosine_logits(features[count:], means, how.scale).argmax(dim=1))
+    means = prototypes(backbone.features(task.support_x), task.support_y, task.ways)
+    return Answer(cosine_logits(backbone.features(task.query_x), means, how.scale).argmax(dim=1))
 
 
 def named(name: str) -> Planner:

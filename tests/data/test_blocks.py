@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.artifacts.hdf5 import encode
 from stages.artifacts.records import Block, InputSpec, Preparation
+from stages.artifacts.stream import open_records
 from stages.data.blocks import check_labels, check_prepared, finite_rows, join_blocks, rebatch
 from stages.errors import DataError
 
@@ -165,3 +168,23 @@ def test_sizes_may_differ_and_colours_where_the_model_reads_grey() -> None:
     check_prepared(PICTURE, replace(PICTURE, colour="rgb"), "here", "others", GREY)
     with pytest.raises(DataError, match="--colour"):
         check_prepared(PICTURE, replace(PICTURE, colour="rgb"), "here", "others", replace(GREY, shape=(3, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(None), slice(2, 7), slice(6, 3), slice(1, None, 3), slice(3, 5), slice(-2, None)]
+)
+def test_blocks_left_on_disk_join_as_those_in_memory_do(rows: slice, tmp_path: Path) -> None:
+    parts = [block([0, 1, 2]), block([3, 4]), block([5, 6, 7, 8])]
+    path = tmp_path / "parts.h5"
+    path.write_bytes(b"".join(map(encode, parts)))
+    lazy = join_blocks([each for each in open_records(path) if isinstance(each, Block)], in_memory=False)
+    whole = join_blocks(parts)
+    assert not isinstance(lazy.x, np.ndarray)
+    assert (lazy.x.shape, lazy.x.dtype, len(lazy)) == (whole.x.shape, whole.x.dtype, len(whole))
+    np.testing.assert_array_equal(lazy.take(rows).x, whole.take(rows).x)
+    picked = np.array([8, 0, 3, 3, 4, 0])
+    np.testing.assert_array_equal(lazy.take(picked).x, whole.take(picked).x)
+    np.testing.assert_array_equal(lazy.take(whole.y % 2 == 1).x, whole.x[whole.y % 2 == 1])
+    assert lazy.take(np.zeros(0, int)).x.shape == (0, 1)
+    np.testing.assert_array_equal(np.asarray(lazy.x), whole.x)
+    assert isinstance(join_blocks([lazy, parts[0]], in_memory=False).x, np.ndarray)

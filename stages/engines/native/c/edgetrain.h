@@ -2,8 +2,9 @@
  *
  * An image (docs/native.md) is data: a header, a table of steps, constant weights, and the first values of what trains.
  * Lowering made it for one graph and one plan. This library executes it, one sample at a time, in memory that the
- * caller owns. It allocates nothing, holds no globals, starts no threads and needs nothing of libc but memcpy and
- * memset (exp and log are its own: those of libcs differ in the last bit).
+ * caller owns. It allocates nothing, holds no globals, starts no threads and needs nothing of libc but memcpy,
+ * memmove and memset (exp and log are its own: those of libcs differ in the last bit). Kernels copy with memmove: a
+ * damaged image may name places that overlap.
  *
  *     struct et_sizes sizes;
  *     if (et_inspect(image, bytes, &sizes)) ...                      the image is whole and stays within its buffers

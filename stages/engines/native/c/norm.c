@@ -114,7 +114,7 @@ INL ptrdiff_t source_pixel(const struct et_step *s, int oy, int ox) {
 KERNEL nearest(const struct et_step *s, const float *x, float *y) {
     for (int oy = 0; oy < s->ho; oy++)
         for (int ox = 0; ox < s->wo; ox++, y += s->ldy)
-            memcpy(y, x + source_pixel(s, oy, ox) * s->ldx, sizeof(float) * (size_t)s->ci);
+            memmove(y, x + source_pixel(s, oy, ox) * s->ldx, sizeof(float) * (size_t)s->ci);
 }
 KERNEL nearest_dx(const struct et_step *s, const float *g, const float *add, float *dx) {
     start_from(s, add, dx);

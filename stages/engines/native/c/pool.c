@@ -14,7 +14,7 @@ KERNEL max_pool_row(const struct et_step *s, et_rows rows, float *y, uint8_t *in
                     if (ix < 0 || ix >= s->wi) continue;
                     const float *xp = rows[ky] + (ptrdiff_t)ix * s->ldx;
                     if (!seen) {
-                        memcpy(y, xp, sizeof(float) * (size_t)s->ci);
+                        memmove(y, xp, sizeof(float) * (size_t)s->ci);
                         if (index) memset(index, at, (size_t)s->ci);
                     } else if (index)
                         for (int c = 0; c < s->ci; c++) {
@@ -33,7 +33,7 @@ KERNEL max_pool_row(const struct et_step *s, et_rows rows, float *y, uint8_t *in
 INL void start_from(const struct et_step *s, const float *add, float *dx) {
     if (add == dx) return;
     for (ptrdiff_t p = 0; p < (ptrdiff_t)s->hi * s->wi; p++)
-        if (add) memcpy(dx + p * s->ldx, add + p * s->ldr, sizeof(float) * (size_t)s->ci);
+        if (add) memmove(dx + p * s->ldx, add + p * s->ldr, sizeof(float) * (size_t)s->ci);
         else memset(dx + p * s->ldx, 0, sizeof(float) * (size_t)s->ci);
 }
 
