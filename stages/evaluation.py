@@ -24,6 +24,7 @@ from stages.fsl.episode_list import data_hash
 from stages.fsl.episodes import Episode, check_pool, draw_episodes, pool_of
 from stages.fsl.intervals import Interval, wilson
 from stages.graphs.graph import Graph
+from stages.graphs.keeping import value_bytes
 from stages.measurement.room import Fit, fit
 from stages.methods.registry import find_method
 from stages.methods.results import Row
@@ -33,6 +34,7 @@ from stages.models.deploy import Backbone, deploy
 from stages.models.inputs import adapt_block
 from stages.randomness import generator
 from stages.settings.evaluation import Tasks as Tasks
+from stages.training.adaptation import adaptation_inputs
 
 CHUNK = 256
 """Most samples that are answered at once, unless told otherwise."""
@@ -180,7 +182,10 @@ def evaluate_tasks(
     backbone = deploy(run.model, allow=allow, engine=config.engine)
     scale = heads.cosine_scale(run.model.head)
     kept = sum(row.saved_bytes for row in cost_table(backbone.graph))
-    held = fit(kept, inference_peak_bytes(backbone.graph), MICRO_BATCH, wanted=config.micro_batch)
+    sizes = [config.shape.most] if episodes is None else [(len(each.support), len(each.query)) for each in episodes]
+    inputs = max((adaptation_inputs(min(s, len(block)), min(q, len(block))) for s, q in sizes), default=0)
+    other = value_bytes(backbone.graph, backbone.graph.ops[0].name, inputs)
+    held = fit(kept, inference_peak_bytes(backbone.graph), MICRO_BATCH, other_bytes=other, wanted=config.micro_batch)
     on_fit(held)
     adapting = config.adapting(scale, held.samples)
     methods = {name: find_method(name) for name in config.methods}

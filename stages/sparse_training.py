@@ -24,13 +24,14 @@ from stages.data.blocks import check_prepared
 from stages.engines.choice import TrainedNet
 from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
 from stages.graphs.graph import Graph
+from stages.graphs.keeping import value_bytes
 from stages.measurement.room import Fit, fit
 from stages.models import heads
 from stages.models.deploy import deploy, store
 from stages.models.inputs import adapt_block as model_input
 from stages.planning.baselines import named_plan
 from stages.planning.plans import check_plan
-from stages.training.adaptation import Adapting, adapt
+from stages.training.adaptation import Adapting, adapt, adaptation_inputs
 from stages.training.checkpoints import Checkpoint, read_checkpoint
 from stages.training.learner import Batch, StreamLearner
 from stages.training.optimizers import Optimizing, load_state, state_arrays
@@ -171,7 +172,8 @@ def train_support(
     updates = planned_updates(run, backbone.graph, config.plan)
     x = model_input(support, backbone.input)
     labels, ways = np.unique(support.y, return_inverse=True)
-    held = _fit(backbone.graph, updates, None if config.fitting else config.adapting.micro_batch)
+    inputs = adaptation_inputs(len(support), views=config.adapting.views) - len(support)  # which are there already
+    held = _fit(backbone.graph, updates, None if config.fitting else config.adapting.micro_batch, inputs)
     on_fit(held)
     how = replace(config.adapting, scale=heads.cosine_scale(run.model.head, config.adapting.scale))
     how = replace(how, micro_batch=held.samples) if config.fitting else how
@@ -193,9 +195,11 @@ def _prepared(model: Model, prepared: Preparation | None) -> Model:
     return replace(model, input=replace(model.input, prepared=prepared))
 
 
-def _fit(graph: Graph, updates: Sequence[LayerUpdate], wanted: int | None) -> Fit:
-    kept = saved_activation_bytes(graph, updates)
-    return fit(kept, inference_peak_bytes(graph), max(MICRO_BATCH, wanted or 0), wanted=wanted)
+def _fit(graph: Graph, updates: Sequence[LayerUpdate], wanted: int | None, inputs: int = 0) -> Fit:
+    """How many samples fit beside this many inputs."""
+    kept, other = saved_activation_bytes(graph, updates), value_bytes(graph, graph.ops[0].name, inputs)
+    most = max(MICRO_BATCH, wanted or 0)
+    return fit(kept, inference_peak_bytes(graph), most, other_bytes=other, wanted=wanted)
 
 
 def planned_updates(run: Run, graph: Graph, plan: str | None) -> tuple[LayerUpdate, ...]:

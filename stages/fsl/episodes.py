@@ -127,6 +127,11 @@ class FixedShape:
         require(self.shots >= 1 and self.queries >= 1, "episodes", f"{self.shots} shots, {self.queries} queries", "1+")
 
     @property
+    def most(self) -> tuple[int, int]:
+        """The most support and query samples of a task."""
+        return self.ways * self.shots, self.ways * self.queries
+
+    @property
     def least_samples(self) -> int:
         """Samples that a class must have."""
         return 1 if self.repeat else self.shots + self.queries
@@ -171,6 +176,11 @@ class VariousShape:
         require(self.most_support >= self.most_ways, "--max-support", f"{self.most_support}", least)
         require(self.most_queries >= 1, "episodes", f"{self.most_queries} queries", "at least 1")
         require(self.least_samples >= 2, "episodes", f"{self.least_samples} samples per class", "at least 2")
+
+    @property
+    def most(self) -> tuple[int, int]:
+        """The most support and query samples of a task."""
+        return self.most_support, self.most_ways * self.most_queries
 
     def draw(self, pool: Pool, rng: np.random.Generator) -> Episode:
         """One task. Raises `DataError` where the groups leave a class no sample on one side."""

@@ -25,14 +25,21 @@ class Fit:
     """What each takes."""
     free_bytes: int | None
     """What there is; None where the kernel does not say."""
+    other_bytes: int = 0
+    """What is held beside them, however few."""
+
+    @property
+    def bytes(self) -> int:
+        """All that is held."""
+        return self.samples * self.sample_bytes + self.other_bytes + FIRST_PASS_BYTES
 
     @property
     def tight(self) -> bool:
         """Whether not even this many are sure to fit."""
-        return self.free_bytes is not None and self.samples * self.sample_bytes + FIRST_PASS_BYTES > self.free_bytes
+        return self.free_bytes is not None and self.bytes > self.free_bytes
 
     def __str__(self) -> str:
-        need = _size(self.samples * self.sample_bytes + FIRST_PASS_BYTES)
+        need = _size(self.bytes)
         free = "" if self.free_bytes is None else f" ({_size(self.free_bytes)} free)"
         samples = "1 sample" if self.samples == 1 else f"{self.samples} samples"
         return f"holds up to {need}{free}, {samples} at once"
@@ -42,22 +49,33 @@ def _size(count: int) -> str:
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.3g} GiB"
 
 
-def fit(kept_bytes: int, peak_bytes: int, most: int, *, wanted: int | None = None, machine: Path = Path("/")) -> Fit:
+def fit(
+    kept_bytes: int,
+    peak_bytes: int,
+    most: int,
+    *,
+    other_bytes: int = 0,
+    wanted: int | None = None,
+    machine: Path = Path("/"),
+) -> Fit:
     """The samples that are in memory at once: as many as are wanted, or as fit, at least 1 and at most `most`.
 
     Args:
         kept_bytes: what a sample keeps for the backward pass.
         peak_bytes: what a sample holds at the peak of inference.
+        other_bytes: what is held beside them, however few: a task's inputs.
         wanted: a number that somebody has chosen; None takes what fits.
         machine: where the kernel's files are found.
     """
     each = max(1, kept_bytes + int(PEAKS * peak_bytes))
     free = room(machine)
     if wanted is not None:
-        return Fit(min(wanted, most) if wanted else most, each, free)
-    if free is None:
-        return Fit(most, each, None)
-    return Fit(max(1, min(most, int((SHARE * free - FIRST_PASS_BYTES) // each))), each, free)
+        samples = min(wanted, most) if wanted else most
+    elif free is None:
+        samples = most
+    else:
+        samples = max(1, min(most, int((SHARE * free - FIRST_PASS_BYTES - other_bytes) // each)))
+    return Fit(samples, each, free, other_bytes)
 
 
 def room(machine: Path = Path("/")) -> int | None:

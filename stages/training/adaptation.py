@@ -84,6 +84,15 @@ class Adapting:
         require(self.micro_batch >= 0, where, f"micro-batch {self.micro_batch}", "at least 0")
 
 
+def adaptation_inputs(support: int, query: int = 0, *, views: int = 0) -> int:
+    """How many model inputs are in memory at once while a backbone adapts, beside those of a micro-batch.
+
+    The support, the outputs of its frozen layers (taken for as large as the inputs), a view or all that are drawn
+    beforehand, and of both the rows that train while a rate is chosen; and the query.
+    """
+    return support * (4 + max(views, 1)) + query
+
+
 class Adaptation(NamedTuple, Generic[N]):
     """A net adapted to a support set."""
 

@@ -68,3 +68,12 @@ def test_who_chooses_a_number_gets_it(machine):
 
 def test_what_is_held_is_said_in_one_line(machine):
     assert str(fit(0, 4 * MIB, 2, machine=machine)) == "holds up to 120 MiB (1 GiB free), 2 samples at once"
+
+
+def test_what_is_held_beside_the_samples_leaves_them_less_room(machine):
+    each = 2 * MIB + int(PEAKS * 4 * MIB)
+    exact = int((SHARE * 1024 * MIB - FIRST_PASS_BYTES - 500 * MIB) // each)
+    beside = fit(2 * MIB, 4 * MIB, 1000, other_bytes=500 * MIB, machine=machine)
+    assert beside.samples == exact
+    assert beside.bytes == exact * each + 500 * MIB + FIRST_PASS_BYTES
+    assert fit(0, MIB, 64, other_bytes=1024 * MIB, machine=machine).tight
