@@ -79,7 +79,7 @@ class Manners:
     def holds(self, fit: Fit) -> None:
         """Say what is going to be held in memory: to a terminal always, elsewhere where it may not be enough."""
         if fit.tight:
-            self.note(f"{fit}; it may not suffice: use a smaller model or image, or free some memory")
+            self.note(f"{fit}; it may not suffice: use a smaller model, image or task, or free some memory")
         elif self.talks:
             self.note(str(fit))
 
