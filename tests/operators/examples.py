@@ -310,8 +310,9 @@ def as_vector(name: str, shape: Shape) -> Op:
 
 def _entrance(i: int, start: int, size: int, shape: Shape, whole: Shape, scales: bool) -> list[Op]:
     bounds = (("axis", 0), ("start", start), ("stop", start + size), ("step", 1))
-    ops = [Op(f"part{i}", "slice", ("input",), (size,), (whole,), args=bounds)]
+    ops = [] if (size,) == whole else [Op(f"part{i}", "slice", ("input",), (size,), (whole,), args=bounds)]
+    part = ops[0].name if ops else "input"
     if scales:
-        ops.append(Op(f"live{i}", "scale", (f"part{i}",), (size,), ((size,),), args=(("axis", 0),)))
-    ops.append(Op(f"x{i}", "reshape", (ops[-1].name,), shape, ((size,),), args=(("to", shape),)))
+        ops.append(Op(f"live{i}", "scale", (part,), (size,), ((size,),), args=(("axis", 0),)))
+    ops.append(Op(f"x{i}", "reshape", (ops[-1].name if ops else part,), shape, ((size,),), args=(("to", shape),)))
     return ops

@@ -192,6 +192,7 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("concat", ((4, 6),), {"axis": 2}),
     ("slice", ((4, 6),), {"axis": 0, "start": 2, "stop": 2, "step": 1}),
     ("slice", ((4, 6),), {"axis": 0, "start": 0, "stop": 5, "step": 1}),
+    ("slice", ((4, 6),), {"axis": 0, "start": 0, "stop": 4, "step": 1}),
     ("slice", ((4, 6),), {"axis": 0, "start": -1, "stop": 3, "step": 1}),
     ("slice", ((4, 6),), {"axis": 0, "start": 0, "stop": 3, "step": 0}),
     ("slice", ((4, 6),), {"axis": 2, "start": 0, "stop": 3, "step": 1}),
