@@ -161,6 +161,12 @@ def test_what_is_used_in_several_ways_is_said_and_never_exported_apart(
         export(trained(found.run.model), "pth")
 
 
+def test_a_detach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured constants are detached too: those are nobody's business."""
+    _, found = imported(monkeypatch, lambda m, x: m.b(m.a(x).detach() * m.w.detach()), w=(6,))
+    assert len([note for note in found.notes if "detach() is passed over" in note]) == 1
+
+
 def test_a_classifier_alone_leaves_nothing_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"only layer.*--classifier features"):
         imported(monkeypatch, lambda m, x: m.a(x))

@@ -17,6 +17,8 @@ from stages.operators.shapes import DROPPED
 
 BATCH = 65521
 """Samples in the captured batch: a prime that no network has as a size."""
+FORWARD = "the model's forward"
+"""Where something stands that no module of its own holds."""
 
 
 class Value(NamedTuple):
@@ -70,6 +72,8 @@ class Construction:
     """The input's: what constants beside values are made of."""
     owners: dict[Any, str] = field(default_factory=dict)
     """Identity of a weight -> the operator that holds it."""
+    notes: list[str] = field(default_factory=list)
+    """What is understood otherwise than it was written."""
 
     def placeholder(self, node: Any) -> Value | Constant:
         """The input, a parameter or a buffer."""
@@ -77,7 +81,7 @@ class Construction:
         name = node.name
         if name in signature.user_inputs:
             if self.ops:
-                raise UsageError("the model's forward", f"a second input {name}", "one input tensor")
+                raise UsageError(FORWARD, f"a second input {name}", "one input tensor")
             shape, self.dtype = tuple(node.meta["val"].shape)[1:], node.meta["val"].dtype
             self.add(Op(self.fresh("input"), "input", (), shape))
             return Value(self.ops[0].name, shape, (BATCH, *shape))
@@ -285,7 +289,11 @@ class Call:
 
     def refuse(self, found: str, expected: str, fix: str = "") -> NoReturn:
         """Raise `UsageError` that names the module the call stands in."""
-        raise UsageError(self.path or "the model's forward", found, expected, fix)
+        raise UsageError(self.path or FORWARD, found, expected, fix)
+
+    def note(self, text: str) -> None:
+        """Say what is understood otherwise than it was written."""
+        self.b.notes.append(f"{self.path or FORWARD}: {text}")
 
     def refuse_whole_numbers(self) -> None:
         """Refuse a call whose result is no floating-point tensor."""

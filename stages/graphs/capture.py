@@ -31,6 +31,7 @@ from stages.errors import UsageError
 from stages.graphs.blocks import with_blocks
 from stages.graphs.calls import (
     BATCH,
+    FORWARD,
     Call,
     Constant,
     Construction,
@@ -48,7 +49,6 @@ from stages.graphs.origins import Origin
 from stages.operators import Op, Shape
 from stages.operators.shapes import DROPPED
 
-FORWARD = "the model's forward"
 AGREEMENT = 1e-3
 """Largest difference between a value of the module and the graph's, relative to its own size: rounding, not another
 function (float32, hundreds of layers)."""
@@ -315,6 +315,7 @@ def _finished(b: Construction, output: Value) -> Captured:
     tensors = {key: value for key, value in b.tensors.items() if key.rpartition(".")[0] in held}
     origins = {key: origin for key, origin in b.origins.items() if key in tensors}
     computed = {key: names for key, names in b.computed.items() if key in tensors}
+    notes += (*b.notes,)
     notes += tuple(
         f"{entry} is used in several ways ({', '.join(keys)}): trained they come apart, and only .onnx is exported then"
         for entry, keys in _tied(origins, computed).items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -562,6 +562,12 @@ def _aten_upsample(mode: str, corners: bool) -> Any:
     return translate
 
 
+def _aten_detach(call: Any, x: Any) -> Any:
+    if not hasattr(x, "tensor"):
+        call.note("detach() is passed over: training sends gradients through it")
+    return x
+
+
 def _aten_drop(call: Any, x: Any, *_: Any, **__: Any) -> Any:
     call.refuse_whole_numbers()
     return x
@@ -665,12 +671,13 @@ register(
     ),
 )  # fmt: skip
 
-DROPPED = {
+DROPPED: Mapping[str, Callable[..., Any]] = {
     **dict.fromkeys(
-        ("clone.default", "contiguous.default", "alias.default", "detach.default",
+        ("clone.default", "contiguous.default", "alias.default",
          "lift_fresh_copy.default", "_to_copy.default", "to.dtype", "to.dtype_layout", "to.device", "type_as.default",
          "_assert_tensor_metadata.default"), _aten_drop,
     ),
+    "detach.default": _aten_detach,
     **dict.fromkeys(
         ("dropout.default", "feature_dropout.default", "alpha_dropout.default", "feature_alpha_dropout.default"),
         _aten_dropout,
