@@ -116,8 +116,8 @@ def report(nets: list[str], repeats: int) -> Iterator[str]:
     yield "# The native engine beside the sparse engine in PyTorch"
     yield ""
     yield f"`python examples/bench/native.py`, {repeats} repeats; ratios below 1: native is faster. When it began,"
-    yield f"{os.getloadavg()[0]:.0f} processes ran on {os.cpu_count()} cores: where others run too, PyTorch's two"
-    yield "threads lose most of their time waiting for each other."
+    yield f"the load average was {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores: where others run too, PyTorch's"
+    yield "two threads lose most of their time waiting for each other."
     worst: dict[tuple[str, int], float] = {}
     memory = []
     for threads in (1, 2):
