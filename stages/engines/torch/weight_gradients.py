@@ -149,8 +149,14 @@ def _on(packing: Packing, device: torch.device) -> Packing:
 
 def _convolution_gradient(op: Op, x: Tensor, shape: tuple[int, ...], gradient: Tensor, groups: int) -> Tensor:
     rule = conv1d_weight if len(op.kernel) == 1 else conv2d_weight
+    stride = op.stride
+    if max(op.kernel) == 1 < max(stride) and not any(op.padding):
+        # The positions that a 1x1 kernel reads, without the others. oneDNN's AVX2 kernel (3.x, jit_1x1) writes past its
+        # buffer where the stride is above 1, the layout channels-last and x has fewer than 8 channels.
+        x = x[(slice(None), slice(None), *(slice(None, None, step) for step in stride))]
+        stride = (1,) * len(stride)
     result: Tensor = rule(  # type: ignore[no-untyped-call]
-        x, shape, gradient, op.stride, op.padding, op.dilation, groups
+        x, shape, gradient, stride, op.padding, op.dilation, groups
     )
     return result
 

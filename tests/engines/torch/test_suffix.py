@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.grad import conv2d_weight
 
 from stages.artifacts.records import LayerUpdate
-from stages.engines.torch import masks, program
+from stages.engines.torch import masks, program, weight_gradients
 from stages.engines.torch.live import Live, channels_of
 from stages.engines.torch.masks import pack, unpack
 from stages.engines.torch.weight_gradients import OUTER_PAIRS, _outer_gradient, weight_gradient
@@ -277,3 +278,25 @@ def test_weights_are_prepared_once_for_all_batch_sizes(monkeypatch):
     for size in (1, 2, 3, 1, 7):
         assert torch.equal(runner({"input": x[:size]})["flat"], together[:size])
     assert len(laid_out) == len(set(laid_out))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("stride", [(2, 1), (2, 2), (1, 3)])
+def test_no_strided_1x1_convolution_reaches_torch(
+    stride: tuple[int, int], channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN's kernel for AVX2 writes past its buffer there (docs/decisions.md)."""
+    out = (2, *((size - 1) // step + 1 for size, step in zip((5, 7), stride, strict=True)))
+    window: dict[str, tuple[int, ...]] = {"kernel": (1, 1), "stride": stride, "padding": (0, 0), "dilation": (1, 1)}
+    op = Op("c", "conv", ("x",), out, ((2, 5, 7),), groups=2, **window)  # type: ignore[arg-type]
+    x, gradient = image((3, 2, 5, 7), 0, channels_last), image((3, *out), 1, channels_last)
+    expected = conv2d_weight(x, (2, 1, 1, 1), gradient, stride, groups=2)
+    called: list[tuple[int, ...]] = []
+
+    def watched(x, shape, gradient, stride, *rest):
+        called.append(stride)
+        return conv2d_weight(x, shape, gradient, stride, *rest)
+
+    monkeypatch.setattr(weight_gradients, "conv2d_weight", watched)
+    torch.testing.assert_close(weight_gradients.depthwise_gradient(op, x, gradient), expected)
+    assert called == [(1, 1)]
