@@ -107,9 +107,6 @@ class Construction:
             return base
         return next(name for i in range(1, len(self.taken) + 2) if (name := f"{base}_{i}") not in self.taken)
 
-    def shape_of(self, name: str) -> Shape:
-        return next(op.shape for op in reversed(self.ops) if op.name == name)
-
     def settled(self, found: Value, full: Shape | None) -> Value:
         """The value as the captured call sees it. Raises `UsageError` where the batch is lost."""
         if full is None or found.full == full:

@@ -195,11 +195,6 @@ def keeps_others(op: Op, wanted: Set[int]) -> Keep:
     return Keep(inputs=tuple(sorted(needed)))
 
 
-def keeps_all(op: Op, wanted: Set[int]) -> Keep:
-    """Every input."""
-    return Keep(inputs=tuple(range(len(op.inputs))))
-
-
 # --------------------------------------------------------------------------------------------------------- the record
 
 
@@ -310,7 +305,3 @@ def register(*operators: Operator) -> None:
 def same_shape(op: Op) -> Shape:
     """The first input's."""
     return op.in_shape
-
-
-def no_onnx(op: Op, writer: Any) -> None:
-    """Nothing to write."""

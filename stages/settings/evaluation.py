@@ -55,7 +55,7 @@ class Tasks:
     folds: int = setting(3, "Parts of the support to choose the rate with.", least=2)
     detach_prototypes: bool = setting(False, "No gradient through prototypes.")
     engine: str = setting(
-        "torch", "What adapts; native is the C library: faster, CNNs only.", metavar="torch|native", choices=ENGINES
+        "torch", "What adapts; native is the C library, for CNNs only.", metavar="torch|native", choices=ENGINES
     )
     shard: tuple[int, int] = setting(
         (0, 1), "Only tasks I, I+N, I+2N, ...; join them with --merge.", metavar="I/N", parse=shard, text="0/1"

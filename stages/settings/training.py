@@ -28,7 +28,7 @@ class Training:
         None, MICRO_BATCH + " 0 is all of them.", least=0, metavar="N|auto", parse=micro_batch, text="auto"
     )
     engine: str = setting(
-        "torch", "What computes; native is the C library: faster, CNNs only.", metavar="torch|native", choices=ENGINES
+        "torch", "What computes; native is the C library, for CNNs only.", metavar="torch|native", choices=ENGINES
     )
     optimizer: str | None = setting(
         None, "Default: sgd for streams, adam for supports.", metavar="sgd|adam|adamw", choices=OPTIMIZERS
