@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from numpy.typing import NDArray
 
 from stages.artifacts.records import Array, Block, Head, check_labelled
 from stages.errors import DataError
+from stages.training import losses
+from stages.training.losses import Doubles, Floats, cosines, quiet, single
 
 Names = Mapping[int, str]
 """Class label -> class name."""
@@ -24,33 +25,74 @@ COSINE_SCALE = 10.0
 """P>M>F's initial value (arXiv:2204.07305), where nothing has been learned."""
 
 
-def logits(head: Head, features: Tensor) -> Tensor:
-    """Class scores (N, C) of features (N, D); their softmax are the probabilities.
+def logits(head: Head, features: Floats) -> Doubles:
+    """Class scores (N, C), float64, of features (N, D); their softmax are the probabilities.
 
     A linear row that nobody has seen yet counts as probability 1 / C: with u such rows its logit is
     logsumexp(known logits) - ln(C - u). Raises `DataError` for features of another width.
     """
-    weight, bias = torch.tensor(head.weight), torch.tensor(head.bias)
-    if features.shape[1] != weight.shape[1]:
-        raise DataError("/model/head", f"rows of {weight.shape[1]} features", f"{features.shape[1]}, the backbone's")
+    _check_width(head, features)
     if head.kind == "prototypes":
-        return head.scale * F.normalize(features, dim=1) @ F.normalize(weight, dim=1).T
-    return even_unknown(F.linear(features, weight, bias), torch.tensor(head.known))
+        return head.scale * cosines(features, head.weight).values
+    return even_unknown(_linear(head, features), head.known)
 
 
-def even_unknown(scores: Tensor, known: Tensor) -> Tensor:
-    """Scores (N, C) with the columns that are not `known` (C,) set so that their softmax is 1 / C each."""
-    if bool(known.all()):
+def cross_entropy(head: Head, features: Floats, rows: Array) -> tuple[Doubles, Floats]:
+    """Each sample's own cross-entropy under the head, float64 (N,), and its gradient at its features, float32 (N, D).
+
+    With r the residual at the scores (`training.losses.cross_entropy`): W^T r for linear rows W, where a row that
+    nobody has seen has no part in it; for prototypes, scale times the gradient of the cosines, whose rows stand still.
+    Raises `DataError` for features of another width.
+    """
+    _check_width(head, features)
+    if head.kind == "prototypes":
+        angles = cosines(features, head.weight)
+        values, residuals = losses.cross_entropy(head.scale * angles.values, rows)
+        return values, single(head.scale * angles.pull(residuals))
+    values, residuals = losses.cross_entropy(_linear(head, features), rows, head.known)
+    return values, single(residuals @ head.weight.astype(np.float64))
+
+
+@quiet
+def _linear(head: Head, features: Floats) -> Doubles:
+    return features.astype(np.float64) @ head.weight.astype(np.float64).T + head.bias
+
+
+def _check_width(head: Head, features: Floats) -> None:
+    if features.shape[1] != head.weight.shape[1]:
+        expected = f"{features.shape[1]}, the backbone's"
+        raise DataError("/model/head", f"rows of {head.weight.shape[1]} features", expected)
+
+
+@quiet
+def even_unknown(scores: NDArray[Any], known: NDArray[np.bool_]) -> Doubles:
+    """Scores (N, C) with the columns that are not `known` (C,) set so that their softmax is 1 / C each; float64.
+
+    With k known columns the others get logsumexp(known scores) - ln k; where none is known, all are 0.
+    """
+    scores = np.asarray(scores, np.float64)
+    if known.all():
         return scores
-    if not bool(known.any()):
-        return torch.zeros_like(scores)
-    share = torch.log(known.sum().to(scores.dtype))
-    return torch.where(known, scores, torch.logsumexp(scores[:, known], 1, keepdim=True) - share)
+    if not known.any():
+        return np.zeros_like(scores)
+    seen = scores[:, known]
+    largest = seen.max(axis=1, keepdims=True)
+    total = largest + np.log(np.exp(seen - largest).sum(axis=1, keepdims=True))
+    return np.where(known, scores, total - np.log(seen.shape[1]))
 
 
-def probabilities(head: Head, features: Tensor) -> Tensor:
-    """Class probabilities (N, C): the softmax of `logits`."""
-    return torch.softmax(logits(head, features), 1)
+def probabilities(head: Head, features: Floats) -> Doubles:
+    """Class probabilities (N, C), float64: the softmax of `logits`."""
+    return losses.softmax(logits(head, features))
+
+
+@quiet
+def class_means(features: Floats, rows: Array, count: int) -> Doubles:
+    """Mean feature of each class, float64 (count, D): features (N, D), rows (N,) in 0..count-1, each of them there."""
+    means = np.empty((count, features.shape[1]))
+    for row in range(count):
+        np.mean(features[rows == row], axis=0, dtype=np.float64, out=means[row])
+    return means
 
 
 def empty_head(labels: Array, names: Names | None, dim: int) -> Head:
@@ -68,7 +110,8 @@ def empty_head(labels: Array, names: Names | None, dim: int) -> Head:
     )
 
 
-def imprint(head: Head, features: Tensor, rows: Array, weights: Array) -> Head:
+@quiet
+def imprint(head: Head, features: Floats, rows: Array, weights: Array) -> Head:
     """The linear head with a row for each class among `rows` that had none, from its weighted mean feature.
 
     features (N, D), rows (N,) head rows of the samples, weights (N,) > 0. Row c = scale * m_c / (|m_c| * r), m_c the
@@ -76,7 +119,7 @@ def imprint(head: Head, features: Tensor, rows: Array, weights: Array) -> Head:
     scores scale * cosine, as with prototypes. After weight imprinting (arXiv:1712.07136); changed: the backbone's
     features are not normalised, so r is divided out. Rows already known stay as they are.
     """
-    x = features.detach().to(torch.float64).numpy()
+    x = features.astype(np.float64)
     w = np.asarray(weights, dtype=np.float64)
     radius = float((w * np.linalg.norm(x, axis=1)).sum() / w.sum()) if w.sum() > 0 else 0.0
     weight, bias, known = head.weight.copy(), head.bias.copy(), head.known.copy()
@@ -94,18 +137,15 @@ def cosine_scale(head: Head | None, otherwise: float = COSINE_SCALE) -> float:
     return head.scale if head is not None and head.kind == "prototypes" else otherwise
 
 
-def prototype_head(features: Tensor, labels: Array, names: Names | None, *, scale: float = COSINE_SCALE) -> Head:
+def prototype_head(features: Floats, labels: Array, names: Names | None, *, scale: float = COSINE_SCALE) -> Head:
     """Class means of features (N, D) as a `prototypes` head over the distinct class labels."""
     check_labelled(labels, "y")
     distinct, row = np.unique(np.asarray(labels, dtype=np.int64), return_inverse=True)
-    sums = np.zeros((len(distinct), features.shape[1]))
-    np.add.at(sums, row, features.detach().to(torch.float64).numpy())
-    means = (sums / np.bincount(row)[:, None]).astype(np.float32)
     count = len(distinct)
     return Head(
         "prototypes",
         distinct,
-        means,
+        single(class_means(features, row, count)),
         np.zeros(count, np.float32),
         np.ones(count, bool),
         _names_of(distinct, names),
