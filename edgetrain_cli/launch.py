@@ -23,7 +23,6 @@ from stages.errors import UsageError
 
 LIVE_VARIABLE = "EDGETRAIN_LIVE"
 PRELOADED = (
-    "torch",
     "numpy.ma",  # which `numpy.unique` imports: 7 MB in each stage otherwise
     "edgetrain_cli.demand",
     "edgetrain_cli.status",

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from stages.settings.declared import DEVICE, ENGINE
+
 STDIO = "-"
 
 
@@ -59,6 +61,8 @@ Arch = Annotated[
 MaxRecord = Annotated[
     str, typer.Option("--max-record", metavar="SIZE", help="Largest record accepted from a pipe; larger is refused.")
 ]
+Engine = Annotated[str, typer.Option("--engine", metavar="auto|native|torch", help=ENGINE)]
+Device = Annotated[str, typer.Option("--device", metavar="cpu|cuda", help=DEVICE)]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 OnBad = Annotated[str, typer.Option("--on-bad", metavar="fail|skip", help="Stop at a bad sample, or skip and count.")]
 Plot = Annotated[

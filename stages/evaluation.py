@@ -13,7 +13,6 @@ from hashlib import sha256
 from time import perf_counter
 
 import numpy as np
-import torch
 
 from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Head, Run
@@ -25,6 +24,7 @@ from stages.fsl.episodes import Episode, check_pool, draw_episodes, pool_of
 from stages.fsl.intervals import Interval, wilson
 from stages.graphs.graph import Graph
 from stages.graphs.keeping import value_bytes
+from stages.losses import cross_entropy
 from stages.measurement.room import Fit, fit
 from stages.methods.registry import find_method
 from stages.methods.results import Row
@@ -86,12 +86,15 @@ def evaluate(
     chunk: int | None = None,
     on_step: Callable[[int], None] = lambda done: None,
     on_fit: Callable[[Fit], None] = lambda fit: None,
+    on_note: Callable[[str], None] = lambda text: None,
     allow: str | None = None,
-    engine: str = "torch",
+    engine: str = "auto",
+    device: str = "cpu",
 ) -> Accuracy:
     """Accuracy on labelled samples, `chunk` of them in memory at a time (None: as many as fit).
 
-    `on_step` gets the number done, `on_fit` how many are in memory at once; `engine` runs the backbone.
+    `on_step` gets the number done, `on_fit` how many are in memory at once; `engine` runs the backbone on
+    `device`; `on_note` hears where it is another one than a user would expect.
 
     With `support` its class means answer, instead of the record's head.
 
@@ -99,7 +102,7 @@ def evaluate(
         DataError: no samples, samples that the model cannot read, or a class that the head does not know.
         UsageError: no head and no support.
     """
-    backbone = deploy(run.model, allow=allow, engine=engine)
+    backbone = deploy(run.model, allow=allow, engine=engine, device=device, on_note=on_note)
     held = fit(0, inference_peak_bytes(backbone.graph), chunk or CHUNK, wanted=chunk)
     on_fit(held)
     chunk = held.samples
@@ -114,8 +117,8 @@ def evaluate(
     for block in (part for whole in blocks for part in whole.slices(chunk)):
         check_prepared(block.prepared, learnt, "samples", "those that the model learnt from", backbone.input)
         rows, scores = _scores(backbone, head, block)
-        loss += float(torch.nn.functional.cross_entropy(scores, rows, reduction="sum"))
-        for row, right in zip(rows.tolist(), (scores.argmax(dim=1) == rows).tolist(), strict=True):
+        loss += float(cross_entropy(scores, rows)[0].sum())
+        for row, right in zip(rows.tolist(), (scores.argmax(1) == rows).tolist(), strict=True):
             counts[int(head.labels[row])] += (1, right)
         names.update(heads.class_names(block) or {})
         done += len(block)
@@ -125,10 +128,10 @@ def evaluate(
     return Accuracy(tuple(_class_rows(head, counts, names)), loss / done)
 
 
-def _scores(backbone: Backbone, head: Head, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+def _scores(backbone: Backbone, head: Head, block: Block) -> tuple[Array, Array]:
     """Head rows (N,) of the samples' classes, and class scores (N, C)."""
     features = backbone.features(adapt_block(block, backbone.input))
-    return torch.from_numpy(heads.rows(head, block.y, heads.class_names(block))), heads.logits(head, features)
+    return heads.rows(head, block.y, heads.class_names(block)), heads.logits(head, features)
 
 
 def _support_head(backbone: Backbone, known: Head | None, support: Block, chunk: int) -> Head:
@@ -136,7 +139,7 @@ def _support_head(backbone: Backbone, known: Head | None, support: Block, chunk:
     if not len(support):
         raise DataError("support", "no samples", "at least one per class")
     parts = [adapt_block(part, backbone.input) for part in support.slices(chunk)]
-    features = torch.cat([backbone.features(part) for part in parts])
+    features = np.concatenate([backbone.features(part) for part in parts])
     return heads.prototype_head(features, support.y, heads.class_names(support), scale=heads.cosine_scale(known))
 
 
@@ -165,6 +168,7 @@ def evaluate_tasks(
     known: Iterable[Row] = (),
     on_row: Callable[[Row], None] = lambda row: None,
     on_fit: Callable[[Fit], None] = lambda fit: None,
+    on_note: Callable[[str], None] = lambda text: None,
     allow: str | None = None,
 ) -> list[Row]:
     """Every method on every task of the shard; `on_row` gets each row as it is done.
@@ -179,7 +183,7 @@ def evaluate_tasks(
         UsageError: a method that this backbone cannot be adapted with.
         BudgetError: a method's budget that nothing fits.
     """
-    backbone = deploy(run.model, allow=allow, engine=config.engine)
+    backbone = deploy(run.model, allow=allow, engine=config.engine, device=config.device, on_note=on_note)
     scale = heads.cosine_scale(run.model.head)
     kept = sum(row.saved_bytes for row in cost_table(backbone.graph))
     sizes = [config.shape.most] if episodes is None else [(len(each.support), len(each.query)) for each in episodes]
@@ -231,7 +235,7 @@ def draw_tasks(block: Block, config: Tasks, seed: int) -> Iterator[Episode]:
 
 
 def _row(graph: Graph, dataset: str, number: int, method: str, episode: Episode, answer: Answer, seconds: float) -> Row:
-    right = answer.predicted.numpy() == episode.query_labels
+    right = answer.predicted == episode.query_labels
     cost = answer.cost or plan_cost(graph, answer.updates)
     return Row(
         dataset=dataset,

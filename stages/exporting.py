@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import safetensors.torch
-import torch
-from torch import Tensor
+import safetensors.numpy
 
 from stages.artifacts.records import Array, Head, Model
+from stages.engines.choice import need_torch
+from stages.engines.parameter import Floats
 from stages.errors import DataError, PartMissing, UsageError, require
 from stages.graphs.onnx_writer import onnx_model, unit_rows
 from stages.models import heads
@@ -62,11 +62,10 @@ def export(model: Model, format: str, *, head: bool = True, allow: str | None = 
     backbone = deploy(model)
     if format != "onnx":
         state, notes = state_dict(model)
-        data = _pth(state) if format == "pth" else safetensors.torch.save(state, _metadata(model))
+        data = _pth(state) if format == "pth" else safetensors.numpy.save(state, _metadata(model))
         return Exported(data, format, _compare_states(state, _read(data, format)), notes)
     x = _trial(backbone)
-    arrays = {name: tensor.numpy() for name, tensor in backbone.tensors.items()}
-    data = onnx_model(backbone.graph, arrays, model.head, _metadata(model))
+    data = onnx_model(backbone.graph, backbone.tensors, model.head, _metadata(model))
     return Exported(data, format, _compare(_outputs(backbone.features(x), model.head), _run_onnx(data, x)))
 
 
@@ -99,7 +98,7 @@ def _metadata(model: Model) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------- state dicts
 
 
-def state_dict(model: Model) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def state_dict(model: Model) -> tuple[dict[str, Array], tuple[str, ...]]:
     """The model's weights and head under the names of the model that was imported, and what its user should know.
 
     BatchNorm layers are included (`models.state`). Raises `UsageError` for weights that are computed from others in a
@@ -116,7 +115,7 @@ def state_dict(model: Model) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     arrays = user_state(model, model.tensors)
     classifier, notes = _classifier_entries(model)
     arrays |= classifier
-    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, notes
+    return {name: np.array(array, order="C") for name, array in arrays.items()}, notes
 
 
 def _classifier_entries(model: Model) -> tuple[dict[str, Array], tuple[str, ...]]:
@@ -154,18 +153,25 @@ def _linear_rows(head: Head) -> tuple[Array, Array]:
     return np.float32(head.scale) * unit_rows(head.weight), np.zeros(len(head.weight), np.float32)
 
 
-def _pth(state: Mapping[str, Tensor]) -> bytes:
+def _pth(state: Mapping[str, Array]) -> bytes:
+    need_torch("export to .pth")
+    import torch
+
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
+    torch.save({name: torch.from_numpy(array) for name, array in state.items()}, buffer)
     return buffer.getvalue()
 
 
-def _read(data: bytes, format: str) -> dict[str, Tensor]:
-    return torch.load(io.BytesIO(data), weights_only=True) if format == "pth" else safetensors.torch.load(data)
+def _read(data: bytes, format: str) -> dict[str, Array]:
+    if format != "pth":
+        return safetensors.numpy.load(data)
+    import torch
+
+    return {name: value.numpy() for name, value in torch.load(io.BytesIO(data), weights_only=True).items()}
 
 
-def _compare_states(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    different = [name for name in ours if name not in theirs or not torch.equal(ours[name], theirs[name])]
+def _compare_states(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> float:
+    different = [name for name in ours if name not in theirs or not np.array_equal(ours[name], theirs[name])]
     if different or len(ours) != len(theirs):
         raise DataError("export", f"{different[:1]} read back differ", "the same bits", "please report it")
     return 0.0
@@ -174,17 +180,17 @@ def _compare_states(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) ->
 # ---------------------------------------------------------------------------------------------------------- comparing
 
 
-def _trial(backbone: Backbone) -> Tensor:
+def _trial(backbone: Backbone) -> Floats:
     rng = generator(0, "export")
-    return torch.from_numpy(rng.uniform(-1, 1, (TRIAL_SAMPLES, *backbone.input.shape)).astype(np.float32))
+    return rng.uniform(-1, 1, (TRIAL_SAMPLES, *backbone.input.shape)).astype(np.float32)
 
 
-def _outputs(features: Tensor, head: Head | None) -> dict[str, Array]:
-    outputs = {"features": features.numpy()}
-    return outputs if head is None else outputs | {"logits": heads.logits(head, features).numpy()}
+def _outputs(features: Floats, head: Head | None) -> dict[str, Array]:
+    outputs: dict[str, Array] = {"features": features}
+    return outputs if head is None else outputs | {"logits": heads.logits(head, features)}
 
 
-def _run_onnx(data: bytes, x: Tensor) -> dict[str, Array]:
+def _run_onnx(data: bytes, x: Floats) -> dict[str, Array]:
     try:
         import onnxruntime
     except ImportError as error:
@@ -193,7 +199,7 @@ def _run_onnx(data: bytes, x: Tensor) -> dict[str, Array]:
         ) from error
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, {"input": x.numpy()}), strict=True))
+    return dict(zip(names, session.run(names, {"input": x}), strict=True))
 
 
 def _compare(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> float:

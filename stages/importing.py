@@ -25,8 +25,9 @@ from stages.graphs.capture import Captured, capture
 from stages.graphs.folding import fold
 from stages.graphs.record import graph_tree
 from stages.models import registry
-from stages.models.deploy import deploy, final_linear, without_last
+from stages.models.deploy import deploy
 from stages.models.matching import Matched, match
+from stages.models.modules import final_linear, without_last
 from stages.models.state import arrays_of, from_state, state_rows
 
 CLASSIFIERS = ("keep", "drop", "features")

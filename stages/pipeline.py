@@ -57,7 +57,7 @@ def simulate(
     Raises:
         What the stages raise.
     """
-    backbone = deploy(run.model, allow=allow)
+    backbone = deploy(run.model, allow=allow, engine=pipeline.selection.engine, device=pipeline.selection.device)
     start = Weights(backbone, run.model.head)
     versions: dict[int, Version] = {}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from stages.artifacts.codec import text_tuple
 from stages.artifacts.records import Array, Block, Head, Model, Preparation, Run
@@ -65,10 +65,10 @@ def predict(
     for chunk in chunks:
         check_prepared(chunk.block.prepared, learnt, "samples", "those that the model learnt from", backbone.input)
         probability = heads.probabilities(head, backbone.features(adapt_block(chunk.block, backbone.input)))
-        predicted = head.labels[torch.argmax(probability, 1).numpy()]
+        predicted = head.labels[probability.argmax(1)]
         done += len(predicted)
         on_step(done)
-        yield Predictions(chunk, predicted, probability.numpy())
+        yield Predictions(chunk, predicted, probability.astype(np.float32))
 
 
 def head_for(model: Model, backbone: Backbone, support: Block | None, chunk: int) -> Head:
@@ -85,7 +85,7 @@ def head_for(model: Model, backbone: Backbone, support: Block | None, chunk: int
                 "adapt it with `edgetrain train-sparse`, or name labelled samples with --support",
             )
         return model.head
-    features = torch.cat([backbone.features(adapt_block(part, backbone.input)) for part in support.slices(chunk)])
+    features = np.concatenate([backbone.features(adapt_block(part, backbone.input)) for part in support.slices(chunk)])
     scale = heads.cosine_scale(model.head)
     return heads.prototype_head(features, support.y, heads.class_names(support), scale=scale)
 

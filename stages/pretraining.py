@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Group, Head, Run
@@ -26,14 +25,16 @@ from stages.errors import DataError, PartMissing, UsageError, require
 from stages.fsl.augment import HANDWRITING, PSEUDO_QUERY, Augmentation, augment
 from stages.fsl.episode_list import data_hash
 from stages.fsl.episodes import Episode, Pool, check_pool, draw_episodes, pool_of
-from stages.fsl.meta_training import BatchUnits, DataSet, EpisodeUnits, Learner
+from stages.fsl.meta_training import BatchUnits, DataSet, EpisodeUnits, Inputs, Learner
 from stages.fsl.schedule import WarmCosine
 from stages.fsl.team import ALONE, Team
 from stages.fsl.trainer import Phase, Progress, Rhythm, Trainer
-from stages.models.deploy import Backbone, Net, deploy, trainable, with_graph
+from stages.models.deploy import Backbone, deploy, with_graph
 from stages.models.inputs import adapt_block
+from stages.models.modules import Net, trainable
 from stages.randomness import generator, torch_generator
 from stages.settings.pretraining import Pretraining as Pretraining
+from stages.losses import Floats
 
 STAGE = "pretrain-fsl"
 """Name of the metrics' table in the run record."""
@@ -116,7 +117,7 @@ def _trainer(
     head = run.model.head
     learner = Learner(module, head.scale if head is not None else config.scale, rows).to(device)
 
-    def distort(x: Tensor, rng: torch.Generator) -> Tensor:
+    def distort(x: Floats, rng: np.random.Generator) -> Floats:
         return augment(x, backbone.input, rng, AUGMENTATIONS[config.augment])
 
     flat = WarmCosine(
@@ -155,10 +156,10 @@ def _data_sets(
     return sets, others
 
 
-def _reader(backbone: Backbone, block: Block) -> Callable[[Array], Tensor]:
+def _reader(backbone: Backbone, block: Block) -> Inputs:
     whole = replace(block, x=np.asarray(block.x[:]), columns={})
 
-    def inputs(rows: Array) -> Tensor:
+    def inputs(rows: Array) -> Floats:
         return adapt_block(whole.take(rows), backbone.input)
 
     inputs(np.arange(min(1, len(block))))  # what the model cannot read is found before training starts

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from stages.artifacts.records import Array, Profile, Run
 from stages.cost.model import (
@@ -23,13 +21,15 @@ from stages.cost.model import (
     inference_peak_bytes,
     paper_peak_bytes,
 )
-from stages.cost.training import full_training_bytes
-from stages.engines.torch import reference
+from stages.cost.training import full_training_bytes, inference_totals
+from stages.engines.choice import layer_times, make_net, threads_of
+from stages.engines.parameter import Floats
+from stages.engines.timing import LayerTimes, median_and_spread, repeat
 from stages.graphs.graph import Graph
 from stages.measurement.energy import Meter, find_meter
-from stages.measurement.latency import LayerTimes, median_and_spread, repeat, time_layers
 from stages.measurement.process import process_memory
 from stages.models.deploy import Backbone, deploy, store
+from stages.planning.baselines import named_plan
 from stages.settings.profiling import Profiling as Profiling
 
 ENERGY_PASSES = 50
@@ -43,15 +43,16 @@ def profile_run(
     allow: str | None = None,
     machine: Path = Path("/"),
     on_step: Callable[[int], None] = lambda done: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Run:
     """The run with a profile, its model in deploy form.
 
     `allow` names user code that may be imported; `machine` is where the kernel's files are found; `on_step` gets the
-    number of operators measured.
+    number of operators measured; `on_note` a line where another engine computes than a user would expect.
 
     Raises `DataError` for weights that do not fit the model, `UsageError` for an operator without a cost rule.
     """
-    backbone = deploy(run.model, allow=allow)
+    backbone = deploy(run.model, allow=allow, engine=config.engine, device=config.device, on_note=on_note)
     table = cost_table(backbone.graph)
     columns, totals = cost_columns(table), cost_totals(backbone.graph, table)
     if config.measure:
@@ -89,6 +90,7 @@ def cost_totals(graph: Graph, table: tuple[LayerCost, ...]) -> dict[str, Any]:
         "saved_bytes": sum(row.saved_bytes for row in table),
         "inference_peak_bytes": inference_peak_bytes(graph),
         "paper_peak_bytes": paper_peak_bytes(graph),
+        **inference_totals(graph),
         "full_training_bytes": full_training_bytes(graph, 1),
     }
 
@@ -100,10 +102,14 @@ def measure(
     backbone: Backbone, config: Profiling, machine: Path, on_step: Callable[[int], None]
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Measured columns and totals: seconds for one sample, bytes of this process, joules where a sensor tells."""
-    x = torch.zeros(1, *backbone.graph.input_shape)
-    times = time_layers(backbone.graph, backbone.tensors, x, config.repeats, on_step=on_step)
+    x = np.zeros((1, *backbone.graph.input_shape), np.float32)
+    times = layer_times(backbone, x, config.repeats, on_step=on_step)
     step = _training_step(backbone, x)
-    totals: dict[str, Any] = {"threads": torch.get_num_threads(), "repeats": config.repeats}
+    totals: dict[str, Any] = {
+        "engine": backbone.engine.name,
+        "threads": threads_of(backbone.engine),
+        "repeats": config.repeats,
+    }
     for name, run in (("forward", lambda: backbone.features(x)), ("full_step", step)):
         totals[f"{name}_s"], totals[f"{name}_spread_s"] = median_and_spread(repeat(run, config.repeats))
     meter, totals["energy_source"] = find_meter(machine, config.power_watts)
@@ -122,14 +128,14 @@ def _time_columns(times: list[LayerTimes]) -> dict[str, Array]:
     return columns
 
 
-def _training_step(backbone: Backbone, x: Tensor) -> Callable[[], None]:
-    """Forward and backward pass of one sample with every weight live, by stock autograd."""
-    live = {name: tensor.clone().requires_grad_() for name, tensor in backbone.tensors.items()}
+def _training_step(backbone: Backbone, x: Floats) -> Callable[[], None]:
+    """Forward and backward pass of one sample with every weight live."""
+    net = make_net(backbone, named_plan("full", backbone.graph))
+    gradient = np.ones((len(x), backbone.graph.feature_dim), np.float32)
 
     def step() -> None:
-        with torch.enable_grad():
-            features = reference.run(backbone.graph, live, x)
-        torch.autograd.grad(features.sum(), list(live.values()))
+        _, kept = net.forward(net.prefix(x))
+        net.backward(kept, gradient)
 
     return step
 

@@ -23,7 +23,7 @@ def generator(seed: int, stage: str, round: int = 0) -> np.random.Generator:
 
 
 def torch_generator(seed: int, stage: str, round: int = 0) -> torch.Generator:
-    """The same for torch: a CPU generator seeded from `generator(seed, stage, round)`."""
+    """For what torch itself draws, the weights of modules that meta-training builds: seeded from `generator(...)`."""
     import torch
 
     return torch.Generator().manual_seed(int(generator(seed, stage, round).integers(2**63)))

@@ -15,11 +15,12 @@ import numpy as np
 from stages.artifacts.records import Array, Block, LayerUpdate, Plan, Run
 from stages.cost.model import full_backward_macs, inference_peak_bytes
 from stages.cost.training import live_values
+from stages.engines.choice import fisher_bytes
 from stages.errors import BudgetError, UsageError
 from stages.graphs.graph import Graph
-from stages.importance.fisher import Fisher, fisher_bytes
+from stages.importance.fisher import Fisher
 from stages.measurement.room import Fit, fit
-from stages.methods.search import FisherPass, Wish, costs_of, inspect_task, search, weights_of
+from stages.methods.search import FisherPass, Wish, costs_of, inspect_task, search
 from stages.models.deploy import Backbone, deploy
 from stages.operators import Op
 from stages.planning import problem as planning
@@ -63,7 +64,7 @@ class _Job:
 
     def micro_batch(self, graph: Graph, window: Sequence[str]) -> int:
         """Samples of the Fisher pass looked at together: as many as fit this machine's memory, or as it was told."""
-        kept = fisher_bytes(graph, window, 1)
+        kept = fisher_bytes(self.backbone.engine, graph, window, 1)
         held = fit(kept, inference_peak_bytes(graph), MICRO_BATCH, wanted=self.config.micro_batch)
         self.on_fit(held)
         return held.samples
@@ -71,7 +72,8 @@ class _Job:
     def facts(self, found: FisherPass) -> dict[str, Any]:
         """What is worth keeping about a Fisher pass."""
         fisher = found.fisher
-        kept = fisher_bytes(self.backbone.graph, found.window, min(found.micro_batch, fisher.samples))
+        size = min(found.micro_batch, fisher.samples)
+        kept = fisher_bytes(self.backbone.engine, self.backbone.graph, found.window, size)
         return {"samples": fisher.samples, "loss": fisher.loss, "fisher_pass_bytes": kept}
 
 
@@ -83,17 +85,20 @@ def score_layers(
     rng: np.random.Generator,
     on_step: Callable[[int], None] = lambda done: None,
     on_fit: Callable[[Fit], None] = lambda fit: None,
+    on_note: Callable[[str], None] = lambda text: None,
     allow: str | None = None,
 ) -> Run:
     """The run with a plan, and with scores where they were searched for.
 
-    `on_step` gets the number of samples done, `on_fit` how many are in memory at once; `allow` names user code that may
-    be imported. The support may be None for a given plan unless its channels are chosen by Fisher.
+    `on_step` gets the number of samples done, `on_fit` how many are in memory at once, `on_note` a line where another
+    engine computes than a user would expect; `allow` names user code that may be imported. The support may be None for
+    a given plan unless its channels are chosen by Fisher.
 
     Raises `DataError` for a support that says nothing (empty, one class, not finite) or a plan of another model,
     `UsageError` for settings that do not fit the model, `BudgetError` when nothing fits.
     """
-    job = _Job(run, support, config, rng, on_step, on_fit, deploy(run.model, allow=allow))
+    backbone = deploy(run.model, allow=allow, engine=config.engine, device=config.device, on_note=on_note)
+    job = _Job(run, support, config, rng, on_step, on_fit, backbone)
     return _given(job) if config.given else _searched(job)
 
 
@@ -144,7 +149,7 @@ def _read_plan(job: _Job, ranking: Ranking) -> tuple[str, tuple[LayerUpdate, ...
     if config.plan_text is not None:
         return parse_plan(config.plan_text, config.plan_file, graph, ranking)
     name = config.plan or ""
-    updates = named_plan(name, graph, tensors_l2=weights_of(job.backbone))
+    updates = named_plan(name, graph, tensors_l2=job.backbone.tensors)
     return name, tuple(_rechosen(graph[update.layer], update, ranking) for update in updates)
 
 
@@ -156,7 +161,7 @@ def _rechosen(op: Op, update: LayerUpdate, ranking: Ranking) -> LayerUpdate:
 
 
 def _ranking(job: _Job, rule: str, fisher: Fisher | None = None) -> Ranking:
-    weights = weights_of(job.backbone)
+    weights = job.backbone.tensors
 
     def rank(op: Op, axis: str) -> Array:
         axis, channels = axis_of(op, axis)
@@ -185,7 +190,7 @@ def _plan(name: str, problem: planning.Problem, updates: Sequence[LayerUpdate], 
     }
     plan = make_plan(
         name, problem.complete(updates), problem.graph,
-        memory_model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer,
+        memory_model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer, workers=budget.workers,
         facts={name: value for name, value in known.items() if value is not None},
     )  # fmt: skip
     return replace(plan, memory_bytes=memory, backward_macs=macs)

@@ -8,11 +8,11 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from stages.artifacts.records import Array, Block, End, LayerUpdate
 from stages.cost.model import forward_macs
 from stages.cost.training import plan_backward_macs
+from stages.engines.parameter import Floats
 from stages.errors import require
 from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
@@ -264,7 +264,7 @@ def view_of(
     config: Selection,
     weights: Weights | None,
     updates: Sequence[LayerUpdate] | None,
-    features: Tensor | None = None,
+    features: Floats | None = None,
 ) -> GradientView:
     """What the configured strategy may look at, and no more: only strategies that need gradients cost a pass."""
     needs = selection_named(config.strategy).needs

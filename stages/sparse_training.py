@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 
 import numpy as np
-import torch
 
 from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate, Model, Preparation, Run, check_labelled
@@ -36,7 +35,7 @@ from stages.training.checkpoints import Checkpoint, read_checkpoint
 from stages.training.learner import Batch, StreamLearner
 from stages.training.optimizers import Optimizing, load_state, state_arrays
 from stages.training.prefix_file import PrefixFile
-from stages.training.updates import PrefixCache, Source
+from stages.training.updates import PrefixCache, Source, boundary_of
 
 STAGE = "train-sparse"
 """Name of the metrics' table in the run record."""
@@ -55,6 +54,10 @@ class SupportTraining:
     plan: str | None = None
     """A named plan, such as `full` or `last-layer`; None takes the run's own."""
     adapting: Adapting = field(default_factory=Adapting)
+    engine: str = "auto"
+    """What runs and differentiates the graph: one of `engines.choice.ENGINES`."""
+    device: str = "cpu"
+    """Of torch's engine: one of `engines.choice.DEVICES`."""
     fitting: bool = False
     """Take as many samples at a time as fit into memory, at most `MICRO_BATCH`, instead of `adapting.micro_batch`."""
 
@@ -77,8 +80,10 @@ class StreamTraining:
     micro_batch: int | None = None
     """Samples of a block that are in memory at once in a pass; 0 is all of them, None as many as fit, at most
     `MICRO_BATCH`. The update is the same."""
-    engine: str = "torch"
+    engine: str = "auto"
     """What runs and differentiates the graph: one of `engines.choice.ENGINES`."""
+    device: str = "cpu"
+    """Of torch's engine: one of `engines.choice.DEVICES`."""
 
     def __post_init__(self) -> None:
         require((self.micro_batch or 0) >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
@@ -149,6 +154,7 @@ def train_support(
     stop: Callable[[], int] = lambda: 0,
     cache_file: PrefixFile | None = None,
     on_fit: Callable[[Fit], None] = lambda fit: None,
+    on_note: Callable[[str], None] = lambda text: None,
     allow: str | None = None,
 ) -> Run:
     """The run adapted to a support set, with the class means of the adapted features as its head.
@@ -160,6 +166,7 @@ def train_support(
         stop: asked before every iteration; not 0 ends training with the current weights.
         cache_file: where `adapting.cache_prefix` keeps the frozen layers' outputs for the next time.
         on_fit: gets how many samples are in memory at once.
+        on_note: gets a line where another engine computes than a user would expect.
         allow: the user's model factory that may be imported, `package.module:factory`.
 
     Raises:
@@ -168,7 +175,7 @@ def train_support(
     if not len(support):
         raise DataError("support", "no samples", "at least one per class")
     check_labelled(support.y, "support")
-    backbone = deploy(run.model, allow=allow)
+    backbone = deploy(run.model, allow=allow, engine=config.engine, device=config.device, on_note=on_note)
     updates = planned_updates(run, backbone.graph, config.plan)
     x = model_input(support, backbone.input)
     labels, ways = np.unique(support.y, return_inverse=True)
@@ -177,7 +184,7 @@ def train_support(
     on_fit(held)
     how = replace(config.adapting, scale=heads.cosine_scale(run.model.head, config.adapting.scale))
     how = replace(how, micro_batch=held.samples) if config.fitting else how
-    result = adapt(backbone, updates, x, torch.from_numpy(ways), how, rng, on_step, stop, cache_file)
+    result = adapt(backbone, updates, x, ways.astype(np.int64), how, rng, on_step, stop, cache_file)
     head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=how.scale)
     model = _prepared(store(run.model, replace(backbone, tensors=result.net.tensors())), support.prepared)
     version = run.model.version + len(result.losses)
@@ -234,6 +241,7 @@ def train_stream(
     stop: Callable[[], int] = lambda: 0,
     on_step: Callable[[Update], None] = lambda update: None,
     on_fit: Callable[[Fit], None] = lambda fit: None,
+    on_note: Callable[[str], None] = lambda text: None,
     allow: str | None = None,
 ) -> Run:
     """The run after one update per block; every block advances the version, an empty one too.
@@ -243,6 +251,7 @@ def train_stream(
         replayed: with `resume`, the stream begins anew: the blocks that were used already are passed over.
         publish: gets every version.
         on_fit: gets how many samples are in memory at once.
+        on_note: gets a line where another engine computes than a user would expect.
         stop: asked after every update; not 0 ends training as if the stream had ended.
         allow: the user's model factory that may be imported, `package.module:factory`.
 
@@ -251,7 +260,7 @@ def train_stream(
         TrainingStopped: later trouble (a broken stream, a bad block, a loss that is not finite, a full disk): its
             `run` is the run after the last good update.
     """
-    trainer = _Trainer(run, config, resume, allow)
+    trainer = _Trainer(run, config, resume, allow, on_note)
     on_fit(trainer.held)
     if resume is not None and publish is not None and trainer.blocks:
         trainer.publish(publish)
@@ -282,7 +291,14 @@ def train_stream(
 class _Trainer:
     """The state of training on a stream, between two blocks."""
 
-    def __init__(self, run: Run, config: StreamTraining, resume: Run | None, allow: str | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        config: StreamTraining,
+        resume: Run | None,
+        allow: str | None,
+        on_note: Callable[[str], None],
+    ) -> None:
         self.start = model_hash(run)
         self.configuration = json.dumps(asdict(config), sort_keys=True)
         state = None
@@ -291,7 +307,9 @@ class _Trainer:
         self.base = run if state is None else state.run
         self.blocks = 0 if state is None else state.blocks
         self.first_version = run.model.version
-        self.backbone = deploy(self.base.model, allow=allow)
+        self.backbone = deploy(
+            self.base.model, allow=allow, engine=config.engine, device=config.device, on_note=on_note
+        )
         updates = planned_updates(run, self.backbone.graph, config.plan)
         self.held = _fit(self.backbone.graph, updates, config.micro_batch)
         self.learner = StreamLearner(
@@ -301,7 +319,6 @@ class _Trainer:
             config.optimizing,
             micro_batch=self.held.samples if config.micro_batch is None else config.micro_batch,
             done=self.blocks,
-            engine=config.engine,
         )
         if state is not None:
             load_state(self.learner.optimizer, state.optimizer)
@@ -326,8 +343,7 @@ class _Trainer:
         return update
 
     def publish(self, publish: Publish) -> None:
-        tensors = {name: tensor.numpy() for name, tensor in self.learner.net.changed_tensors().items()}
-        publish(self.blocks, tensors, self.learner.head())
+        publish(self.blocks, self.learner.net.changed_tensors(), self.learner.head())
 
     def run(self) -> Run:
         """The run record after the updates so far."""
@@ -351,7 +367,7 @@ class _Trainer:
         known = heads.extend(head, block.y, heads.class_names(block))
         for part in block.slices(256):
             scores = self.learner.logits(model_input(part, self.backbone.input))
-            answers = np.searchsorted(known.labels, head.labels)[scores.argmax(dim=1).numpy()]
+            answers = np.searchsorted(known.labels, head.labels)[scores.argmax(1)]
             hits += int(np.sum(answers == heads.rows(known, part.y, heads.class_names(block))))
         return hits / len(block)
 
@@ -370,12 +386,12 @@ def _batch(block: Block, net: TrainedNet, spec: InputSpec) -> Batch:
 def _source(block: Block, net: TrainedNet, spec: InputSpec) -> Source:
     """Where training on a block starts: at the model's input, or behind the frozen layers where `select` ran them."""
     if not len(block):
-        return torch.zeros(0, *spec.shape)
+        return np.zeros((0, *spec.shape), np.float32)
     if "boundary" not in block.facts:
         return model_input(block, spec)
-    if block.facts["boundary"] != " ".join(net.boundary):
-        found, expected = f"features of {block.facts['boundary']}", f"those of {' '.join(net.boundary)}"
-        raise DataError("stream", found, expected, "train the plan that `select` was given")
+    if block.facts["boundary"] != boundary_of(net):
+        found, expected = f"features of {block.facts['boundary']}", f"those of {boundary_of(net)}"
+        raise DataError("stream", found, expected, "train the plan that `select` was given, with the same engine")
     names = [name for name in block.columns if name.startswith("boundary")]
     return PrefixCache.from_arrays({name: block.columns[name] for name in names})
 

@@ -11,6 +11,8 @@ bfloat16 or TF32, and fast algorithms, as Winograd's. torch uses neither for flo
 `gradient_bounds` carries them through a whole net and back (running error analysis, Higham section 3.3): every value
 and every gradient in float64, each with a bound on how far a computation in another precision may lie from it. Through
 tens of layers worst cases multiply up to nothing; there `no_worse` compares errors instead.
+
+Whatever is checked, and a backbone's tensors, may be arrays or tensors; exact values are tensors in float64.
 """
 
 from __future__ import annotations
@@ -18,23 +20,36 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.artifacts.records import Head
+from stages.artifacts.records import Array, Head
 from stages.engines.torch import reference
 from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.heads import logits
 from stages.operators import Op
+
+Numbers = Tensor | Array
 
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0)}
 """Where the slope of an activation jumps."""
 
 LOSS = 512
 """More operations in a row than any test's loss makes: sums over features and batch, and a softmax."""
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A tensor, or an array as one, of the same precision."""
+    return value if isinstance(value, Tensor) else torch.from_numpy(np.require(value, requirements="W"))
+
+
+def as_tensors(values: Mapping[str, Numbers], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Arrays by name as tensors, of another precision where one is given."""
+    return {name: as_tensor(value).detach().to(dtype) for name, value in values.items()}
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -53,48 +68,59 @@ def gamma(operations: int, dtype: torch.dtype = torch.float32) -> float:
     return error / (1 - error)
 
 
-def product_bound(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32, *, extra: int = 0) -> Tensor:
+def product_bound(a: Numbers, b: Numbers, dtype: torch.dtype = torch.float32, *, extra: int = 0) -> Tensor:
     """How far `a @ b` (M, K) @ (K, N) in `dtype` may lie from float64, per element: gamma_K |a| |b|, float64 (M, N).
 
     `extra` counts what else is done to each element: 1 where a bias is added, 2 for a product and a division.
     """
-    return gamma(a.shape[-1] + extra, dtype) * (a.double().abs() @ b.double().abs())
+    return gamma(a.shape[-1] + extra, dtype) * (as_tensor(a).double().abs() @ as_tensor(b).double().abs())
 
 
-def no_worse(found: Tensor, plain: Tensor, exact: Tensor, longest: int) -> None:
+def no_worse(found: Numbers, plain: Numbers, exact: Numbers, longest: int) -> None:
     """Assert that `found` errs no more than `plain`, stock operators in the same precision, could have.
 
     Both against `exact`, float64, by Euclidean norm over all elements. Rounding errors that are independent add up to
     about u in a sum that is blocked into vectors or halves, and to sqrt(n) u in one of n terms in a row (Higham and
     Mary, SIAM J. Sci. Comput. 41, 2019): so the order of summands makes a factor of at most sqrt(n), here doubled.
     """
+    found, plain, exact = as_tensor(found), as_tensor(plain), as_tensor(exact)
+    assert found.shape == plain.shape == exact.shape
     unit = unit_roundoff(plain.dtype) * float(exact.norm())
     limit = 2 * sqrt(longest) * max(float((plain.double() - exact).norm()), unit)
     error = float((found.double() - exact).norm())
     assert error <= limit, f"error {error:.3g} of {float(exact.norm()):.3g}, at most {limit:.3g}"
 
 
-def exact_features(backbone: Backbone, x: Tensor) -> Tensor:
+def exact_features(backbone: Backbone, x: Numbers) -> Tensor:
     """Features (N, D) of inputs x (N, *input) in float64."""
-    return reference.run(backbone.graph, {name: t.double() for name, t in backbone.tensors.items()}, x.double())
+    return reference.run(backbone.graph, as_tensors(backbone.tensors, torch.float64), as_tensor(x).double())
 
 
-def check_features(found: Tensor, backbone: Backbone, x: Tensor) -> None:
+def plain_features(backbone: Backbone, x: Numbers) -> Tensor:
+    """Features (N, D) of inputs x (N, *input) by stock operators, in the backbone's own precision."""
+    return reference.run(backbone.graph, as_tensors(backbone.tensors), as_tensor(x))
+
+
+def check_features(found: Numbers, backbone: Backbone, x: Numbers) -> None:
     """Assert that features (N, D) are the backbone's for inputs x (N, *input), however they were computed."""
-    plain = reference.run(backbone.graph, backbone.tensors, x)
-    no_worse(found, plain, exact_features(backbone, x), longest_sum(backbone.graph))
+    no_worse(found, plain_features(backbone, x), exact_features(backbone, x), longest_sum(backbone.graph))
 
 
-def check_probabilities(found: Tensor, head: Head, backbone: Backbone, x: Tensor) -> None:
+def check_probabilities(found: Numbers, head: Head, backbone: Backbone, x: Numbers) -> None:
     """Assert that probabilities (N, C) are what the head answers for inputs x, however they were computed."""
-    plain = logits(head, reference.run(backbone.graph, backbone.tensors, x)).softmax(1)
+    plain = _logits(head, plain_features(backbone, x)).softmax(1)
     exact = exact_logits(head, exact_features(backbone, x)).softmax(1)
     no_worse(found, plain, exact, max(longest_sum(backbone.graph), head.weight.shape[1]))
 
 
-def exact_logits(head: Head, features: Tensor) -> Tensor:
-    """The class scores (N, C) that a head of known rows gives for features (N, D), both float64."""
-    weight, bias = torch.tensor(head.weight).double(), torch.tensor(head.bias).double()
+def exact_logits(head: Head, features: Numbers) -> Tensor:
+    """The class scores (N, C) in float64 that a head of known rows gives for features (N, D)."""
+    return _logits(head, as_tensor(features).double())
+
+
+def _logits(head: Head, features: Tensor) -> Tensor:
+    """The same by stock operators, in the features' precision."""
+    weight, bias = as_tensor(head.weight).to(features.dtype), as_tensor(head.bias).to(features.dtype)
     if head.kind == "linear":
         return features @ weight.T + bias
     return head.scale * functional.normalize(features, dim=1) @ functional.normalize(weight, dim=1).T
@@ -120,8 +146,9 @@ class Bounded:
     def __add__(self, other: Bounded) -> Bounded:
         return Bounded(self.value + other.value, self.error + other.error)
 
-    def check(self, found: Tensor, what: str = "") -> None:
+    def check(self, found: Numbers, what: str = "") -> None:
         """Assert that a result lies within the bound, element by element."""
+        found = as_tensor(found)
         assert found.shape == self.value.shape, f"{what}: {tuple(found.shape)}, expected {tuple(self.value.shape)}"
         over = (found.double() - self.value).abs() - self.error
         assert not over.numel() or float(over.max()) <= 0, f"{what}: {float(over.max()):.3g} outside the bound"
@@ -129,7 +156,7 @@ class Bounded:
 
 def gradient_bounds(
     backbone: Backbone,
-    x: Tensor,
+    x: Numbers,
     loss: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     detached: Collection[str] = frozenset(),
@@ -151,7 +178,7 @@ def gradient_bounds(
         detached: names of layers.
         loss_dtype: the precision in which the computation takes the loss and its gradient.
     """
-    tensors = {name: tensor.detach().double() for name, tensor in backbone.tensors.items()}
+    tensors = as_tensors(backbone.tensors, torch.float64)
     ops, values = backbone.graph.ops, value_bounds(backbone.graph, tensors, x, dtype)
     features = values[ops[-1].name]
     pulled = {name: _exact(torch.zeros_like(value.value)) for name, value in values.items()}
@@ -168,10 +195,10 @@ def gradient_bounds(
     return features, found
 
 
-def value_bounds(graph: Graph, tensors: Mapping[str, Tensor], x: Tensor, dtype: torch.dtype) -> dict[str, Bounded]:
+def value_bounds(graph: Graph, tensors: Mapping[str, Numbers], x: Numbers, dtype: torch.dtype) -> dict[str, Bounded]:
     """Every operator's output, by its name, of any computation in `dtype` by sums of products; x (N, *input)."""
-    doubles = {name: tensor.detach().double() for name, tensor in tensors.items()}
-    values = {graph.ops[0].name: _exact(x.detach().double())}
+    doubles = as_tensors(tensors, torch.float64)
+    values = {graph.ops[0].name: _exact(as_tensor(x).detach().double())}
     for op in graph.ops[1:]:
         values[op.name] = _forward(op, [values[name] for name in op.inputs], doubles, dtype)
     return values

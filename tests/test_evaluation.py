@@ -9,7 +9,7 @@ from stages.errors import BudgetError, DataError, UsageError
 from stages.evaluation import Tasks, evaluate, evaluate_tasks, identity
 from stages.methods.registry import METHODS
 from stages.methods.results import header_line, merge_results, read_results, row_line, summarise
-from stages.models.deploy import state
+from stages.models.modules import state
 from stages.models.registry import build, input_spec
 from tests.rounding import gamma
 from tests.test_pretraining import random_run, squares
@@ -43,14 +43,16 @@ def points(*rows):
 
 
 TWO = Head("linear", np.array([3, 8]), np.eye(2, dtype=np.float32), np.zeros(2, np.float32), np.ones(2, bool))
+ENGINES = pytest.mark.parametrize("engine", ["native", "torch"])
 SAMPLES = points((2, 1, 3), (1, 2, 3), (0, 1, 8), (0, 3, 8))
 
 
 # ---------------------------------------------------------------------------------------------------------- on samples
 
 
-def test_accuracy_by_hand():
-    result = evaluate(linear_run(TWO), [SAMPLES])
+@ENGINES
+def test_accuracy_by_hand(engine):
+    result = evaluate(linear_run(TWO), [SAMPLES], engine=engine)
     assert [(each.label, each.samples, each.hits) for each in result.classes] == [(3, 2, 1), (8, 2, 2)]
     assert result.interval.value == 0.75
     # cross-entropy of differences +1, -1, +1, +3
@@ -64,9 +66,10 @@ def test_chunks_and_blocks_do_not_matter():
     assert parts.loss == pytest.approx(whole.loss, abs=gamma(64) * 3)  # of logits up to 3
 
 
-def test_class_means_of_a_support_answer():
+@ENGINES
+def test_class_means_of_a_support_answer(engine):
     support = points((5, 0, 3), (0, 1, 8), (0, 9, 8))
-    result = evaluate(linear_run(None), [SAMPLES], support=support)
+    result = evaluate(linear_run(None), [SAMPLES], support=support, engine=engine)
     assert [each.hits for each in result.classes] == [1, 2]
 
 
@@ -118,8 +121,9 @@ def settings(config):
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
-def test_what_rows_say():
-    rows = evaluate_tasks(random_run(), squares(classes=5), QUICK, seed=0)
+@ENGINES
+def test_what_rows_say(engine):
+    rows = evaluate_tasks(random_run(), squares(classes=5), replace(QUICK, engine=engine), seed=0)
     by_method = {row.method: row for row in rows if row.task == 0}
     none, last, tiny = (by_method[name] for name in QUICK.methods)
     assert (none.backward_macs, none.memory_bytes, none.layers, none.learning_rate) == (0, 0, 0, 0.0)

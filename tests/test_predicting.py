@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from stages.artifacts.hdf5 import decode, encode
@@ -35,15 +34,15 @@ from stages.predicting import (
     rows,
     with_columns,
 )
-from tests.rounding import check_probabilities, exact_features, longest_sum, no_worse
+from tests.rounding import check_probabilities, exact_features, longest_sum, no_worse, plain_features
 
 NAMES = ("cat", "dog, small", "emu")
 LABELS = np.array([2, 4, 9])
 
 
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return deploy(import_model(Importing(arch="cnn4", arch_args={"width": 8})).model)
+@pytest.fixture(scope="module", params=["native", "torch"])
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return deploy(import_model(Importing(arch="cnn4", arch_args={"width": 8})).model, engine=request.param)
 
 
 @pytest.fixture
@@ -67,11 +66,11 @@ def answers(backbone: Backbone, head: Head, size: int = 3) -> list[Predictions]:
 def test_answers_are_the_heads_in_order_and_in_any_chunks(backbone: Backbone, head: Head) -> None:
     x = np.concatenate([images(4), images(3)])
     inputs = adapt(x, "NHW", backbone.input)
-    expected = probabilities(head, backbone.features(inputs)).numpy()
+    expected = probabilities(head, backbone.features(inputs))
     for size in (1, 3, 100):
         found = answers(backbone, head, size)
         assert max(len(part.predicted) for part in found) <= size
-        check_probabilities(torch.tensor(np.concatenate([part.probability for part in found])), head, backbone, inputs)
+        check_probabilities(np.concatenate([part.probability for part in found]), head, backbone, inputs)
         labels = np.concatenate([part.predicted for part in found])
         assert labels.tolist() == LABELS[expected.argmax(1)].tolist()
         assert [name for part in found for name in part.chunk.names] == [str(i) for i in range(7)]
@@ -147,7 +146,7 @@ def test_a_folder_of_images_is_read_in_order_of_name(backbone: Backbone, head: H
     blocks = blocks_for_model(tmp_path, backbone.input, labelled=False)
     found = list(predict(backbone, head, chunks_of_blocks(blocks, 2)))
     assert [name for part in found for name in part.chunk.names] == ["a.PNG", "b.png", "sub/c.bmp"]
-    answered = torch.tensor(np.concatenate([part.probability for part in found]))
+    answered = np.concatenate([part.probability for part in found])
     check_probabilities(answered, head, backbone, adapt(x, "NHW", backbone.input))
     assert {row[2] for row in rows(found[0], head)} == {""}
     assert "label" not in json.loads(json_lines(found[0], head).splitlines()[0])
@@ -176,9 +175,9 @@ def test_the_head_is_the_records_or_that_of_the_support(backbone: Backbone, head
     assert head_for(replace(model, head=head), backbone, None, 4) is head
     made = head_for(replace(model, head=head), backbone, block(7), 2)
     assert made.names == NAMES
-    inputs, members = adapt(images(7), "NHW", backbone.input), torch.arange(7) % 3 == 0
-    plain, exact = backbone.features(inputs)[members].mean(0), exact_features(backbone, inputs)[members].mean(0)
-    no_worse(torch.tensor(made.weight[0]), plain, exact, longest_sum(backbone.graph))
+    inputs, members = adapt(images(7), "NHW", backbone.input), np.arange(7) % 3 == 0
+    plain, exact = (features(backbone, inputs)[members].mean(0) for features in (plain_features, exact_features))
+    no_worse(made.weight[0], plain, exact, longest_sum(backbone.graph))
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("prototypes", 25.0), ("linear", 10.0)])

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from edgetrain_cli.plots.profile import plot_profile
 from edgetrain_cli.tables.profile import profile_table, total_rows
@@ -12,6 +11,7 @@ from stages.artifacts.hdf5 import decode, encode
 from stages.artifacts.records import Model, Profile, Run
 from stages.cost.latency import COLUMNS, durations
 from stages.cost.model import cost_table
+from stages.engines.choice import Engine, threads_of
 from stages.errors import PartMissing, UsageError
 from stages.models.deploy import deploy
 from stages.models.registry import build, input_spec
@@ -65,21 +65,23 @@ def test_without_measuring_the_same_model_gives_the_same_bytes(small):
 def test_the_model_leaves_in_deploy_form_and_computes_the_same(small):
     after = profile_run(small, Profiling(measure=False))
     assert (small.model.form, after.model.form) == ("batchnorm", "deploy")
-    x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+    x = np.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=np.float32).reshape(2, 3, 32, 32)
     check_features(deploy(after.model).features(x), deploy(small.model), x)
     again = profile_run(after, Profiling(measure=False))
     assert encode(again) == encode(after)
 
 
-def test_measured_columns_and_conditions(small, tmp_path):
-    profile = profile_run(small, Profiling(repeats=2), machine=tmp_path).profile
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_measured_columns_and_conditions(small, engine, tmp_path):
+    profile = profile_run(small, Profiling(repeats=2, engine=engine), machine=tmp_path).profile
     assert profile is not None
     for name in (*COLUMNS, "backward_s"):
         assert profile.columns[name].shape == (len(profile.layer),)
         assert np.all(profile.columns[name] > 0)
         assert np.all(profile.columns[name.replace("_s", "_spread_s")] >= 0)
     assert profile.totals["repeats"] == 2
-    assert profile.totals["threads"] == torch.get_num_threads()
+    assert profile.totals["engine"] == engine
+    assert profile.totals["threads"] == threads_of(Engine(engine)) > 0
     assert profile.totals["forward_s"] > 0
     assert profile.totals["full_step_s"] > 0
     assert durations(profile).forward_ns > 0

@@ -13,6 +13,7 @@ from tests.engines.random_graphs import cases, dense_gradients, distance_to_kink
 from tests.engines.torch.test_net import chain, weighted
 from tests.rounding import (
     Bounded,
+    as_tensors,
     check_features,
     gamma,
     gradient_bounds,
@@ -67,9 +68,10 @@ def test_no_worse_allows_for_another_order_and_not_for_another_value():
 
 def test_features_of_a_deep_net_in_another_layout_pass_and_those_of_other_weights_do_not():
     backbone, x = random_backbone(chain(), 3, FLOAT), random_input(chain(), 10, 3, FLOAT)
-    found = reference.run(backbone.graph, backbone.tensors, x.contiguous(memory_format=torch.channels_last))
+    tensors = as_tensors(backbone.tensors)
+    found = reference.run(backbone.graph, tensors, x.contiguous(memory_format=torch.channels_last))
     check_features(found, backbone, x)
-    other = {**backbone.tensors, "stem.weight": backbone.tensors["stem.weight"] * (1 + 1e-4)}
+    other = {**tensors, "stem.weight": tensors["stem.weight"] * (1 + 1e-4)}
     with pytest.raises(AssertionError, match="at most"):
         check_features(reference.run(backbone.graph, other, x), backbone, x)
 
@@ -115,7 +117,7 @@ def test_the_bounds_are_tight_enough_to_see_a_lost_sample():
 def test_half_the_precision_is_outside_the_bounds():
     backbone, x = random_backbone(chain(), 3, FLOAT), random_input(chain(), 10, 3, FLOAT)
     features, _ = gradient_bounds(backbone, x, in_double(weighted), FLOAT)
-    tensors = {name: tensor.bfloat16() for name, tensor in backbone.tensors.items()}
+    tensors = as_tensors(backbone.tensors, torch.bfloat16)
     with pytest.raises(AssertionError, match="outside the bound"):
         features.check(reference.run(backbone.graph, tensors, x.bfloat16()))
 

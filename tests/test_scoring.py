@@ -11,9 +11,10 @@ from stages.artifacts.hdf5 import decode, encode
 from stages.artifacts.records import Block, Head, InputSpec, Model, Profile, Run
 from stages.cost.model import last_blocks
 from stages.cost.training import live_values, memory_bytes, plan_backward_macs
+from stages.engines.choice import Engine, fisher_bytes, make_inspector
 from stages.errors import BudgetError, DataError, UsageError
 from stages.importance.criteria import CRITERIA
-from stages.importance.fisher import fisher_bytes, fisher_pass
+from stages.importance.fisher import fisher_pass
 from stages.importance.tasks import build_task
 from stages.importing import Importing, import_model
 from stages.methods.layer_scores import SEARCHES
@@ -103,18 +104,27 @@ def test_every_criterion_and_selector_gives_a_plan_within_the_budgets(criterion,
     assert plan.facts["live_values"] == live_values(GRAPH, plan.updates)
     assert plan.facts["optimum_score"] >= plan.facts["score"] * (1 - 1e-6)
     assert plan.facts["samples"] == len(SUPPORT)
-    assert plan.facts["fisher_pass_bytes"] == fisher_bytes(GRAPH, last_blocks(GRAPH, 1), 9)
+    assert plan.facts["fisher_pass_bytes"] == fisher_bytes(BACKBONE.engine, GRAPH, last_blocks(GRAPH, 1), 9)
 
 
-def test_the_scores_are_the_criterion_of_the_fisher_pass():
-    found = score(blocks=2)
-    task = build_task("prototypes", BACKBONE, SUPPORT, None, np.random.default_rng(0))
-    fisher = fisher_pass(BACKBONE, task.batches(1), task.loss, found.scores.layer)
+def fisher_of(backbone, window):
+    """The Fisher pass of the whole support, sample by sample."""
+    task = build_task("prototypes", backbone, SUPPORT, None, np.random.default_rng(0))
+    return fisher_pass(make_inspector(backbone, window), task.batches(1), task.loss)
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_the_scores_are_the_criterion_of_the_fisher_pass(engine):
+    found = score(blocks=2, engine=engine)
+    other = {"native": "torch", "torch": "native"}[engine]
+    fisher = fisher_of(replace(BACKBONE, engine=Engine(other)), found.scores.layer)
     ops = [GRAPH[name] for name in found.scores.layer]
     macs = {op.name: op.weights * int(np.prod(op.shape[1:])) for op in GRAPH.layers}
     most_weights, most_macs = max(op.weights for op in GRAPH.layers), max(macs.values())
     expected = [fisher.output[op.name].sum() / (op.weights / most_weights * macs[op.name] / most_macs) for op in ops]
-    np.testing.assert_allclose(found.scores.score, expected, rtol=1e-3)  # other micro-batches; in digits: test_fisher
+    np.testing.assert_allclose(
+        found.scores.score, expected, rtol=1e-3
+    )  # another engine, other micro-batches; in digits: test_fisher
     assert len(found.scores.layer) == 6 == len(found.scores.output_fisher)
     assert {len(values) for values in found.scores.input_fisher} == {op.in_channels for op in ops}
 
@@ -343,7 +353,8 @@ def test_a_hand_made_plan(text, file):
     assert plan.layers == ("blocks.15.expand", "blocks.16.depthwise", "blocks.16.project")
     assert plan["blocks.16.depthwise"].channels == (0, 2)
     expand, project = plan["blocks.15.expand"], plan["blocks.16.project"]
-    weight = BACKBONE.tensors["blocks.16.project.weight"].flatten(1).norm(dim=1).numpy()
+    weight = BACKBONE.tensors["blocks.16.project.weight"]
+    weight = np.linalg.norm(weight.reshape(len(weight), -1), axis=1)
     assert project.channels == top_channels(weight, len(project.channels))
     assert project.ratio == pytest.approx(0.25, abs=0.1)
     assert expand.axis == "input"
@@ -353,8 +364,7 @@ def test_a_hand_made_plan(text, file):
 def test_a_given_plan_takes_its_channels_by_fisher_where_asked():
     by_norm = score(support=None, plan_text=TOML).plan
     by_fisher = score(plan_text=TOML, channel_rule="fisher").plan
-    task = build_task("prototypes", BACKBONE, SUPPORT, None, np.random.default_rng(0))
-    fisher = fisher_pass(BACKBONE, task.batches(1), task.loss, LAYERS)
+    fisher = fisher_of(BACKBONE, LAYERS)
     expand, project = by_fisher["blocks.15.expand"], by_fisher["blocks.16.project"]
     assert expand.channels == top_channels(fisher.input["blocks.15.expand"], len(expand.channels))
     assert project.channels == top_channels(fisher.output["blocks.16.project"], len(project.channels))

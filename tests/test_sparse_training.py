@@ -36,7 +36,9 @@ from stages.sparse_training import (
 from stages.training.adaptation import LEARNING_RATES, Adapting
 from stages.training.optimizers import Optimizing
 from stages.training.prefix_file import PrefixFile
-from tests.rounding import gamma, no_worse
+from tests.rounding import as_tensor, exact_features, gamma, no_worse, plain_features
+
+ENGINES = pytest.mark.parametrize("engine", ["native", "torch"])
 
 AS_IT_IS = Augmentation(probability=0)
 """The pseudo-query is the support itself."""
@@ -81,10 +83,10 @@ def sgd(rate: float = 0.05, **options: object) -> StreamTraining:
     return StreamTraining(optimizing=Optimizing(learning_rate=rate), **options)  # type: ignore[arg-type]
 
 
-def fixed(rate: float = 0.05, **options: object) -> SupportTraining:
+def fixed(rate: float = 0.05, engine: str = "auto", **options: object) -> SupportTraining:
     """One rate, plain SGD, no augmentation."""
     defaults = {"learning_rates": (rate,), "optimizing": Optimizing(), "augmentation": AS_IT_IS, "iterations": 1}
-    return SupportTraining(adapting=Adapting(**{**defaults, **options}))  # type: ignore[arg-type]
+    return SupportTraining(adapting=Adapting(**{**defaults, **options}), engine=engine)  # type: ignore[arg-type]
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -122,14 +124,15 @@ def assert_trained(result: Run, plain: Mapping[str, Tensor], exact: Mapping[str,
         after, before = result.model.tensors[name], start.model.tensors[name]
         assert np.array_equal(after[~mask], before[~mask]), name
         live = torch.from_numpy(mask)
-        no_worse(torch.from_numpy(after)[live], plain[name][live], exact[name][live], LONGEST)
+        no_worse(as_tensor(after)[live], plain[name][live], exact[name][live], LONGEST)
         assert not mask.any() or not np.array_equal(after[mask], before[mask]), name
 
 
 # ---------------------------------------------------------------------------------------------- one step, dense torch
 
 
-def test_a_streams_update_equals_dense_torch() -> None:
+@ENGINES
+def test_a_streams_update_equals_dense_torch(engine: str) -> None:
     start, batch = new_run(), block(9)
     backbone = deploy(start.model)
     x = model_input(batch.x, "NHW", start.model.input)
@@ -137,47 +140,55 @@ def test_a_streams_update_equals_dense_torch() -> None:
     steps, losses = [], []
     for dtype in DTYPES:
         tensors = leaves({**start.model.tensors, "head.weight": head.weight, "head.bias": head.bias}, dtype)
-        scores = dense(backbone.graph, tensors, x.to(dtype)) @ tensors["head.weight"].T + tensors["head.bias"]
+        scores = (
+            dense(backbone.graph, tensors, as_tensor(x).to(dtype)) @ tensors["head.weight"].T + tensors["head.bias"]
+        )
         each = -torch.log_softmax(scores, 1)[torch.arange(9), torch.from_numpy(batch.y)]
         losses.append((torch.from_numpy(batch.columns["weight"]) * each).sum())
         steps.append(dense_step(losses[-1], tensors, 0.05))
 
-    result = train_stream(start, [batch], sgd())
+    result = train_stream(start, [batch], sgd(engine=engine))
 
     assert_trained(result, *steps, start)
     trained = result.model.head
     assert trained is not None
     for name, values in (("head.weight", trained.weight), ("head.bias", trained.bias)):
-        no_worse(torch.from_numpy(values), *(step[name] for step in steps), LONGEST)
+        no_worse(values, *(step[name] for step in steps), LONGEST)
     found = torch.tensor(result.metrics["train-sparse"]["loss"][0])
     no_worse(found, *(loss.detach() for loss in losses), LONGEST)
 
 
+@ENGINES
 @pytest.mark.parametrize(("detached", "scale"), [(False, 10.0), (True, 10.0), (False, 25.0)])
-def test_an_adaptation_step_equals_dense_torch(detached: bool, scale: float) -> None:
+def test_an_adaptation_step_equals_dense_torch(detached: bool, scale: float, engine: str) -> None:
     """The cosine scale is the one that the run's head of prototypes has learned."""
-    learned = heads.prototype_head(torch.ones(3, 8), np.arange(3), None, scale=scale) if scale != 10 else None
+    learned = (
+        heads.prototype_head(np.ones((3, 8), np.float32), np.arange(3), None, scale=scale) if scale != 10 else None
+    )
     start, support = new_run(head=learned), block(7, weighted=False)
     backbone = deploy(start.model)
     x = model_input(support.x, "NHW", start.model.input)
     y, steps = torch.from_numpy(support.y), []
     for dtype in DTYPES:
         tensors = leaves(start.model.tensors, dtype)
-        features = dense(backbone.graph, tensors, x.to(dtype))
+        features = dense(backbone.graph, tensors, as_tensor(x).to(dtype))
         means = torch.stack([features[y == label].mean(0) for label in range(CLASSES)])
         means = means.detach() if detached else means
         cosine = functional.cosine_similarity(features[:, None], means[None], dim=2)
         steps.append(dense_step(functional.cross_entropy(scale * cosine, y), tensors, 0.05))
 
-    result = train_support(start, support, fixed(detach_prototypes=detached), rng=rng())
+    result = train_support(start, support, fixed(engine=engine, detach_prototypes=detached), rng=rng())
 
     assert_trained(result, *steps, start)
-    after = deploy(result.model).features(x)
+    after = deploy(result.model)
     trained = result.model.head
     assert trained is not None
     assert (trained.kind, trained.scale, trained.labels.tolist()) == ("prototypes", scale, [0, 1, 2])
-    plain, exact = (torch.stack([f[y == label].mean(0) for label in range(CLASSES)]) for f in (after, after.double()))
-    no_worse(torch.from_numpy(trained.weight), plain, exact, longest=7 + 72)  # means of features of 72 products
+    plain, exact = (
+        torch.stack([features[y == label].mean(0) for label in range(CLASSES)])
+        for features in (plain_features(after, x), exact_features(after, x))
+    )
+    no_worse(trained.weight, plain, exact, longest=7 + 72)  # means of features of 72 products
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
@@ -220,7 +231,7 @@ def test_weights_scale_the_loss_and_default_to_the_mean() -> None:
 
 def test_a_class_gets_its_row_from_the_batch_in_which_it_appears() -> None:
     start = new_run()
-    features = deploy(start.model).features(model_input(block(9).x, "NHW", start.model.input)).double().numpy()
+    features = deploy(start.model).features(model_input(block(9).x, "NHW", start.model.input)).astype(float)
     first = replace(block(9), columns={"weight": np.linspace(1, 2, 9).astype(np.float32)})
     known = first.take(first.y < 2)
     result = train_stream(start, [known, first], sgd(0.0))
@@ -289,15 +300,19 @@ def test_every_block_is_a_version_an_empty_one_too() -> None:
     assert not np.array_equal(published[1]["blocks.03.conv.weight"], published[2]["blocks.03.conv.weight"])
 
 
+@ENGINES
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_micro_batches_give_the_update_of_the_whole(micro_batch: int) -> None:
+def test_micro_batches_give_the_update_of_the_whole(micro_batch: int, engine: str) -> None:
     before = new_run().model.tensors
-    whole = train_stream(new_run(), stream(3), sgd(micro_batch=0))
-    parts = train_stream(new_run(), stream(3), sgd(micro_batch=micro_batch))
+    whole, parts = (
+        train_stream(new_run(), stream(3), sgd(engine=engine, micro_batch=size)) for size in (0, micro_batch)
+    )
     support = block(7, weighted=False)
-    adapted = train_support(new_run(), support, fixed(iterations=3, micro_batch=0), rng=rng())
-    in_parts = train_support(new_run(), support, fixed(iterations=3, micro_batch=micro_batch), rng=rng())
-    for one, other in ((whole, parts), (adapted, in_parts)):  # to the digit: tests.sparse.test_updates
+    adapted, in_parts = (
+        train_support(new_run(), support, fixed(engine=engine, iterations=3, micro_batch=size), rng=rng())
+        for size in (0, micro_batch)
+    )
+    for one, other in ((whole, parts), (adapted, in_parts)):  # to the digit: tests.training.test_updates
         for name, tensor in one.model.tensors.items():
             moved = np.linalg.norm(tensor - before[name])
             assert np.linalg.norm(other.model.tensors[name] - tensor) <= 1e-3 * moved, name
@@ -321,7 +336,7 @@ def test_accuracy_on_the_holdout_by_hand() -> None:
     seen = block(9).take(block(9).y < 2)
     result = train_stream(new_run(), [seen], sgd(0.0), holdout=Holdout(block=block(12, 5), every=1))
     held = block(12, 5)
-    features = deploy(result.model).features(model_input(held.x, "NHW", result.model.input)).numpy()
+    features = deploy(result.model).features(model_input(held.x, "NHW", result.model.input))
     head = result.model.head
     assert head is not None
     answers = (features @ head.weight.T + head.bias).argmax(1)
@@ -371,13 +386,17 @@ def test_a_stream_broken_before_the_first_block_leaves_nothing_to_write() -> Non
         train_stream(new_run(), broken(0), sgd())
 
 
-def test_divergence_keeps_the_last_good_version() -> None:
+@ENGINES
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_divergence_keeps_the_last_good_version(engine: str, micro_batch: int) -> None:
+    """And says nothing beside: numpy's warnings are errors here."""
+    config = sgd(engine=engine, micro_batch=micro_batch)
     blocks = stream(3)
     blocks[2] = replace(blocks[2], columns={"weight": np.full(9, 3e38, np.float32)})
     with pytest.raises(TrainingStopped, match=r"after 2 updates: update 2.*finite") as caught:
-        train_stream(new_run(), blocks, sgd())
+        train_stream(new_run(), blocks, config)
     assert caught.value.exit_code == 65
-    assert encode(caught.value.run) == encode(train_stream(new_run(), stream(2), sgd()))
+    assert encode(caught.value.run) == encode(train_stream(new_run(), stream(2), config))
 
 
 def test_a_full_disk_in_the_live_directory_keeps_the_updates_made() -> None:
@@ -419,10 +438,11 @@ def test_a_request_to_stop_is_honoured_after_the_running_update() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_resuming_is_bit_equal_to_not_stopping(optimizer: str) -> None:
+@ENGINES
+def test_resuming_is_bit_equal_to_not_stopping(optimizer: str, engine: str) -> None:
     momentum = 0.9 if optimizer == "sgd" else 0.0
     how = Optimizing(optimizer=optimizer, learning_rate=0.01, momentum=momentum, schedule="cosine", total_updates=10)
-    config = StreamTraining(optimizing=how)
+    config = StreamTraining(optimizing=how, engine=engine)
     blocks = [b if b.round >= 5 else b.take(b.y < 2) for b in stream(10) if b.round is not None]
     straight = train_stream(new_run(), blocks, config)
     saved: list[bytes] = []

@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from stages.artifacts.records import InputSpec, Model
 from stages.cost.training import whole_update
-from stages.engines.torch.net import SparseNet
+from stages.engines.choice import make_net
 from stages.errors import UsageError
 from stages.exporting import export
 from stages.graphs.capture import capture
@@ -64,6 +65,15 @@ def imported(
     return module, import_noting(settings, Weights(weights, True))
 
 
+def agree(model: Model, module: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """The record computes what the module does, on the engine that a user gets and on torch's."""
+    with torch.no_grad():
+        expected = module(x).numpy()
+    for engine in ("auto", "torch"):
+        found = deploy(model, engine=engine).features(x.numpy())
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5, err_msg=engine)
+
+
 def x_of(samples: int) -> Tensor:
     return torch.randn(samples, 6, generator=torch.Generator().manual_seed(samples))
 
@@ -73,8 +83,7 @@ def check_export(model: Model, call: Callable[[Any, Tensor], Any], add: Any, w: 
     state = torch.load(io.BytesIO(export(model, "pth").data), weights_only=True)
     module = Trap(call, add, w).eval()
     module.load_state_dict(state, strict=True)
-    with torch.no_grad():
-        torch.testing.assert_close(module(x_of(3)), deploy(model).features(x_of(3)), rtol=1e-4, atol=1e-5)
+    agree(model, module, x_of(3))
     assert {name: value.dtype for name, value in state.items()} == {
         name: value.dtype for name, value in module.state_dict().items()
     }
@@ -84,11 +93,11 @@ def check_export(model: Model, call: Callable[[Any, Tensor], Any], add: Any, w: 
 def trained(model: Model) -> Model:
     """The record after one gradient step on every layer."""
     backbone = deploy(model)
-    net = SparseNet(backbone, [whole_update(op) for op in backbone.graph.layers])
-    net.suffix(net.prefix(x_of(4))).square().sum().backward()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter -= 0.01 * parameter.grad / parameter.grad.abs().max()
+    net = make_net(backbone, [whole_update(op) for op in backbone.graph.layers])
+    features, kept = net.forward(net.prefix(x_of(4).numpy()))
+    net.backward(kept, 2 * features)  # of the sum of squares
+    for parameter in net.parameters():
+        parameter.value -= 0.01 * parameter.gradient / np.abs(parameter.gradient).max()
     return store(model, replace(backbone, tensors=net.tensors()))
 
 
@@ -138,9 +147,7 @@ def test_the_record_computes_trains_and_exports_what_the_module_is(name: str, mo
     call, add, w = CASES[name]
     module, found = imported(monkeypatch, call, add, w)
     for samples in (1, 3, 7):
-        with torch.no_grad():
-            features = deploy(found.run.model).features(x_of(samples))
-            torch.testing.assert_close(features, module(x_of(samples)), rtol=1e-4, atol=1e-5)
+        agree(found.run.model, module, x_of(samples))
     check_export(found.run.model, call, add, w)
     after = check_export(trained(found.run.model), call, add, w)
     moved = [name for name, value in after.state_dict().items() if not torch.equal(value, module.state_dict()[name])]
@@ -180,15 +187,13 @@ def test_a_turned_kernel_is_not_taken_for_the_entry(axes: tuple[int, int], monke
         return end(m, F.conv2d(m.a(x).view(-1, 2, 3, 1), m.w.transpose(*axes), padding=1).flatten(1)[:, :6])
 
     module, found = imported(monkeypatch, call, w=(2, 2, 2, 2))
-    with torch.no_grad():
-        torch.testing.assert_close(deploy(found.run.model).features(x_of(3)), module(x_of(3)), rtol=1e-4, atol=1e-5)
+    agree(found.run.model, module, x_of(3))
 
 
 def test_a_layer_whose_first_call_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The chosen result uses the second call, which held the first one's tensors."""
     module, found = imported(monkeypatch, lambda m, x: (m.b(m.a(x)), F.relu(m.a(m.a(x * 2)) + m.w)), w=(6,), result=1)
-    with torch.no_grad():
-        torch.testing.assert_close(deploy(found.run.model).features(x_of(3)), module(x_of(3))[1], rtol=1e-4, atol=1e-5)
+    agree(found.run.model, lambda x: module(x)[1], x_of(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

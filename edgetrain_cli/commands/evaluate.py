@@ -154,8 +154,10 @@ def _on_samples(
         chunk=settings.micro_batch,
         on_step=io.progress("evaluating"),
         on_fit=io.holds,
+        on_note=io.note,
         allow=arch,
         engine=settings.engine,
+        device=settings.device,
     )
     io.did(f"{result.samples:,} samples", f"{result.interval.value:.1%} right", f"loss {result.loss:.4g}")
     if as_json:
@@ -215,6 +217,7 @@ def _on_tasks(
                 known=known,
                 on_row=on_row,
                 on_fit=io.holds,
+                on_note=io.note,
                 allow=arch,
             )
     return found

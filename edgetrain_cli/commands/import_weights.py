@@ -40,6 +40,9 @@ def import_weights(
 
     Example: edgetrain import --arch mcunet-5fps weights.h5 -o base.h5
     """
+    from stages.engines.choice import need_torch
+
+    need_torch("import")
     from stages.importing import class_list, import_noting, numbers, read_weights
 
     importing = model.importing(

@@ -81,7 +81,10 @@ def pretrain_fsl(
 
     Example: torchrun --nproc-per-node 2 -m edgetrain_cli pretrain-fsl ... --per-step 2 -o base.h5
     """
+    from stages.engines.choice import need_torch
     from stages.errors import require
+
+    need_torch("pretrain-fsl")
     from stages.fsl.team import ALONE, joined
     from stages.pretraining import pretrain
 

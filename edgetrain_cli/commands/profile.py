@@ -47,7 +47,8 @@ def profile(
     if plot is not None:
         check_plot(Path(plot))
     start = io.read_run(source, run_file)
-    run = profile_run(start, settings, allow=arch, on_step=io.progress("timing operators", unit="operators"))
+    progress = io.progress("timing operators", unit="operators")
+    run = profile_run(start, settings, allow=arch, on_step=progress, on_note=io.note)
     if run.profile is None:
         return
     if not io.text_only:

@@ -73,7 +73,14 @@ def score_layers(
     samples = None if support is None else block_of(io, support, run)
     progress = io.progress("scoring layers", None if samples is None else len(samples))
     run = score(
-        run, samples, settings, rng=generator(seed, "score-layers"), on_step=progress, on_fit=io.holds, allow=arch
+        run,
+        samples,
+        settings,
+        rng=generator(seed, "score-layers"),
+        on_step=progress,
+        on_fit=io.holds,
+        on_note=io.note,
+        allow=arch,
     )
     if run.plan is None:
         return

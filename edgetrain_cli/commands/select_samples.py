@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from stages.artifacts.live import LiveDirectory
     from stages.artifacts.records import Run
+    from stages.models.deploy import Backbone
     from stages.selection import Weights
     from stages.valuation.anytime import Anytime
     from stages.valuation.efficiency import Decision
@@ -89,6 +90,7 @@ def select_samples(
     from edgetrain_cli.status import Status
     from stages.artifacts.records import Block
     from stages.errors import require
+    from stages.models.deploy import deploy
     from stages.selection import select_stream
 
     require(not until_ready or bool(live), "--until-ready", "without --live", "a live directory to watch")
@@ -103,7 +105,8 @@ def select_samples(
             writer.write(run)
         view = Scorer()
         if run is not None and (settings.needs_model or settings.send_features):
-            view = _scorer(io, run, live, lag, passed, resume is not None, until_ready, arch)
+            backbone = deploy(run.model, allow=arch, engine=settings.engine, device=settings.device, on_note=io.note)
+            view = _scorer(io, run, backbone, live, lag, passed, resume is not None, until_ready)
         del run  # its tensors are in `view`
         status = Status(io, metrics, "choosing batches")
         for record in select_stream(
@@ -137,12 +140,18 @@ class Scorer(NamedTuple):
 
 
 def _scorer(
-    io: Stage, run: Run, live: str | None, lag: str, passed: int, resumes: bool, until_ready: bool, arch: str | None
+    io: Stage,
+    run: Run,
+    backbone: Backbone,
+    live: str | None,
+    lag: str,
+    passed: int,
+    resumes: bool,
+    until_ready: bool,
 ) -> Scorer:
-    from stages.models.deploy import deploy
     from stages.selection import Weights
 
-    start = Weights(deploy(run.model, allow=arch), run.model.head)
+    start = Weights(backbone, run.model.head)
     directory = _directory(live, run, passed if resumes else None) if live else None
     weights = _weights(io, start, directory, lag, passed)
     if until_ready and directory is not None:

@@ -128,8 +128,9 @@ def _on_stream(
     config = settings.on_stream()
     io.finish_on_signals()
     watched, report = status.watch(blocks), _reporter(status, metrics)
+    calls = {"stop": io.stop_requested, "on_step": report, "on_fit": io.holds, "on_note": io.note}
     try:
-        result = train_stream(start, watched, config, stop=io.stop_requested, on_step=report, on_fit=io.holds, **how)  # type: ignore[arg-type]
+        result = train_stream(start, watched, config, **calls, **how)  # type: ignore[arg-type]
     except TrainingStopped as stopped:
         io.write(stopped.run, out)
         raise
@@ -171,6 +172,7 @@ def _on_support(
         stop=io.stop_requested,
         cache_file=None if cache_file is None else PrefixFile(Path(cache_file)),
         on_fit=io.holds,
+        on_note=io.note,
         allow=arch,
     )
     done = result.model.version - run.model.version

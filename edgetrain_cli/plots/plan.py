@@ -94,7 +94,7 @@ def draw_plan(run: Run) -> Figure:
         _gauge(axes, budget)
     _legend(rows[0], plan, unseen=scores is not None and len(scores.layer) < len(profile.layer))
     figure.suptitle(_headline(profile, plan), x=0.006, ha="left", fontsize=13, fontweight="bold", color=INK)
-    rows[0].set_title(_cost(plan), loc="left", fontsize=9.5, color=FAINT, pad=24)
+    rows[0].set_title(_cost(plan), loc="left", fontsize=9.5, color=FAINT, pad=24, linespacing=1.4)
     return figure
 
 
@@ -212,4 +212,15 @@ def _cost(plan: Plan) -> str:
     text = f"Plan {plan.name}: {plan.memory_bytes / 2**20:#.3g} MB of memory by the {plan.memory_model} model, "
     text += f"{plan.backward_macs / 1e6:#.3g} million MACs per backward pass"
     full = plan.facts.get("full_backward_macs")
-    return text + (f" ({100 * plan.backward_macs / full:.2g} % of training everything)" if full else "")
+    text += f" ({100 * plan.backward_macs / full:.2g} % of training everything)" if full else ""
+    return text + _in_the_native_engine(plan)
+
+
+def _in_the_native_engine(plan: Plan) -> str:
+    """What it allocates for the plan, where it runs the model."""
+    facts = plan.facts
+    if "arena_training_bytes" not in facts:
+        return ""
+    sizes = (facts[name] / 2**20 for name in ("arena_training_bytes", "arena_bytes", "image_bytes"))
+    training, arena, image = (f"{size:#.3g} MB" for size in sizes)
+    return f"\nNative engine: {training} to train, of it {arena} a worker's arena; {image} of steps and frozen weights"

@@ -7,7 +7,8 @@
     └── total
         ├── memory     ███████████████████░  0.998 of 1 MiB (99.8 %)
         ├── backward   ██████████████████░░  6.19 of 6.74 M MACs (92 %)
-        └── worth      99.7 % of what the best plan within the budgets has
+        ├── worth      99.7 % of what the best plan within the budgets has
+        └── native     0.31 MiB, and 1.79 MiB of frozen weights
 
 One character of a channel bar stands for an equal run of neighbouring channels; its height is their live share.
 """
@@ -81,6 +82,9 @@ def _costs(plan: Plan, column: int) -> list[Text]:
         lines.append(Text(f"{'worth'.ljust(column)}  {share:.3g} % of what the best plan within the budgets has"))
     elif "score" in facts:
         lines.append(Text(f"{'worth'.ljust(column)}  {facts['score']:.3g}; the search for the optimum was given up"))
+    if "arena_training_bytes" in facts:
+        training, image = (facts[name] / 2**20 for name in ("arena_training_bytes", "image_bytes"))
+        lines.append(Text(f"{'native'.ljust(column)}  {training:.3g} MiB, and {image:.3g} MiB of frozen weights"))
     if "fisher_pass_bytes" in facts:
         lines.append(Text(f"{'scoring'.ljust(column)}  held {facts['fisher_pass_bytes'] / 2**20:.3g} MiB"))
     return lines

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,9 +96,16 @@ def _headline(profile: Profile) -> str:
     words = [
         f"{totals['layers']} layers, {totals['weights'] / 1e6:.2f} M weights",
         f"{totals['macs'] / 1e6:.1f} M MACs forward, {totals['backward_macs'] / 1e6:.1f} M backward",
-        f"inference peak {totals['inference_peak_bytes'] / 1024:,.0f} KB",
+        f"inference peak {totals['inference_peak_bytes'] / 1024:,.0f} KB" + _in_the_native_engine(totals),
     ]
     if "forward_s" in totals:
         threads = "1 thread" if totals["threads"] == 1 else f"{totals['threads']} threads"
         words.append(f"forward pass {1000 * totals['forward_s']:.1f} ms with {threads}")
     return "\n".join(("; ".join(words[:2]), "; ".join(words[2:])))
+
+
+def _in_the_native_engine(totals: Mapping[str, Any]) -> str:
+    """The same where the native engine runs the model."""
+    if "inference_arena_bytes" not in totals:
+        return ""
+    return f" ({totals['inference_arena_bytes'] / 1024:,.0f} KB in the native engine)"

@@ -88,7 +88,19 @@ def _plan_tree(plan: Mapping[str, Any]) -> Tree:
     for name, words in PLAN_FACTS.items():
         if name in facts:
             tree.add(Text(f"{words}: {unit(name, facts[name])}"))
+    if "workers" in plan["facts"]:
+        tree.add(Text("counted for: " + counted_for(plan["facts"])))
     return tree
+
+
+def counted_for(facts: Mapping[str, Any]) -> str:
+    """What a plan's memory is counted for.
+
+    >>> counted_for({"batch": 1, "workers": 2, "optimizer": "adam"})
+    '1 sample at once, 2 workers, adam'
+    """
+    samples, workers = ("1 sample" if facts["batch"] == 1 else f"{facts['batch']} samples"), facts["workers"]
+    return f"{samples} at once, {workers} worker{'s' if workers > 1 else ''}, {facts['optimizer']}"
 
 
 PLAN_FACTS = {
@@ -98,6 +110,9 @@ PLAN_FACTS = {
     "latency_s": "time expected",
     "full_backward_macs": "backward pass if all trained",
     "live_values": "values that train",
+    "arena_training_bytes": "training in the native engine",
+    "arena_bytes": "of it a worker's arena",
+    "image_bytes": "beside it, steps and frozen weights",
     "samples": "samples scored",
     "loss": "their loss",
     "fisher_pass_bytes": "held while scoring",

@@ -40,6 +40,8 @@ TOTALS: Mapping[str, str] = {
     "backward_macs": "backward pass if all trains",
     "inference_peak_bytes": "peak of inference",
     "paper_peak_bytes": "the same as TinyTrain counts",
+    "inference_arena_bytes": "the same in the native engine",
+    "image_bytes": "its steps and weights",
     "full_training_bytes": "training all with Adam",
     "process_uss_bytes": "this process alone",
     "process_pss_bytes": "with its part of shared pages",

@@ -46,7 +46,8 @@ from stages.artifacts.records import Block, Model, Run
 from stages.artifacts.stream import open_records
 from stages.errors import DataError
 from stages.models import registry
-from stages.models.deploy import deploy, state, store
+from stages.models.deploy import deploy, store
+from stages.models.modules import state
 from stages.planning.baselines import named_plan
 from stages.planning.plans import make_plan
 
@@ -342,8 +343,7 @@ def made_stream(folder: Path, rounds: int) -> tuple[Path, str]:
     spec = registry.input_spec(ARCH, ARGS)
     model = Model(ARCH, ARGS, spec, "batchnorm", state(registry.build(ARCH, ARGS)))
     backbone = deploy(model)
-    weights = {name: tensor.numpy() for name, tensor in backbone.tensors.items()}
-    updates = named_plan(PLAN, backbone.graph, tensors_l2=weights)
+    updates = named_plan(PLAN, backbone.graph, tensors_l2=backbone.tensors)
     plan = make_plan(PLAN, updates, backbone.graph, memory_model="paper", optimizer="sgd", facts={})
     run, rng = Run(store(model, backbone), plan=plan), np.random.default_rng(0)
     file = folder / "stream.h5"

@@ -37,7 +37,8 @@ from stages.artifacts.records import Block, End, Head, Model, Run
 from stages.artifacts.stream import open_records, records
 from stages.filtering import Filtering, filter_stream
 from stages.models import registry
-from stages.models.deploy import deploy, state, store
+from stages.models.deploy import deploy, store
+from stages.models.modules import state
 from stages.planning.baselines import named_plan
 from stages.planning.plans import make_plan
 from stages.selection import Selection, Weights, select_stream
@@ -97,8 +98,7 @@ def make_inputs(setting: Setting, folder: Path, rounds: int) -> None:
     tensors = state(registry.build(setting.arch, setting.arch_args))
     model = Model(setting.arch, setting.arch_args, spec, "batchnorm", tensors)
     backbone = deploy(model)
-    weights = {name: tensor.numpy() for name, tensor in backbone.tensors.items()}
-    updates = named_plan(setting.plan, backbone.graph, tensors_l2=weights)
+    updates = named_plan(setting.plan, backbone.graph, tensors_l2=backbone.tensors)
     plan = make_plan(setting.plan, updates, backbone.graph, memory_model="paper", optimizer="sgd", facts={})
     run = encode(Run(store(model, backbone), plan=plan))
     for name, size in (("stream", WINDOW), ("batches", BATCH)):

@@ -30,8 +30,9 @@ from edgetrain_cli.allocator import keep_freed_memory
 from stages.artifacts.records import Block, Head, Model
 from stages.filtering import Filtering, filter_stream
 from stages.models import heads, registry
-from stages.models.deploy import Backbone, deploy, state
+from stages.models.deploy import Backbone, deploy
 from stages.models.inputs import adapt
+from stages.models.modules import state
 from stages.planning.baselines import named_plan
 from stages.selection import Selection, Weights, select_block
 from stages.training.learner import Batch, StreamLearner

@@ -42,8 +42,9 @@ from stages.data.conversion import noisy_labels, share_of, with_noise
 from stages.filtering import Filtering, filter_stream
 from stages.measurement.process import process_memory
 from stages.models import heads, registry
-from stages.models.deploy import deploy, state
+from stages.models.deploy import deploy
 from stages.models.inputs import adapt
+from stages.models.modules import state
 from stages.planning.baselines import named_plan
 from stages.randomness import generator
 from stages.selection import Selection, Weights, select_stream
@@ -338,7 +339,7 @@ def calibrated(module: torch.nn.Module, spec: InputSpec, block: Block) -> torch.
         if isinstance(part, torch.nn.BatchNorm2d):
             part.momentum = None  # of one batch: its own statistics
     with torch.no_grad():
-        module.train()(adapt(np.asarray(block.x), block.layout, spec))
+        module.train()(torch.from_numpy(adapt(np.asarray(block.x), block.layout, spec)))
     return module
 
 
@@ -348,7 +349,7 @@ def accuracy(weights: Weights, block: Block) -> float:
     for part in block.slices(KEEP):
         inputs = adapt(np.asarray(part.x), part.layout, weights.backbone.input)
         scores = heads.logits(weights.head, weights.backbone.features(inputs))
-        hits += int((weights.head.labels[scores.argmax(1).numpy()] == part.y).sum())
+        hits += int((weights.head.labels[scores.argmax(1)] == part.y).sum())
     return hits / len(block)
 
 

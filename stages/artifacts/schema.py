@@ -129,7 +129,7 @@ RUN: Mapping[str, Table] = {
         {
             "name": Attr("str", "selector or named plan"),
             "memory_bytes": Attr("int", "cost of the plan by the memory model"),
-            "memory_model": Attr("str", "`paper`, `saved` or `peak`"),
+            "memory_model": Attr("str", "`paper`, `saved`, `peak` or `arena`"),
             "backward_macs": Attr("int", "multiply-accumulates of one backward pass per sample"),
         },
         {

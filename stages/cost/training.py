@@ -7,6 +7,10 @@ Memory is never a bare number. The models in `MEMORY_MODELS`:
   because the saved tensors reuse the inference buffers.
 * `saved`: what this project's engine keeps: tensors for backward, gradients and optimiser state of everything live.
 * `peak`: `saved` and the inference peak beside it.
+* `arena`: what the native engine allocates, to the byte (`engines.native.memory`): each worker's arena and gradients,
+  the live values, their gradients and optimiser state, the head's, and what each sample of a batch has outside the
+  arena. Frozen weights are a figure of their own, the image. It is read from the lowered program, so it is no sum over
+  layers as the others are.
 
 MB in the papers means 2^20 bytes; everything here is bytes.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -22,6 +27,8 @@ from stages.artifacts.records import LayerUpdate, detached_layers
 from stages.cost.model import inference_peak_bytes, paper_peak_bytes
 from stages.cost.ops import input_gradient_macs
 from stages.cost.ops import weight_gradient_macs as whole_weight_gradient_macs
+from stages.engines.native.lowering import uncovered
+from stages.engines.native.memory import Memory, memory_of
 from stages.errors import UsageError
 from stages.graphs.graph import Graph
 from stages.graphs.keeping import held_bytes, holding
@@ -31,8 +38,8 @@ from stages.operators.op import ELEMENT_BYTES
 OPTIMIZER_STATE: Mapping[str, int] = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
 """Values of state per live value."""
 
-HEAD = "head"
-"""Name of the linear classifier that `with_head` appends, where the model has no layer of that name."""
+HEAD = "/head"
+"""Name of the linear classifier that `with_head` appends: no operator of a model has a slash in its name."""
 
 
 def live_weights(op: Op, update: LayerUpdate) -> int:
@@ -89,9 +96,10 @@ def _no_buffer(graph: Graph) -> int:
 
 
 class Term(NamedTuple):
-    """One candidate for a memory model's activation term: saved activations (or not) plus an inference buffer."""
+    """One candidate for a memory model's activation term: saved activations plus an inference buffer."""
 
-    saved: bool
+    saved: int
+    """How many times they are held."""
     buffer_bytes: Callable[[Graph], int] = _no_buffer
     """Per sample."""
 
@@ -104,7 +112,7 @@ class MemoryModel:
     """
 
     weight_copies: int
-    """1 where the live values themselves are counted, 0 where only gradient and state are."""
+    """Beside gradient and state: 1 where the live values themselves are counted."""
     biases: bool
     terms: tuple[Term, ...]
 
@@ -119,17 +127,36 @@ class MemoryModel:
 
 
 MEMORY_MODELS: Mapping[str, MemoryModel] = {
-    "paper": MemoryModel(1, False, (Term(saved=True), Term(saved=False, buffer_bytes=paper_peak_bytes))),
-    "saved": MemoryModel(0, True, (Term(saved=True),)),
-    "peak": MemoryModel(0, True, (Term(saved=True, buffer_bytes=inference_peak_bytes),)),
+    "paper": MemoryModel(1, False, (Term(saved=1), Term(saved=0, buffer_bytes=paper_peak_bytes))),
+    "saved": MemoryModel(0, True, (Term(saved=1),)),
+    "peak": MemoryModel(0, True, (Term(saved=1, buffer_bytes=inference_peak_bytes),)),
 }
+"""Those that are linear in what a plan adds."""
+
+ARENA = "arena"
+"""The memory model that is not."""
 
 
 def memory_model(name: str) -> MemoryModel:
-    """The memory model of that name. Raises UsageError that lists the names there are."""
-    if name not in MEMORY_MODELS:
-        raise UsageError("memory model", repr(name), "one of " + ", ".join(MEMORY_MODELS))
+    """The linear memory model of that name. Raises UsageError that lists the names there are."""
+    check_memory_model(name)
     return MEMORY_MODELS[name]
+
+
+def check_memory_model(name: str, graph: Graph | None = None) -> None:
+    """Raise UsageError unless there is such a memory model, and it can be read for the graph."""
+    if name not in (*MEMORY_MODELS, ARENA):
+        raise UsageError("memory model", repr(name), "one of " + ", ".join((*MEMORY_MODELS, ARENA)))
+    if name == ARENA and graph is not None and not covers(graph):
+        fix = "use another memory model: " + ", ".join(MEMORY_MODELS)
+        reason = uncovered(without_head(graph))
+        raise UsageError("memory model arena", reason, "a graph that the native engine runs", fix)
+
+
+@lru_cache(8)
+def covers(graph: Graph) -> bool:
+    """Whether the native engine runs the graph, and so the memory model `arena` can be read for it."""
+    return not uncovered(without_head(graph))
 
 
 def optimizer_state(name: str) -> int:
@@ -140,18 +167,49 @@ def optimizer_state(name: str) -> int:
 
 
 def memory_bytes(
-    graph: Graph, updates: Iterable[LayerUpdate], *, model: str = "paper", batch: int = 1, optimizer: str = "adam"
+    graph: Graph,
+    updates: Iterable[LayerUpdate],
+    *,
+    model: str = "paper",
+    batch: int = 1,
+    optimizer: str = "adam",
+    workers: int = 1,
 ) -> int:
     """Bytes that training the updates takes by the named memory model, for a batch of `batch` samples.
 
+    `workers` are the native engine's threads, which only `arena` counts.
+
     Raises:
-        UsageError: no such memory model or optimiser.
+        UsageError: no such memory model or optimiser, or an operator that the native engine lacks (`arena`).
     """
     updates = tuple(updates)
+    check_memory_model(model, graph)
+    if model == ARENA:
+        head = live_values(graph, (update for update in updates if update.layer == HEAD))
+        memory = native_memory(graph, updates)
+        return memory.working(batch=batch, workers=workers, state=optimizer_state(optimizer), head=head)
     accounting = memory_model(model)
     values = live_values(graph, updates, biases=accounting.biases)
     saved = saved_activation_bytes(graph, updates, batch)
     return accounting.total_bytes(graph, values, saved, batch=batch, optimizer=optimizer)
+
+
+def native_memory(graph: Graph, updates: Iterable[LayerUpdate]) -> Memory:
+    """What the native engine allocates for the updates; a head that was appended is not the engine's, and left out.
+
+    Raises:
+        UsageError: an operator that the native engine lacks.
+    """
+    return memory_of(without_head(graph), [update for update in updates if update.layer != HEAD])
+
+
+def inference_totals(graph: Graph) -> dict[str, int]:
+    """What the native engine allocates to run the graph: `inference_arena_bytes` of one worker, and `image_bytes`, its
+    steps and weights; nothing where it lacks an operator."""
+    if not covers(graph):
+        return {}
+    memory = native_memory(graph, ())
+    return {"inference_arena_bytes": memory.arena, "image_bytes": memory.image}
 
 
 def full_training_bytes(graph: Graph, batch: int, optimizer: str = "adam") -> int:
@@ -169,15 +227,19 @@ def full_training_bytes(graph: Graph, batch: int, optimizer: str = "adam") -> in
 
 
 def with_head(graph: Graph, classes: int) -> Graph:
-    """The graph with a linear classifier of `classes` rows behind its features, its last operator.
+    """The graph with a linear classifier of `classes` rows behind its features, its last operator (`HEAD`).
 
     In streams the linear head always trains: cost it by adding `whole_update(with_head(graph, C).ops[-1])`.
     """
     last = graph.ops[-1]
-    features = (prod(last.shape),)
-    name = HEAD if HEAD not in graph.by_name else f"/{HEAD}"  # no operator of a model has a slash in its name
-    head = Op(name, "linear", (last.name,), (classes,), (features,), bias=True)
+    head = Op(HEAD, "linear", (last.name,), (classes,), ((prod(last.shape),),), bias=True)
     return replace(graph, ops=(*graph.ops, head))
+
+
+@lru_cache(8)
+def without_head(graph: Graph) -> Graph:
+    """The graph that `with_head` was given; any other graph is left as it is."""
+    return replace(graph, ops=graph.ops[:-1]) if graph.output == HEAD else graph
 
 
 def whole_update(op: Op, *, bias: bool = True) -> LayerUpdate:

@@ -1,35 +1,206 @@
-"""Which engine trains: one protocol (`training.updates.Net`), several engines by name."""
+"""Which engine runs a model: one protocol (`training.updates.Net`), several engines by name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
 
-from stages.artifacts.records import LayerUpdate
-from stages.engines.torch.net import SparseNet
-from stages.errors import require
-from stages.models.deploy import Backbone
+from stages.artifacts.records import Array, LayerUpdate
+from stages.engines.parameter import Boundary, Floats, Parameter
+from stages.engines.timing import LayerTimes
+from stages.errors import PartMissing, require
+from stages.graphs.graph import Graph
 
 if TYPE_CHECKING:
-    from stages.engines.torch.native_net import NativeBehindTorch
+    from stages.models.deploy import Backbone
 
-ENGINES = ("torch", "native")
+ENGINES = ("auto", "native", "torch")
+"""`auto`: the native engine wherever its kernels cover the graph, else torch's."""
+DEVICES = ("cpu", "cuda")
+REMEDY = "pip install 'edgetrain[torch]'"
 
-TrainedNet: TypeAlias = "SparseNet | NativeBehindTorch"
-"""What every engine offers (`SparseNet` describes it)."""
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What runs a model."""
+
+    name: str
+    """`native` or `torch`."""
+    device: str = "cpu"
+    """Of torch: `cpu`, `cuda` or `cuda:1`."""
+    note: str = ""
+    """Why it is not the one that a user would expect."""
 
 
-def make_net(backbone: Backbone, updates: Sequence[LayerUpdate], engine: str = "torch") -> TrainedNet:
-    """A backbone of which only what `updates` name trains, run by the named engine.
+class TrainedNet(Protocol):
+    """A backbone of which only a plan trains. Arrays in, arrays out; `training.updates.Net` is the part that trains."""
+
+    @property
+    def boundary(self) -> tuple[str, ...]:
+        """The operators whose outputs `prefix` gives, in its order."""
+
+    @property
+    def layout(self) -> str:
+        """How these outputs lie in memory, in words: another net can take them only if it says the same."""
+
+    def prefix(self, x: Floats) -> Boundary: ...
+    def suffix(self, boundary: Boundary) -> Floats: ...
+    def forward(self, boundary: Boundary) -> tuple[Floats, Any]: ...
+    def backward(self, kept: Any, gradient: Floats) -> None: ...
+    def features(self, x: Floats) -> Floats:
+        """Model input (N, *input) -> features (N, D)."""
+
+    def parameters(self) -> list[Parameter]: ...
+    def live_tensors(self) -> dict[str, Floats]:
+        """Copies of the live slices by name: `<layer>.weight` (live, ...), `<layer>.bias` (live,)."""
+
+    def load_live(self, tensors: Mapping[str, Array]) -> None:
+        """Set the live slices to what `live_tensors` of a net with the same plan gave. Raises `DataError` otherwise."""
+
+    def load_whole(self, tensors: Mapping[str, Array]) -> None:
+        """Set the live slices to those of whole tensors by name, as `changed_tensors` gives them."""
+
+    def changed_tensors(self) -> dict[str, Floats]:
+        """The whole tensors that hold live values, by name; frozen values bit-equal to the backbone's.
+
+        They may be the engine's own, which goes on to change them.
+        """
+
+    def tensors(self) -> dict[str, Floats]:
+        """The whole backbone's tensors with the live values merged in, copied where they may still change."""
+
+
+class Inspector(Protocol):
+    """Sees what every channel of some layers does to a loss (`importance.fisher`)."""
+
+    graph: Graph
+    window: frozenset[str]
+    """The layers to inspect, and with them every layer computed from their output."""
+
+    def features(self, x: Floats) -> Floats:
+        """Model input (n, *input) -> features (n, D); keeps what `sums` needs."""
+
+    def sums(self, gradient: Floats) -> dict[str, tuple[Array, Array]]:
+        """The loss gradient at the features (n, D) of the last call -> per layer the sums over positions of value times
+        gradient, per sample and channel: at its output (n, C_out), and at its input through it alone (n, C_in)."""
+
+
+def choose(wanted: str, graph: Graph, device: str = "cpu") -> Engine:
+    """The engine that runs this graph.
 
     Raises:
-        UsageError: no such engine, or an operator that it has no kernel for.
-        PartMissing: the native library was not built on this machine.
+        UsageError: no such engine or device, or `native` with an operator that it has no kernel for (`NotCovered`).
+        PartMissing: the engine is not installed; for `auto`, none is that could run the graph.
+    """
+    require(wanted in ENGINES, "--engine", repr(wanted), "one of " + ", ".join(ENGINES))
+    kind = device.partition(":")[0]
+    require(kind in DEVICES, "--device", repr(device), "one of " + ", ".join(DEVICES))
+    require(wanted != "native" or kind == "cpu", "--device", f"{device} with --engine native", "--engine torch")
+    if wanted == "torch" or kind != "cpu":
+        return _torch(device)
+    from stages.engines.native.library import library
+    from stages.engines.native.lowering import check_covered, uncovered
+
+    if wanted == "native":
+        check_covered(graph)
+        library()
+        return Engine("native")
+    reason = uncovered(graph)
+    if not reason:
+        try:
+            library()
+            return Engine("native")
+        except PartMissing as missing:
+            reason = f"{missing.where} {missing.found}"
+    if not has_torch():
+        fix = f"install a C compiler and EdgeTrain again, or {REMEDY}"
+        raise PartMissing("--engine auto", f"{reason}, and torch is not installed", "an engine for the model", fix)
+    return Engine("torch", device, f"torch computes, not the native engine: {reason}")
+
+
+def _torch(device: str) -> Engine:
+    need_torch("--engine torch")
+    if device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise PartMissing(f"--device {device}", "no CUDA device", "one that torch can use", "leave --device out")
+    return Engine("torch", device)
+
+
+def has_torch() -> bool:
+    """Whether torch is installed; it is not imported for that."""
+    return find_spec("torch") is not None
+
+
+def need_torch(what: str) -> None:
+    """Raise `PartMissing` where torch, which `what` cannot do without, is not installed."""
+    if not has_torch():
+        raise PartMissing(what, "torch is not installed", "torch", REMEDY)
+
+
+def make_net(backbone: Backbone, updates: Sequence[LayerUpdate] = ()) -> TrainedNet:
+    """A backbone of which only what `updates` name trains, run by the backbone's engine.
+
+    Raises:
         DataError: the updates do not fit the backbone.
     """
-    require(engine in ENGINES, "--engine", repr(engine), "one of " + ", ".join(ENGINES))
-    if engine == "torch":
-        return SparseNet(backbone, updates)
-    from stages.engines.torch.native_net import NativeBehindTorch
+    if backbone.engine.name == "torch":
+        from stages.engines.torch.face import TorchNet
+        from stages.engines.torch.net import SparseNet
 
-    return NativeBehindTorch(backbone, updates)
+        return TorchNet(SparseNet(backbone, updates))
+    from stages.engines.native.net import NativeNet
+
+    return NativeNet(backbone.graph, backbone.tensors, updates)
+
+
+def make_inspector(backbone: Backbone, window: Collection[str]) -> Inspector:
+    """What sees the channels of the layers `window` and of all that is computed from them, by the backbone's engine."""
+    if backbone.engine.name == "torch":
+        from stages.engines.torch.inspector import Inspector as ByTorch
+
+        return ByTorch(backbone.graph, backbone.tensors, window, device=backbone.engine.device)
+    from stages.engines.native.inspector import Inspector as Native
+
+    return Native(backbone.graph, backbone.tensors, window)
+
+
+def fisher_bytes(engine: Engine, graph: Graph, window: Collection[str], batch: int) -> int:
+    """Bytes that an inspector of that engine holds for so many samples at once, beside weights and samples."""
+    if engine.name == "torch":
+        from stages.engines.torch import inspector as by_torch
+
+        return by_torch.fisher_bytes(graph, window, batch)
+    from stages.engines.native import inspector as native
+
+    return native.fisher_bytes(graph, window, batch, workers=threads_of(engine))
+
+
+def layer_times(
+    backbone: Backbone, x: Floats, repeats: int, *, on_step: Callable[[int], None] = lambda done: None
+) -> dict[str, LayerTimes]:
+    """Seconds of every layer for the input x (N, *input), `repeats` runs each, by the backbone's engine.
+
+    `on_step` gets the number of operators done.
+    """
+    if backbone.engine.name == "torch":
+        from stages.engines.torch.timing import time_layers as by_torch
+
+        return by_torch(backbone.graph, backbone.tensors, x, repeats, on_step=on_step)
+    from stages.engines.native.timing import time_layers
+
+    return time_layers(backbone.graph, backbone.tensors, x, repeats, on_step=on_step)
+
+
+def threads_of(engine: Engine) -> int:
+    """How many threads an engine computes with."""
+    if engine.name == "native":
+        from stages.engines.native.net import available_processors
+
+        return available_processors()
+    import torch
+
+    return int(torch.get_num_threads())

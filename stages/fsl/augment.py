@@ -1,4 +1,4 @@
-"""Augmentation of model-input tensors: P>M>F's pseudo-query (DiffAugment), and distortions for meta-training.
+"""Augmentation of model inputs: P>M>F's pseudo-query (DiffAugment), and distortions for meta-training.
 
 The pseudo-query of a support set is its augmented copy (P>M>F, arXiv:2204.07305; DiffAugment, arXiv:2006.10738).
 `Augmentation()` is P>M>F's: colour and translation, one coin of 0.9 for the whole batch. Changed: no mirror image
@@ -14,20 +14,26 @@ What the words mean by the kind of input (`InputSpec.kind`):
   shift in time;
 * features (N, D): colour is Gaussian jitter of `jitter` times each feature's deviation over the batch; nothing else.
 
-All random numbers come from an explicit CPU `torch.Generator`, so the result does not depend on the device.
+All random numbers come from an explicit `numpy.random.Generator`: the same seed, the same draws, on every machine. What
+is done, given the draws, is a function of its own below. These change a batch in place, a few samples at a time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import pi
+from math import pi, prod
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+import numpy as np
+from numpy.typing import NDArray
 
-from stages.artifacts.records import InputSpec
+from stages.artifacts.records import Array, InputSpec
 from stages.errors import require
+from stages.models.resizing import chunks, cubic_weights, resize
+
+Floats = NDArray[np.float32]
+
+LATTICE = 4
+"""Points per axis at which elastic displacements are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,121 +89,206 @@ HANDWRITING = Augmentation(
 """For meta-training on rendered glyphs: what hands do to printed shapes."""
 
 
-def augment(x: Tensor, spec: InputSpec, rng: torch.Generator, how: Augmentation = PSEUDO_QUERY) -> Tensor:
-    """An augmented copy of model inputs: float32 (N, *spec.shape) -> the same shape, on x's device.
+def augment(x: Floats, spec: InputSpec, rng: np.random.Generator, how: Augmentation = PSEUDO_QUERY) -> Floats:
+    """An augmented copy of model inputs: float32 (N, *spec.shape) -> the same shape, contiguous. `x` is left alone."""
+    chosen = _toss(len(x), how.probability, how.coin, rng)
+    result = np.array(x, np.float32, order="C")
+    if chosen.any():
+        _BY_KIND[spec.kind](result, rng, how)
+        result[~chosen] = x[~chosen]
+    return result
 
-    `x` is left alone. The same generator state gives the same draws on every device.
-    """
-    size = len(x)
-    chosen = _toss(size, how.probability, how.coin, rng).to(x.device)
-    changed = _BY_KIND[spec.kind](x, rng, how)
-    return torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), changed, x)
 
-
-def _image(x: Tensor, rng: torch.Generator, how: Augmentation) -> Tensor:
+def _image(x: Floats, rng: np.random.Generator, how: Augmentation) -> None:
     if how.flip:
-        mirrored = _toss(len(x), 0.5, how.coin, rng).to(x.device)
-        x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+        mirrored = _toss(len(x), 0.5, how.coin, rng)
+        x[mirrored] = x[mirrored, ..., ::-1]
     if how.color:
-        x = _color(x, rng)
+        recolour(x, _uniform(x, -0.5, 0.5, rng), _uniform(x, 0.0, 2.0, rng), _uniform(x, 0.5, 1.5, rng))
     if how.translation:
-        x = _shift(x, how.translation, rng, how.fill, axes=(2, 3))
+        shift(x, _steps(x, how.translation, rng, axes=(2, 3)), how.fill)
     if how.distorts:
-        x = _distort(x, rng, how)
-    return _soften(x, rng, how.soften) if how.soften else x
+        linear = linear_maps(len(x), rng, how)
+        coarse = rng.standard_normal((len(x), 2, LATTICE, LATTICE), np.float32) if how.elastic else None
+        warp(x, linear, None if coarse is None else coarse * np.float32(2 * how.elastic), how.fill)
+    if how.soften:
+        chosen = _toss(len(x), how.soften, "sample", rng)
+        soften(x, np.flatnonzero(chosen), 0.25 + 0.25 * rng.random())
 
 
-def _sound(x: Tensor, rng: torch.Generator, how: Augmentation) -> Tensor:
+def _sound(x: Floats, rng: np.random.Generator, how: Augmentation) -> None:
     if how.color:
-        x = x + _uniform(len(x), -0.5, 0.5, rng, x)
-    return _shift(x, how.translation, rng, how.fill, axes=(2,)) if how.translation else x
+        x += _uniform(x, -0.5, 0.5, rng)
+    if how.translation:
+        shift(x, _steps(x, how.translation, rng, axes=(2,)), how.fill)
 
 
-def _signal(x: Tensor, rng: torch.Generator, how: Augmentation) -> Tensor:
+def _signal(x: Floats, rng: np.random.Generator, how: Augmentation) -> None:
     if how.color:
-        x = _jittered(x, how.jitter, rng, over=(0, 2))
-    return _shift(x, how.translation, rng, how.fill, axes=(2,)) if how.translation else x
+        jitter(x, rng.standard_normal(x.shape, np.float32), how.jitter)
+    if how.translation:
+        shift(x, _steps(x, how.translation, rng, axes=(2,)), how.fill)
 
 
-def _features(x: Tensor, rng: torch.Generator, how: Augmentation) -> Tensor:
-    return _jittered(x, how.jitter, rng, over=(0,)) if how.color else x
-
-
-def _jittered(x: Tensor, share: float, rng: torch.Generator, over: tuple[int, ...]) -> Tensor:
-    noise = torch.randn(x.shape, generator=rng).to(x)
-    return x + share * x.std(dim=over, correction=0, keepdim=True) * noise
+def _features(x: Floats, rng: np.random.Generator, how: Augmentation) -> None:
+    if how.color:
+        jitter(x, rng.standard_normal(x.shape, np.float32), how.jitter)
 
 
 _BY_KIND = {"image": _image, "sound": _sound, "signal": _signal, "features": _features}
 
 
-def _toss(size: int, probability: float, coin: str, rng: torch.Generator) -> Tensor:
-    tosses = torch.rand(1 if coin == "batch" else size, generator=rng) < probability
-    return tosses.expand(size)
+# ------------------------------------------------------------------------------------------------------------- draws
 
 
-def _uniform(size: int, low: float, high: float, rng: torch.Generator, like: Tensor) -> Tensor:
-    return (torch.rand(size, 1, 1, 1, generator=rng) * (high - low) + low).to(like)
+def _toss(size: int, probability: float, coin: str, rng: np.random.Generator) -> NDArray[np.bool_]:
+    tosses = rng.random(1 if coin == "batch" else size) < probability
+    return np.broadcast_to(tosses, size)
 
 
-def _color(x: Tensor, rng: torch.Generator) -> Tensor:
-    """DiffAugment's rand_brightness, rand_saturation and rand_contrast, in its order."""
-    x = x + _uniform(len(x), -0.5, 0.5, rng, x)
-    grey = x.mean(dim=1, keepdim=True)
-    x = (x - grey) * _uniform(len(x), 0.0, 2.0, rng, x) + grey
-    mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    return (x - mean) * _uniform(len(x), 0.5, 1.5, rng, x) + mean
+def _uniform(x: Floats, low: float, high: float, rng: np.random.Generator) -> Floats:
+    """One number per sample, (N, 1, 1, 1)."""
+    return rng.uniform(low, high, (len(x), 1, 1, 1)).astype(np.float32)
 
 
-def _shift(x: Tensor, share: float, rng: torch.Generator, fill: str, axes: tuple[int, ...]) -> Tensor:
-    """Move every sample by whole steps drawn from -r..r, r = round-half-up(share * size), along each axis."""
-    for axis in axes:
-        size = x.shape[axis]
-        reach = int(share * size + 0.5)
-        steps = torch.randint(-reach, reach + 1, (len(x), 1), generator=rng)
-        source = torch.arange(size) - steps
-        index = source.clamp(0, size - 1).to(x.device)
-        view = [len(x), *[size if a == axis else 1 for a in range(1, x.ndim)]]
-        x = x.gather(axis, index.view(view).expand(x.shape))
-        if fill == "zero":
-            inside = ((source >= 0) & (source < size)).to(x.device)
-            x = x * inside.view(view)
-    return x
+def _steps(x: Floats, share: float, rng: np.random.Generator, axes: tuple[int, ...]) -> NDArray[np.int64]:
+    """(N, axes) whole steps drawn from -r..r, r = round-half-up(share * size)."""
+    reaches = (int(share * x.shape[axis] + 0.5) for axis in axes)
+    return np.stack([rng.integers(-reach, reach + 1, len(x)) for reach in reaches], axis=1)
 
 
-def _distort(x: Tensor, rng: torch.Generator, how: Augmentation) -> Tensor:
-    """Rotation, zoom, shear and a smooth displacement in one bilinear resampling."""
-    size = len(x)
-    grid = functional.affine_grid(_affine(size, rng, how), [size, 1, *x.shape[2:]], align_corners=False)
-    if how.elastic:
-        # Independent offsets on a coarse 4 x 4 lattice, interpolated: neighbouring pixels move together.
-        coarse = torch.randn(size, 2, 4, 4, generator=rng) * (2 * how.elastic)
-        smooth = functional.interpolate(coarse, size=x.shape[2:], mode="bicubic", align_corners=True)
-        grid = grid + smooth.permute(0, 2, 3, 1)
-    mode = "border" if how.fill == "edge" else "zeros"
-    return functional.grid_sample(x, grid.to(x), mode="bilinear", padding_mode=mode, align_corners=False)
+def linear_maps(size: int, rng: np.random.Generator, how: Augmentation) -> Array:
+    """Random maps from output to input coordinates: rotation, zoom and shear, float64 (N, 2, 2)."""
+    turn, zoom, stretch, shear = rng.uniform(-1, 1, (4, size))
+    angle = turn * (how.rotation_deg * pi / 180)
+    scale = (1 + how.zoom) ** zoom
+    stretch = (1 + how.zoom) ** (stretch / 3)
+    turned = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    sheared = np.array([[stretch, shear * how.shear], [np.zeros(size), 1 / stretch]])
+    maps: Array = scale[:, None, None] * (turned.transpose(2, 0, 1) @ sheared.transpose(2, 0, 1))
+    return maps
 
 
-def _soften(x: Tensor, rng: torch.Generator, probability: float) -> Tensor:
-    """One level of detail for the batch, a coin for each sample."""
-    chosen = _toss(len(x), probability, "sample", rng).to(x.device)
-    share = 0.25 + 0.25 * float(torch.rand(1, generator=rng))
-    small = [max(1, round(size * share)) for size in x.shape[2:]]
-    shrunk = functional.interpolate(x, small, mode="bilinear", antialias=True)
-    softened = functional.interpolate(shrunk, x.shape[2:], mode="bilinear")
-    return torch.where(chosen.view(-1, 1, 1, 1), softened, x)
+# ------------------------------------------------------------------------------------- what is done, given the draws
 
 
-def _affine(size: int, rng: torch.Generator, how: Augmentation) -> Tensor:
-    """Random maps from output to input coordinates: (N, 2, 3)."""
-    draw = torch.rand(size, 4, generator=rng) * 2 - 1
-    angle = draw[:, 0] * (how.rotation_deg * pi / 180)
-    scale = (1 + how.zoom) ** draw[:, 1]
-    stretch = (1 + how.zoom) ** (draw[:, 2] / 3)
-    shear = draw[:, 3] * how.shear
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    zero = torch.zeros(size)
-    turned = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
-    sheared = torch.stack([torch.stack([stretch, shear], 1), torch.stack([zero, 1 / stretch], 1)], 1)
-    linear = scale.view(-1, 1, 1) * (turned @ sheared)
-    return torch.cat([linear, torch.zeros(size, 2, 1)], dim=2)
+def jitter(x: Floats, noise: Floats, share: float) -> None:
+    """Add noise of deviation 1, times `share` of each channel's (N, C, T) or feature's (N, D) deviation, in place.
+
+    `noise` (x.shape) is used up.
+    """
+    over = (0, 2) if x.ndim == 3 else (0,)
+    spread = x - x.mean(axis=over, keepdims=True, dtype=np.float64).astype(np.float32)
+    variance = np.square(spread, out=spread).mean(axis=over, keepdims=True, dtype=np.float64)
+    noise *= (share * np.sqrt(variance)).astype(np.float32)
+    x += noise
+
+
+def recolour(x: Floats, brightness: Floats, saturation: Floats, contrast: Floats) -> None:
+    """DiffAugment's rand_brightness, rand_saturation and rand_contrast, in its order, in place; draws (N, 1, 1, 1).
+
+    x + b, then (x - g) s + g with g the mean over the channels, then (x - m) c + m with m the mean over the sample. The
+    means move with the values and saturation keeps m, so all three together are c s x + (c (1 - s) g + (1 - c) m + b)
+    with g and m of the sample as it was.
+    """
+    for part in chunks(len(x), 4 * prod(x.shape[1:])):
+        some, b, s, c = x[part], brightness[part], saturation[part], contrast[part]
+        grey = some.mean(axis=1, keepdims=True)
+        level = grey.reshape(len(grey), -1).mean(axis=1).reshape(-1, 1, 1, 1)
+        grey *= c * (1 - s)
+        grey += (1 - c) * level + b
+        some *= c * s
+        some += grey
+
+
+def shift(x: Floats, steps: NDArray[np.int64], fill: str) -> None:
+    """Move every sample (C, *sizes) in place by whole steps (N, axes) along its first axes after the channels.
+
+    What that uncovers becomes the border that was there, or 0. |step| < size.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for row, moves in enumerate(steps.tolist()):
+        alike.setdefault(tuple(moves), []).append(row)
+    for together, rows in alike.items():
+        if any(together):
+            x[rows] = _moved(x[rows], together, fill)
+
+
+def _moved(x: Floats, moves: tuple[int, ...], fill: str) -> Floats:
+    """A copy of samples (n, C, *sizes) that all move alike."""
+    result = np.empty_like(x)
+    sizes = x.shape[2 : 2 + len(moves)]
+    covered = (slice(max(0, move), min(size, size + move)) for move, size in zip(moves, sizes, strict=True))
+    seen = (slice(max(0, -move), min(size, size - move)) for move, size in zip(moves, sizes, strict=True))
+    result[:, :, *covered] = x[:, :, *seen]
+    for axis, (move, size) in enumerate(zip(moves, sizes, strict=True), start=2):
+        lines = result.swapaxes(0, axis)
+        bare, border = (slice(0, move), move) if move >= 0 else (slice(size + move, size), size + move - 1)
+        lines[bare] = lines[border] if fill == "edge" else 0
+    return result
+
+
+def warp(x: Floats, linear: Array, coarse: Floats | None, fill: str) -> None:
+    """One bilinear resampling of images in place: output (u, v) shows the input at `linear` (N, 2, 2) @ (u, v) + d.
+
+    u runs to the right and v down, from -1 to 1 between the outer edges of the outermost pixels. d is `coarse`
+    (N, 2, 4, 4), displacements in these units on a lattice over the picture, interpolated bicubically: neighbouring
+    pixels move together. Beyond the border is the border again (`fill="edge"`) or 0. As
+    `torch.nn.functional.grid_sample` with `align_corners=False`.
+    """
+    height, width = x.shape[2:]
+    wide = width + 2
+    u = ((2 * np.arange(width) + 1) / width - 1).astype(np.float32)
+    v = ((2 * np.arange(height) + 1) / height - 1).astype(np.float32)[:, None]
+    beyond = 0 if fill == "edge" else 1
+    for part in chunks(len(x), 8 * prod(x.shape[1:])):
+        some = x[part]
+        maps = linear[part].astype(np.float32)[..., None, None]
+        right, down = maps[:, 0, 0] * u + maps[:, 0, 1] * v, maps[:, 1, 0] * u + maps[:, 1, 1] * v
+        if coarse is not None:
+            smooth = cubic_weights(LATTICE, height) @ coarse[part] @ cubic_weights(LATTICE, width).T
+            right += smooth[:, 0]
+            down += smooth[:, 1]
+        # A frame of zeros: what lies beyond the border, and a right and lower neighbour for every pixel.
+        framed = np.zeros((*some.shape[:2], height + 2, wide), np.float32)
+        framed[..., 1:-1, 1:-1] = some
+        column, across = _cells(right, width, beyond)
+        row, along = _cells(down, height, beyond)
+        row *= wide
+        row += column
+        planes = np.arange(0, framed.size, (height + 2) * wide).reshape(*some.shape[:2], 1, 1)
+        corner = planes + row[:, None]
+        flat, across, along = framed.reshape(-1), across[:, None], along[:, None]
+        upper = _between(flat.take(corner), flat[1:].take(corner), across)
+        flat = flat[wide:]
+        lower = _between(flat.take(corner), flat[1:].take(corner), across)
+        some[:] = _between(upper, lower, along)
+
+
+def _cells(places: Floats, size: int, beyond: int) -> tuple[NDArray[np.int64], Floats]:
+    """Places -1..1 along an axis of `size` pixels -> the pixel before, counted in the frame, and the way to the next.
+
+    Places further than `beyond` pixels from the outermost centres are brought there.
+    """
+    places *= np.float32(size / 2)
+    places += np.float32((size + 1) / 2)
+    np.clip(places, 1 - beyond, size + beyond, out=places)
+    before = np.minimum(places.astype(np.int64), size)
+    places -= before
+    return before, places
+
+
+def _between(a: Floats, b: Floats, way: Floats) -> Floats:
+    """a + way * (b - a); a and b are used up."""
+    b -= a
+    b *= way
+    a += b
+    return a
+
+
+def soften(x: Floats, rows: NDArray[np.int64], share: float) -> None:
+    """Take detail from these images in place: shrink them to that share of their size, and back."""
+    size = x.shape[2:]
+    small = [max(1, round(share * length)) for length in size]
+    for part in chunks(len(rows), prod(x.shape[1:])):
+        x[rows[part]] = resize(resize(x[rows[part]], small), size)

@@ -4,6 +4,9 @@ A unit is a number: everything random about it comes from the generator of (seed
 gradients of `per_step` units; processes share them out. Each unit sees the running statistics of BatchNorm as they were
 before the step, and their mean over the units is kept: so N processes do what one process does, up to the order of
 summation.
+
+The modules are torch's, and so is the way back through them; ProtoNet's loss and its gradient at the features are the
+closed form that adaptation on a device uses (`fsl.protonet`).
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stages.artifacts.records import Array
 from stages.errors import DataError
@@ -24,11 +28,12 @@ from stages.fsl.intervals import half_width
 from stages.fsl.protonet import accuracy, cosine_logits, episode_loss, prototypes
 from stages.fsl.schedule import WarmCosine
 from stages.fsl.team import Team
-from stages.randomness import generator, torch_generator
+from stages.randomness import generator
+from stages.losses import Floats
 
-Inputs = Callable[[Array], Tensor]
-"""Positions in a data set -> model inputs float32 (n, *input)."""
-Distort = Callable[[Tensor, torch.Generator], Tensor]
+Inputs = Callable[[Array], Floats]
+"""Positions in a data set -> model inputs (n, *input)."""
+Distort = Callable[[Floats, np.random.Generator], Floats]
 """Model inputs -> augmented model inputs."""
 
 
@@ -63,10 +68,35 @@ class Learner(nn.Module):
     def device(self) -> torch.device:
         return self.scale.device
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Model inputs (N, *input) -> features (N, D)."""
-        features: Tensor = self.backbone(x.to(self.device, non_blocking=True))
+    def forward(self, x: Floats) -> Tensor:
+        """Model inputs (N, *input) -> features (N, D), on the learner's device."""
+        features: Tensor = self.backbone(torch.from_numpy(x).to(self.device, non_blocking=True))
         return features
+
+
+class _ProtoNetLoss(torch.autograd.Function):
+    """`episode_loss` of features [support; query] (N_s + N_q, D) and the scale, as a step of autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, scale: Tensor, task: Episode) -> Tensor:
+        """The loss; what backward needs is computed with it."""
+        rows, count = features.cpu().numpy(), len(task.support)
+        loss = episode_loss(rows[:count], task.support_labels, rows[count:], task.query_labels, task.ways, scale.item())
+        gradient = torch.from_numpy(np.concatenate([loss.support_gradient, loss.query_gradient]))
+        ctx.save_for_backward(gradient.to(features.device), scale.new_tensor(loss.scale_gradient))
+        return features.new_tensor(loss.value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The gradients at the features and at the scale."""
+        at_features, at_scale = ctx.saved_tensors
+        return gradients[0] * at_features, gradients[0] * at_scale, None
+
+
+def protonet_loss(features: Tensor, scale: Tensor, task: Episode) -> Tensor:
+    """ProtoNet's loss of a task, differentiable in the features of [support; query] (N_s + N_q, D) and in the scale."""
+    loss: Tensor = _ProtoNetLoss.apply(features, scale, task)  # type: ignore[no-untyped-call]
+    return loss
 
 
 @dataclass(frozen=True)
@@ -85,13 +115,8 @@ class EpisodeUnits:
         data = self.sets[int(rng.integers(len(self.sets)))]
         task = self.shape.draw(data.pool, rng)
         x = data.inputs(np.concatenate([task.support, task.query]))
-        x = self.distort(x, torch_generator(self.seed, "pretrain-distortion", number))
-        features = self.learner(x)
-        count = len(task.support)
-        support, query = (
-            torch.from_numpy(labels).to(self.learner.device) for labels in (task.support_labels, task.query_labels)
-        )
-        return episode_loss(features[:count], support, features[count:], query, task.ways, self.learner.scale)
+        x = self.distort(x, generator(self.seed, "pretrain-distortion", number))
+        return protonet_loss(self.learner(x), self.learner.scale, task)
 
 
 @dataclass(frozen=True)
@@ -115,10 +140,11 @@ class BatchUnits:
             rows = np.array([rng.choice(data.pool.members[c]) for c in mine], np.int64)
             pieces += [(data.inputs(rows), mine + first)] if len(mine) else []
             first += count
-        x = self.distort(torch.cat([x for x, _ in pieces]), torch_generator(self.seed, "pretrain-distortion", number))
+        x = np.concatenate([x for x, _ in pieces])
+        x = self.distort(x, generator(self.seed, "pretrain-distortion", number))
         labels = torch.from_numpy(np.concatenate([y for _, y in pieces])).to(self.learner.device)
-        logits = cosine_logits(self.learner(x), self.learner.rows, self.learner.scale)
-        return nn.functional.cross_entropy(logits, labels)
+        features, cosines_of = (functional.normalize(each, dim=1) for each in (self.learner(x), self.learner.rows))
+        return functional.cross_entropy(self.learner.scale * (features @ cosines_of.T), labels)
 
 
 @dataclass(frozen=True)
@@ -211,8 +237,7 @@ def validate(learner: Learner, tasks: Sequence[tuple[DataSet, Episode]], team: T
 
 
 def _task_accuracy(learner: Learner, data: DataSet, task: Episode) -> float:
-    features = learner(data.inputs(np.concatenate([task.support, task.query])))
+    features = learner(data.inputs(np.concatenate([task.support, task.query]))).cpu().numpy()
     count = len(task.support)
-    means = prototypes(features[:count], torch.from_numpy(task.support_labels).to(features.device), task.ways)
-    logits = cosine_logits(features[count:], means, 1.0)
-    return accuracy(logits, torch.from_numpy(task.query_labels).to(features.device))
+    means = prototypes(features[:count], task.support_labels, task.ways)
+    return accuracy(cosine_logits(features[count:], means, 1.0), task.query_labels)

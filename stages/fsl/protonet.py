@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from stages.artifacts.records import Array
 from stages.errors import DataError
+from stages.losses import Cosines, Doubles, Floats, Loss, cosines, cross_entropy, entropy, quiet, single
 from stages.models.heads import class_means
-from stages.training.losses import Cosines, Doubles, Floats, Loss, cosines, cross_entropy, entropy, quiet, single
 
 
 def prototypes(features: Floats, labels: Array, ways: int) -> Floats:
@@ -69,7 +69,7 @@ def episode_loss(
     residuals *= scale
     at_support = np.zeros(features_support.shape, np.float32)
     if not detach:
-        at_support = _to_support(angles, residuals, labels_support, counts)
+        at_support = single(_to_support(angles, residuals, labels_support, counts))
     return EpisodeLoss(value, at_support, single(angles.pull(residuals)), at_scale)
 
 
@@ -113,9 +113,9 @@ def transductive_loss(features: Floats, labels: Array, ways: int, scale: float) 
     of_support, at_support = _mean(*cross_entropy(scale * angles.values[:size], labels))
     of_query, at_query = _mean(*entropy(scale * angles.values[size:]))
     at_cosines = scale * np.concatenate([at_support, at_query])
-    gradient = single(angles.pull(at_cosines))
+    gradient = angles.pull(at_cosines)
     gradient[:size] += _to_support(angles, at_cosines, labels, counts)
-    return of_support + of_query, gradient
+    return of_support + of_query, single(gradient)
 
 
 def accuracy(logits: NDArray[Any], labels: Array) -> float:
@@ -140,9 +140,9 @@ def _mean(values: Doubles, gradients: Doubles) -> tuple[float, Doubles]:
 
 
 @quiet
-def _to_support(angles: Cosines, gradient: Doubles, labels: Array, counts: Array) -> Floats:
+def _to_support(angles: Cosines, gradient: Doubles, labels: Array, counts: Array) -> Doubles:
     """The gradient at the support's features (N_s, D) from the one at the cosines with their means (N, C)."""
-    return single(angles.pull_others(gradient) / counts[:, None])[labels]
+    return (angles.pull_others(gradient) / counts[:, None])[labels]
 
 
 def _check_labels(labels: Array, rows: int, ways: int) -> None:

@@ -14,23 +14,21 @@ sum_d a g = <W[:, c], dL/dW[:, c]> at input channel c, and <W[o], dL/dW[o]> + b[
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from stages.engines.choice import Inspector
 from stages.errors import DataError
 from stages.graphs.graph import Graph
-from stages.importance.tape import LayerGradient, backward, forward, kept_names
-from stages.models.deploy import Backbone
 from stages.operators import Op
-from stages.operators.op import ELEMENT_BYTES
 
-SampleLoss = Callable[[Tensor, Tensor], Tensor]
-"""Features (n, D) and targets (n,) -> each sample's own loss (n,)."""
+Array = NDArray[Any]
+SampleLoss = Callable[[Array, Array], tuple[Array, Array]]
+"""Features (n, D) and targets (n,) -> each sample's own loss (n,) and its gradient at its own features (n, D)."""
 
 
 @dataclass(frozen=True)
@@ -50,42 +48,37 @@ class Fisher:
         return tuple(self.output)
 
 
-def fisher_bytes(graph: Graph, window: Iterable[str], micro_batch: int) -> int:
-    """Bytes kept between the forward and the backward pass of one micro-batch, float32.
-
-    The outputs of the inspected layers, and each value that enters the inspected part.
-    """
-    names = kept_names(graph, frozenset(window))
-    return ELEMENT_BYTES * micro_batch * sum(graph[name].elements for name in names)
+def inspected_layers(graph: Graph, window: Collection[str]) -> tuple[Op, ...]:
+    """The layers of the window and those computed from their output, in execution order."""
+    behind = graph.downstream(graph.computed_by(window))
+    return tuple(op for op in graph.layers if not behind.isdisjoint(use.name for use in graph.uses(op.name)))
 
 
 def fisher_pass(
-    backbone: Backbone,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    inspector: Inspector,
+    batches: Iterable[tuple[Array, Array]],
     loss: SampleLoss,
-    window: Iterable[str],
     *,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> Fisher:
-    """One pass over the samples: micro-batches of inputs (n, ...) and targets (n,) -> Fisher per channel.
+    """One pass over the samples: batches of inputs (n, *input) and targets (n,) -> Fisher per channel.
 
-    `window` names the layers to inspect (and with them every layer computed from their output). `on_step` gets the
-    number of samples done. Raises `DataError` where there is no sample or a loss is not finite.
+    `on_step` gets the number of samples done. Raises `DataError` where there is no sample or a loss is not finite.
     """
-    inspected = frozenset(window)
-    graph, tensors = backbone.graph, backbone.tensors
-    keep = frozenset(kept_names(graph, inspected))
-    behind = graph.downstream(graph.computed_by(inspected))
-    layers = [op for op in graph.layers if not behind.isdisjoint(use.name for use in graph.uses(op.name))]
+    layers = inspected_layers(inspector.graph, inspector.window)
     output = {op.name: np.zeros(op.out_channels) for op in layers}
     input = {op.name: np.zeros(op.in_channels) for op in layers}
     samples, total = 0, 0.0
     for x, y in batches:
-        features, kept = forward(graph, tensors, x, keep)
-        value, gradient = _features_gradient(loss, features, y)
-        for name, (at_output, at_input) in _sums(backward(graph, tensors, kept, inspected, gradient)).items():
-            output[name] += at_output.square().sum(0).numpy()
-            input[name] += at_input.square().sum(0).numpy()
+        losses, gradient = loss(inspector.features(x), y)
+        value = float(losses.sum(dtype=np.float64))
+        if not (np.isfinite(value) and np.isfinite(gradient).all()):
+            raise DataError(
+                "support", f"a loss of {value}", "finite losses", "check the samples and the model's weights"
+            )
+        for name, (at_output, at_input) in inspector.sums(gradient).items():
+            output[name] += _squares(at_output)
+            input[name] += _squares(at_input)
         samples, total = samples + len(x), total + value
         on_step(samples)
     if samples == 0:
@@ -99,31 +92,7 @@ def fisher_pass(
     )
 
 
-def _features_gradient(loss: SampleLoss, features: Tensor, targets: Tensor) -> tuple[float, Tensor]:
-    """Summed loss, and each sample's own loss gradient at its features (n, D)."""
-    leaf = features.detach().requires_grad_()
-    with torch.enable_grad():
-        losses = loss(leaf, targets)
-        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-    value = float(losses.detach().double().sum())
-    if not (np.isfinite(value) and bool(torch.isfinite(gradient).all())):
-        raise DataError("support", f"a loss of {value}", "finite losses", "check the samples and the model's weights")
-    return value, gradient
-
-
-def _sums(seen: Iterable[LayerGradient]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per layer sum_d a g at its output and its input, float64 (n, C); of all its calls where there are several."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for one in seen:
-        output = _channel_sums(one.op, one.output, one.output_gradient)
-        input = _channel_sums(one.op, one.input, one.input_gradient)
-        before = found.get(one.op.owner)
-        found[one.op.owner] = (output, input) if before is None else (before[0] + output, before[1] + input)
+def _squares(sums: Array) -> NDArray[np.float64]:
+    """(n, C) -> the samples' squares summed, float64 (C,)."""
+    found: NDArray[np.float64] = np.square(sums, dtype=np.float64).sum(0)
     return found
-
-
-def _channel_sums(op: Op, values: Tensor, gradients: Tensor) -> Tensor:
-    """sum_d a g per sample and channel: two (n, ...) -> float64 (n, C)."""
-    products = values * gradients
-    axis = op.channel_axis % (products.ndim - 1) + 1
-    return products.movedim(axis, 1).flatten(2).sum(2).double() if products.ndim > 2 else products.double()

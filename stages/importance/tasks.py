@@ -11,18 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
-from stages.artifacts.records import Block, Head
+from stages.artifacts.records import Array, Block, Head
+from stages.engines.parameter import Floats
 from stages.errors import DataError, UsageError
 from stages.fsl.augment import PSEUDO_QUERY, augment
 from stages.importance.fisher import SampleLoss
 from stages.models.deploy import Backbone
-from stages.models.heads import class_names, cosine_scale, empty_head, extend, imprint, logits, prototype_head, rows
+from stages.models.heads import (
+    class_names,
+    cosine_scale,
+    cross_entropy,
+    empty_head,
+    extend,
+    imprint,
+    prototype_head,
+    rows,
+)
 from stages.models.inputs import adapt_block
 
 
@@ -30,29 +38,21 @@ from stages.models.inputs import adapt_block
 class Task:
     """What a Fisher pass needs besides the backbone."""
 
-    inputs: Tensor
+    inputs: Floats
     """float32 (N, *input shape)."""
-    targets: Tensor
+    targets: Array
     """int64 (N,): rows of the head."""
     head: Head
 
     @property
     def loss(self) -> SampleLoss:
         """Each sample's own cross-entropy under the head."""
-        return head_loss(self.head)
+        return partial(cross_entropy, self.head)
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, size: int) -> Iterator[tuple[Floats, Array]]:
         """Micro-batches of at most `size` samples."""
-        return zip(torch.split(self.inputs, size), torch.split(self.targets, size), strict=True)
-
-
-def head_loss(head: Head) -> SampleLoss:
-    """Features (n, D) and head rows (n,) -> cross-entropy per sample (n,)."""
-
-    def loss(features: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(logits(head, features), targets, reduction="none")
-
-    return loss
+        for start in range(0, len(self.inputs), size):
+            yield self.inputs[start : start + size], self.targets[start : start + size]
 
 
 TaskBuilder = Callable[[Backbone, Block, Head | None, np.random.Generator], Task]
@@ -69,8 +69,7 @@ def pseudo_query(backbone: Backbone, support: Block, head: Head | None, rng: np.
     inputs = _inputs(backbone, support)
     features = backbone.features(inputs)
     means = prototype_head(features, support.y, class_names(support), scale=cosine_scale(head))
-    seed = torch.Generator().manual_seed(int(rng.integers(2**63)))
-    views = augment(inputs, backbone.input, seed, replace(PSEUDO_QUERY, coin="sample"))
+    views = augment(inputs, backbone.input, rng, replace(PSEUDO_QUERY, coin="sample"))
     return _task(views, support, means)
 
 
@@ -97,14 +96,14 @@ def build_task(kind: str, backbone: Backbone, support: Block, head: Head | None,
     return TASKS[kind](backbone, support, head, rng)
 
 
-def _task(inputs: Tensor, support: Block, head: Head) -> Task:
+def _task(inputs: Floats, support: Block, head: Head) -> Task:
     if len(head.labels) < 2:
         raise DataError("support", f"a single class ({support.name_of(int(head.labels[0]))})", "at least two",
                         "with one class every answer is right, and no layer matters")  # fmt: skip
-    return Task(inputs, torch.from_numpy(rows(head, support.y, class_names(support))), head)
+    return Task(inputs, rows(head, support.y, class_names(support)), head)
 
 
-def _inputs(backbone: Backbone, support: Block) -> Tensor:
+def _inputs(backbone: Backbone, support: Block) -> Floats:
     if not len(support):
         raise DataError("support", "no samples", "at least one of each of two classes")
     return adapt_block(support, backbone.input)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from stages.artifacts.records import Scores
 from stages.cost.model import block_entries, filters, last_blocks
@@ -76,7 +75,7 @@ def scores_of(
     """The scores record: the worth of these layers by the criterion, and their channels' Fisher information."""
     graph = backbone.graph
     ops = [graph[name] for name in layers]
-    norms = [float(torch.linalg.vector_norm(backbone.tensors[f"{op.name}.weight"])) for op in ops]
+    norms = [float(np.linalg.norm(backbone.tensors[f"{op.name}.weight"].astype(np.float64))) for op in ops]
     evidence = Evidence(
         fisher=np.array([fisher.output[op.name].sum() for op in ops]),
         parameters=np.array([float(op.weights) for op in ops]),

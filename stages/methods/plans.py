@@ -13,7 +13,7 @@ from stages.fsl.protonet import cosine_logits, prototypes
 from stages.graphs.graph import Graph
 from stages.importance.criteria import CRITERIA
 from stages.methods.layer_scores import GRADIENTS, LAYERS, SEARCHES, Search
-from stages.methods.search import Wish, search, weights_of
+from stages.methods.search import Wish, search
 from stages.methods.task import Answer, Method, Task
 from stages.models.deploy import Backbone
 from stages.planning.baselines import SCHEMES, named_plan
@@ -37,7 +37,7 @@ def planned(planner: Planner) -> Method:
         updates = planner(backbone, task, how, rng)
         result = adapt(backbone, updates, task.support_x, task.support_y, how, rng)
         features = features_of(result.net, task.query_x, micro_batch=how.micro_batch)
-        predicted = cosine_logits(features, result.prototypes, how.scale).argmax(dim=1)
+        predicted = cosine_logits(features, result.prototypes, how.scale).argmax(1)
         return Answer(predicted, updates, result.learning_rate)
 
     return method
@@ -46,17 +46,17 @@ def planned(planner: Planner) -> Method:
 def nothing(backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Answer:
     """No adaptation: the nearest prototype of the backbone as it is. Nothing is drawn at random."""
     means = prototypes(backbone.features(task.support_x), task.support_y, task.ways)
-    return Answer(cosine_logits(backbone.features(task.query_x), means, how.scale).argmax(dim=1))
+    return Answer(cosine_logits(backbone.features(task.query_x), means, how.scale).argmax(1))
 
 
 def named(name: str) -> Planner:
     """A plan that does not depend on the task."""
-    return lambda backbone, task, how, rng: named_plan(name, backbone.graph, tensors_l2=weights_of(backbone))
+    return lambda backbone, task, how, rng: named_plan(name, backbone.graph, tensors_l2=backbone.tensors)
 
 
 def sparse_update(backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Updates:
     """The published SparseUpdate scheme of about 100 KB for this backbone (Lin et al. 2022, arXiv:2206.15472)."""
-    return named_plan(scheme_for(backbone.graph), backbone.graph, tensors_l2=weights_of(backbone))
+    return named_plan(scheme_for(backbone.graph), backbone.graph, tensors_l2=backbone.tensors)
 
 
 def scheme_for(graph: Graph) -> str:

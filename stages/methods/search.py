@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stages.artifacts.records import Array, Block, Head, LayerUpdate, Profile, Scores
+from stages.artifacts.records import Block, Head, LayerUpdate, Profile, Scores
 from stages.cost.latency import Durations, durations
 from stages.cost.model import full_backward_macs
-from stages.cost.training import whole_update, with_head
+from stages.cost.training import check_memory_model, whole_update, with_head
+from stages.engines.choice import make_inspector
 from stages.graphs.graph import Graph
 from stages.importance.fisher import Fisher, fisher_pass
 from stages.importance.tasks import build_task
@@ -85,15 +86,17 @@ def search(
         profile: measured durations, for budgets in seconds.
         on_step: gets the number of samples done.
 
-    Raises `DataError` for a support that says nothing (empty, one class, not finite), `BudgetError` when nothing fits.
+    Raises `DataError` for a support that says nothing (empty, one class, not finite), `UsageError` for a graph that the
+    memory model cannot be read for, `BudgetError` when nothing fits.
     """
     graph = backbone.graph
+    check_memory_model(wish.budget(full_backward_macs(graph)).memory_model, graph)  # before the long pass
     window = candidates(graph, wish.blocks, wish.how.layers)
     seen = inspect_task(backbone, support, window, wish, rng, kind=kind, head=head, on_step=on_step)
     scores = scores_of(wish.how.criterion, backbone, seen.fisher, window, rng)
     costs = costs_of(graph, wish, seen.head if kind == "linear" else None, profile)
     # spawned, so that random channels leave the draws that follow (a support's views) as they are
-    evidence = Evidence(weights_of(backbone), rng.spawn(1)[0])
+    evidence = Evidence(backbone.tensors, rng.spawn(1)[0])
     problem = pose(
         costs.graph, scores, costs.budget, wish.channels, evidence,
         fixed=costs.fixed, measured=costs.measured, detached=costs.detached,
@@ -115,7 +118,7 @@ def inspect_task(
     """The Fisher pass over a support for these layers. Arguments and errors as of `search`."""
     size = wish.micro_batch(backbone.graph, window)
     task = build_task(kind, backbone, support, head, rng)
-    fisher = fisher_pass(backbone, task.batches(size), task.loss, window, on_step=on_step)
+    fisher = fisher_pass(make_inspector(backbone, window), task.batches(size), task.loss, on_step=on_step)
     return FisherPass(fisher, task.head, tuple(window), size)
 
 
@@ -137,8 +140,3 @@ def _with_free_head(measured: Durations, head: str) -> Durations:
         input_gradient_ns={**measured.input_gradient_ns, head: 0},
         weight_gradient_ns={**measured.weight_gradient_ns, head: 0},
     )
-
-
-def weights_of(backbone: Backbone) -> dict[str, Array]:
-    """The backbone's tensors by name, as arrays."""
-    return {name: tensor.numpy() for name, tensor in backbone.tensors.items()}

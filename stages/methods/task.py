@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from stages.artifacts.records import Block, LayerUpdate
 from stages.cost.training import live_values, memory_bytes, plan_backward_macs
+from stages.engines.parameter import Floats
 from stages.fsl.episodes import Episode
 from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
@@ -24,11 +24,11 @@ class Task:
 
     support: Block
     """Its labels are the classes of the task, 0..C-1."""
-    support_x: Tensor
+    support_x: Floats
     """float32 (S, *input)."""
-    support_y: Tensor
+    support_y: NDArray[np.int64]
     """int64 (S,): 0..C-1."""
-    query_x: Tensor
+    query_x: Floats
     """float32 (Q, *input)."""
     ways: int
 
@@ -65,7 +65,7 @@ def plan_cost(graph: Graph, updates: Sequence[LayerUpdate]) -> Cost:
 class Answer:
     """What a method makes of a task."""
 
-    predicted: Tensor
+    predicted: NDArray[np.int64]
     """int64 (Q,): 0..C-1."""
     updates: tuple[LayerUpdate, ...] = ()
     """What trained in the backbone."""
@@ -85,7 +85,7 @@ def make_task(block: Block, episode: Episode, backbone: Backbone) -> Task:
     return Task(
         support=support,
         support_x=adapt_block(given, backbone.input),
-        support_y=torch.from_numpy(episode.support_labels),
+        support_y=episode.support_labels,
         query_x=adapt_block(asked, backbone.input),
         ways=episode.ways,
     )

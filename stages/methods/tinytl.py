@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from stages.artifacts.records import LayerUpdate
 from stages.cost.ops import input_gradient_macs, macs
 from stages.cost.training import memory_model
+from stages.engines.choice import need_torch
 from stages.errors import UsageError, require
 from stages.fsl.protonet import cosine_logits
 from stages.graphs.graph import Graph
 from stages.graphs.keeping import flow_holds
-from stages.methods.lite_residual import LiteResidualNet, Place, find_places, with_modules
+from stages.methods.lite_residual import Place, find_places, with_modules
 from stages.methods.task import Answer, Cost, Task
 from stages.models.deploy import Backbone
 from stages.operators import Op
@@ -46,19 +46,28 @@ class TinyTL:
         require(self.kernel > 0 and self.kernel % 2 == 1, "tinytl", f"kernel {self.kernel}", "a positive odd number")
 
     def __call__(self, backbone: Backbone, task: Task, how: Adapting, rng: np.random.Generator) -> Answer:
-        """Train the modules on the support, then answer. Raises `UsageError` where `places` does."""
+        """Train the modules on the support, then answer, in torch whatever engine runs the backbone.
+
+        Raises `UsageError` where `places` does, `PartMissing` without torch.
+        """
+        need_torch("tinytl, adapter-drop")
+        import torch
+
+        from stages.engines.torch.face import ArrayNet
+        from stages.methods.lite_residual_net import LiteResidualNet
+
         places = self.places(backbone.graph)
         biases = self.biases(backbone.graph, places)
         # spawned, so that the support's views are drawn as for every other method
         seed = int(rng.spawn(1)[0].integers(2**63))
 
-        def fresh() -> LiteResidualNet:
+        def fresh() -> ArrayNet:
             draw = torch.Generator().manual_seed(seed)
-            return LiteResidualNet(backbone, places, draw, biased=[update.layer for update in biases])
+            return ArrayNet(LiteResidualNet(backbone, places, draw, biased=[update.layer for update in biases]))
 
         result = adapt_net(fresh, backbone.input, task.support_x, task.support_y, how, rng)
         features = features_of(result.net, task.query_x, micro_batch=how.micro_batch)
-        predicted = cosine_logits(features, result.prototypes, how.scale).argmax(dim=1)
+        predicted = cosine_logits(features, result.prototypes, how.scale).argmax(1)
         return Answer(predicted, biases, result.learning_rate, cost(backbone.graph, places, biases))
 
     def places(self, graph: Graph) -> tuple[Place, ...]:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-from torch import Tensor
-from torch.nn import functional
 
 from stages.artifacts.records import LayerUpdate
-from stages.engines.torch.net import SparseNet
+from stages.engines.choice import TrainedNet, make_net
 from stages.errors import require
-from stages.fsl.protonet import cosine_logits, prototypes
+from stages.fsl.protonet import cosine_logits, prototypes, transductive_loss
 from stages.methods.task import Answer, Task
 from stages.models.deploy import Backbone
 from stages.planning.baselines import named_plan
@@ -44,29 +43,18 @@ class Transductive:
         features = features_of(net, [task.support_x, task.query_x], micro_batch=how.micro_batch)
         count = len(task.support_y)
         means = prototypes(features[:count], task.support_y, task.ways)
-        predicted = cosine_logits(features[count:], means, how.scale).argmax(dim=1)
+        predicted = cosine_logits(features[count:], means, how.scale).argmax(1)
         return Answer(predicted, updates, self.rate)
 
-    def train(self, backbone: Backbone, updates: Sequence[LayerUpdate], task: Task, how: Adapting) -> SparseNet:
+    def train(self, backbone: Backbone, updates: Sequence[LayerUpdate], task: Task, how: Adapting) -> TrainedNet:
         """A net whose live channels have had all passes."""
-        net = SparseNet(backbone, updates)
+        net = make_net(backbone, updates)
         settings = replace(how.optimizing, learning_rate=self.rate)
         optimizer = make_optimizer(net.parameters(), settings)
 
-        def loss(features: Tensor) -> Tensor:
-            return transductive_loss(features, task.support_y, task.ways, how.scale)
-
+        loss = partial(transductive_loss, labels=task.support_y, ways=task.ways, scale=how.scale)
         for number in range(self.passes):
             value = gradient_update(net, [task.support_x, task.query_x], loss, micro_batch=how.micro_batch)
             rate = learning_rate(number, settings)
             checked_step(optimizer, value, rate=rate, clip_norm=settings.clip_norm, where=f"pass {number}")
         return net
-
-
-def transductive_loss(features: Tensor, labels: Tensor, ways: int, scale: float) -> Tensor:
-    """Mean cross-entropy of the support plus mean entropy of the query; features of [support; query] (S + Q, D)."""
-    count = len(labels)
-    logits = cosine_logits(features, prototypes(features[:count], labels, ways), scale)
-    logs = functional.log_softmax(logits[count:], dim=1)
-    entropy = -(logs.exp() * logs).sum(dim=1).mean()
-    return functional.cross_entropy(logits[:count], labels) + entropy

@@ -1,33 +1,20 @@
-"""A record's model, ready to run: its graph and tensors in deploy form.
-
-A record of schema 1 has no graph: its architecture is built and captured again, for user models from the code that the
-caller allows.
-"""
+"""A record's model, ready to run: its graph and tensors in deploy form."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from stages.artifacts.records import Array, InputSpec, Model
-from stages.engines.torch import reference
-from stages.engines.torch.program import Program, channels_last_is_faster, in_chunks
+from stages.engines.choice import Engine, TrainedNet, choose, make_net, need_torch
+from stages.engines.parameter import Floats
 from stages.errors import DataError
-from stages.graphs.blocks import with_blocks
 from stages.graphs.folding import fold
 from stages.graphs.graph import Graph
 from stages.graphs.record import check_tensors, graph_tree, read_graph, tensor_shapes
-from stages.models import registry
-from stages.operators import Shape
-
-WRONG_CODE = "are --arch and --arg those of the weights?"
 
 
 @dataclass(frozen=True)
@@ -35,42 +22,37 @@ class Backbone:
     """A model in deploy form, ready to run: model input (N, *input.shape) -> features (N, D)."""
 
     graph: Graph
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Floats]
     """float32, contiguous, `<operator>.<what>`."""
     input: InputSpec
-    engine: str = "torch"
-    """What runs it: one of `engines.choice.ENGINES`."""
+    engine: Engine = field(default=Engine("native"))
 
-    def features(self, x: Tensor) -> Tensor:
-        """(N, *input.shape) float32 -> (N, D), without gradients and as fast as this machine allows.
+    def features(self, x: Floats) -> Floats:
+        """(N, *input.shape) float32 -> (N, D), as fast as this machine allows.
 
-        From the first call on the tensors must keep their values. Raises `DataError` for an input of another shape;
-        with the native engine also `NotCovered` and `PartMissing`.
+        From the first call on the tensors must keep their values. Raises `DataError` for an input of another shape.
         """
-        self.graph.check_input(x.shape)
-        if self.engine != "torch":
-            found: Tensor = self._native.features(x)
-            return found
-        return in_chunks(self._program, self.graph.ops[0].name, x)[0]
+        return self._net.features(x)
 
     @cached_property
-    def _native(self) -> Any:
-        from stages.engines.choice import make_net
-
-        return make_net(self, (), self.engine)
-
-    @cached_property
-    def _program(self) -> Program:
-        channels_last = all(map(channels_last_is_faster, self.tensors.values()))
-        names = [op.name for op in self.graph.ops]
-        return Program(self.graph, self.tensors, names, names[-1:], channels_last=channels_last)
+    def _net(self) -> TrainedNet:
+        return make_net(self)
 
 
-def deploy(model: Model, *, allow: str | None = None, engine: str = "torch") -> Backbone:
-    """The record's backbone in deploy form, from either form.
+def deploy(
+    model: Model,
+    *,
+    allow: str | None = None,
+    engine: str = "auto",
+    device: str = "cpu",
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Backbone:
+    """The record's backbone in deploy form, from either form, and the engine that runs it.
 
-    Raises `SchemaError` for a graph that is none, `DataError` when tensors do not fit it or are not finite, and for
-    schema 1 `UsageError` for code that `allow` does not name.
+    `on_note` hears why it is not the engine that a user would expect.
+
+    Raises `SchemaError` for a graph that is none, `DataError` when tensors do not fit it or are not finite, what
+    `engines.choice.choose` raises, and for schema 1 `UsageError` for code that `allow` does not name.
     """
     model = with_graph(model, allow=allow)
     graph, tensors = open_graph(model), dict(model.tensors)
@@ -79,7 +61,10 @@ def deploy(model: Model, *, allow: str | None = None, engine: str = "torch") -> 
         graph, tensors = fold(graph, tensors)
     elif any(op.operator.statistics for op in graph.ops):
         raise DataError("/model/graph", "a BatchNorm in deploy form", "form batchnorm, or a folded graph")
-    return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input, engine)
+    chosen = choose(engine, graph, device)
+    if chosen.note:
+        on_note(chosen.note)
+    return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input, chosen)
 
 
 def open_graph(model: Model) -> Graph:
@@ -91,61 +76,20 @@ def open_graph(model: Model) -> Graph:
     return graph
 
 
-def _float32(name: str, array: Array) -> Tensor:
+def _float32(name: str, array: Array) -> Floats:
     if array.dtype.kind not in "fiub":
         raise DataError(f"/model/tensors/{name}", f"{array.dtype}", "numbers")
-    value = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape).copy())
+    value = np.array(array, np.float32, order="C")
     masks = name.endswith(".value")  # a constant may hold an attention mask's infinities
-    if not bool((~torch.isnan(value) if masks else torch.isfinite(value)).all()):
+    if not (~np.isnan(value) if masks else np.isfinite(value)).all():
         raise DataError(f"/model/tensors/{name}", "a value that is not finite", "finite weights")
     return value
 
 
 def store(model: Model, backbone: Backbone) -> Model:
     """The record with this backbone, in deploy form; head and version stay."""
-    tensors = {name: value.detach().cpu().numpy() for name, value in backbone.tensors.items()}
+    tensors: dict[str, Array] = dict(backbone.tensors)
     return replace(model, form="deploy", tensors=tensors, input=backbone.input, graph=graph_tree(backbone.graph))
-
-
-# ---------------------------------------------------------------------------------------------------- the torch module
-
-
-class Net(nn.Module):
-    """A record's model as a torch module whose parameters train: (N, *input) -> (N, D), BatchNorm in place if it is."""
-
-    def __init__(self, graph: Graph, tensors: Mapping[str, Array], trained: frozenset[str]) -> None:
-        super().__init__()
-        self.graph, self.names = graph, tuple(tensors)
-        statistics = {f"{op.owner}.{what}" for op in graph.ops for what in op.operator.statistics}
-        for i, (name, array) in enumerate(tensors.items()):
-            value = torch.from_numpy(np.array(array, dtype=np.float32))
-            layer = graph[name.rpartition(".")[0]].is_layer
-            if name not in statistics and (name in trained or layer):
-                self.register_parameter(f"value{i}", nn.Parameter(value))
-            else:
-                self.register_buffer(f"value{i}", value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = {name: getattr(self, f"value{i}") for i, name in enumerate(self.names)}
-        return reference.run(self.graph, values, x, training=self.training)
-
-    def arrays(self, state: Mapping[str, Array]) -> dict[str, Array]:
-        """The graph's tensors from a state of this module."""
-        return {name: state[f"value{i}"] for i, name in enumerate(self.names)}
-
-
-def trainable(model: Model, *, allow: str | None = None) -> Net:
-    """The record's model as a module in evaluation mode, in the record's own form."""
-    from stages.models.state import trained_keys
-
-    model = with_graph(model, allow=allow)
-    graph = open_graph(model)
-    check_tensors(tensor_shapes(graph), model.tensors, "/model/tensors")
-    net = Net(graph, model.tensors, trained_keys(model))
-    return net.eval()
-
-
-# ------------------------------------------------------------------------------------------------------------ schema 1
 
 
 def with_graph(model: Model, *, allow: str | None = None) -> Model:
@@ -153,81 +97,7 @@ def with_graph(model: Model, *, allow: str | None = None) -> Model:
     that do not fit the architecture."""
     if model.graph is not None:
         return model
-    return _upgraded(model, allow)
+    need_torch("a record of schema 1")
+    from stages.models.modules import upgraded
 
-
-def _upgraded(model: Model, allow: str | None) -> Model:
-    from stages.models.state import arrays_of, from_state, state_rows
-
-    module, captured = code_of(model.arch, model.arch_args, model.input.shape, allow=allow)
-    last = final_linear(captured)
-    cut = last if last and f"{last}.weight" not in model.tensors else ""
-    state = arrays_of(module)
-    if model.form == "batchnorm":
-        expected = {name: tuple(value.shape) for name, value in state.items() if is_weight(name)}
-        expected = {name: shape for name, shape in expected.items() if not cut or name.rpartition(".")[0] != cut}
-        check_tensors(expected, model.tensors, "/model/tensors", WRONG_CODE)
-        state |= model.tensors
-    tensors = from_state(captured, state)
-    graph: Graph = captured.graph
-    if cut:
-        graph, tensors = without_last(graph, tensors)
-    rows, rest = state_rows(module, state, captured, cut)
-    if model.form == "deploy":
-        graph, _ = fold(graph, tensors)
-        tensors = _old_tensors(graph, model.tensors)
-    return replace(model, tensors=tensors, graph=graph_tree(graph), state=rows, rest=rest)
-
-
-def _old_tensors(graph: Graph, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """Schema 1's deploy form: a BatchNorm that is a layer was a depthwise convolution, (C, 1, 1) for (C,)."""
-    shapes = tensor_shapes(graph)
-    found = dict(tensors)
-    for name, shape in shapes.items():
-        if name in found and len(shape) == 1 and found[name].size == shape[0]:
-            found[name] = found[name].reshape(shape)
-    check_tensors(shapes, found, "/model/tensors", WRONG_CODE)
-    return found
-
-
-def code_of(
-    arch: str, arch_args: Mapping[str, Any], shape: Shape, *, allow: str | None = None
-) -> tuple[nn.Module, Any]:
-    """An architecture's module with its initial weights, and its capture."""
-    if ":" in arch:
-        from stages.graphs.capture import capture
-
-        module = registry.build(arch, arch_args, allow=allow)
-        return module, capture(module, shape)
-    return _known(arch, json.dumps(arch_args, sort_keys=True), shape)
-
-
-@lru_cache(maxsize=16)
-def _known(arch: str, arguments: str, shape: Shape) -> tuple[nn.Module, Any]:
-    from stages.graphs.capture import capture
-
-    module = registry.build(arch, json.loads(arguments))
-    return module, capture(module, shape)
-
-
-def final_linear(captured: Any) -> str:
-    """Name of the linear layer that a user's classifier ends in; empty for a backbone."""
-    last = captured.graph.ops[-1]
-    known = f"{last.name}.weight" in captured.origins
-    return last.name if last.is_layer and not last.kernel and last.operator.candidate and known else ""
-
-
-def without_last(graph: Graph, tensors: Mapping[str, Any]) -> tuple[Graph, dict[str, Any]]:
-    """The graph and tensors without the last operator and its tensors."""
-    last = graph.ops[-1].name
-    return with_blocks(graph.ops[:-1]), {k: value for k, value in tensors.items() if k.rpartition(".")[0] != last}
-
-
-def is_weight(name: str) -> bool:
-    """Whether schema 1 kept this entry of a state dict: everything but BatchNorm's batch counters."""
-    return not name.endswith("num_batches_tracked")
-
-
-def state(module: nn.Module) -> dict[str, Array]:
-    """A module's state dict as arrays, without BatchNorm's batch counters: a model in schema 1's batchnorm form."""
-    return {name: value.detach().cpu().numpy().copy() for name, value in module.state_dict().items() if is_weight(name)}
+    return upgraded(model, allow)

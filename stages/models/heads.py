@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages import losses
 from stages.artifacts.records import Array, Block, Head, check_labelled
 from stages.errors import DataError
-from stages.training import losses
-from stages.training.losses import Doubles, Floats, cosines, quiet, single
+from stages.losses import Doubles, Floats, cosines, quiet, single
 
 Names = Mapping[int, str]
 """Class label -> class name."""

@@ -12,7 +12,7 @@ from stages.errors import DataError
 from stages.graphs.capture import Captured
 from stages.graphs.folding import fold
 from stages.graphs.record import check_tensors, tensor_shapes
-from stages.models.deploy import WRONG_CODE, is_weight
+from stages.models.modules import WRONG_CODE, is_weight
 from stages.operators import Shape
 
 WHERE = "weights"

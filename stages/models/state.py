@@ -20,15 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from stages.artifacts.records import Array, Model
 from stages.errors import UsageError
-from stages.graphs.capture import Captured
 from stages.graphs.folding import folds_into
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from stages.graphs.capture import Captured
 
 Row = dict[str, Any]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
 
-from stages.cost.training import memory_model, optimizer_state
+from stages.cost.training import check_memory_model, optimizer_state
 from stages.errors import UsageError, require
 
 Number = TypeVar("Number", int, Fraction)
@@ -79,7 +79,7 @@ class Budget:
     """What one training step may cost; None means no limit. The accounting is part of the budget.
 
     Raises:
-        UsageError: a limit that is not positive, a batch below 1, an unknown memory model or optimiser.
+        UsageError: a limit that is not positive, a batch or workers below 1, an unknown memory model or optimiser.
     """
 
     memory_bytes: int | None = None
@@ -91,13 +91,16 @@ class Budget:
     batch: int = 1
     """Samples whose activations are kept at once."""
     optimizer: str = "adam"
+    workers: int = 1
+    """Threads of the native engine, which memory model `arena` counts."""
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "backward_macs", "latency_s"):
             limit = getattr(self, name)
             require(limit is None or limit > 0, "budget", f"{name}={limit}", "more than 0")
-        require(self.batch > 0, "budget", f"batch={self.batch}", "at least 1")
-        memory_model(self.memory_model)
+        for name in ("batch", "workers"):
+            require(getattr(self, name) > 0, "budget", f"{name}={getattr(self, name)}", "at least 1")
+        check_memory_model(self.memory_model)
         optimizer_state(self.optimizer)
 
     @property

@@ -22,9 +22,9 @@ from stages.artifacts.records import LayerUpdate
 from stages.cost.latency import weight_gradient_ns
 from stages.cost.ops import input_gradient_macs
 from stages.cost.training import (
+    MemoryModel,
     live_values,
     live_weights,
-    memory_model,
     saved_activation_bytes,
     weight_gradient_macs,
 )
@@ -69,6 +69,10 @@ class Coupling:
     """Costs of one problem. Candidates are numbered in execution order."""
 
     problem: Problem
+    model: MemoryModel
+    """What memory is counted by."""
+    memory_bytes: int | None
+    """The limit by that model."""
     _ways: dict[tuple[State, int], tuple[Way, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -78,17 +82,17 @@ class Coupling:
         Resources: one per term of the memory model, then MACs, then nanoseconds, as far as there are limits.
         """
         problem, budget = self.problem, self.problem.budget
-        memory, macs, latency_ns = budget.limits
+        _, macs, latency_ns = budget.limits
         left: list[int] = []
-        if memory is not None:
-            model = memory_model(budget.memory_model)
+        if self.memory_bytes is not None:
+            model = self.model
             values = live_values(problem.graph, problem.fixed, biases=model.biases)
             saved = saved_activation_bytes(problem.graph, problem.fixed, budget.batch)
-            base = memory - values * model.bytes_per_value(budget.optimizer)
+            base = self.memory_bytes - values * model.bytes_per_value(budget.optimizer)
             buffers = [term.saved * saved + budget.batch * term.buffer_bytes(problem.graph) for term in model.terms]
             left += [base - buffer for buffer in buffers]
-        used = problem.usage(())
-        left += [limit - cost for limit, cost in ((macs, used[1]), (latency_ns, used[2])) if limit is not None]
+        used = problem.work(())
+        left += [limit - cost for limit, cost in zip((macs, latency_ns), used, strict=True) if limit is not None]
         return np.array(left, dtype=np.float64)
 
     @cached_property
@@ -204,7 +208,7 @@ class Coupling:
         sliced = sum(
             slice_bytes(op, layer_holds(graph, op, update)[1], problem.budget.batch) for op in graph.uses(update.layer)
         )
-        biases = memory_model(problem.budget.memory_model).biases * len(update.bias)
+        biases = self.model.biases * len(update.bias)
         return Raw(
             values=live_weights(graph[update.layer], update) + biases,
             saved_bytes=sliced + self._bytes_of(self._layer_values(update) - self._shared),
@@ -218,11 +222,10 @@ class Coupling:
 
     def _entries(self, raw: Raw) -> Iterator[int]:
         budget = self.problem.budget
-        memory, macs, latency_ns = budget.limits
-        if memory is not None:
-            model = memory_model(budget.memory_model)
-            weights = raw.values * model.bytes_per_value(budget.optimizer)
-            yield from (weights + term.saved * raw.saved_bytes for term in model.terms)
+        _, macs, latency_ns = budget.limits
+        if self.memory_bytes is not None:
+            weights = raw.values * self.model.bytes_per_value(budget.optimizer)
+            yield from (weights + term.saved * raw.saved_bytes for term in self.model.terms)
         if macs is not None:
             yield raw.macs
         if latency_ns is not None:

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.cost.training import memory_model
+from stages.planning.arena import best_by_arena
 from stages.planning.coupling import Coupling, State, Vector, Way
 from stages.planning.greedy import greedy
 from stages.planning.problem import Choice, Problem, choice
@@ -113,10 +115,20 @@ def knapsack(problem: Problem, limits: Limits = SEARCH) -> Choice:
 
     Exact up to rounding in the scores, which the choice says (`optimal`). Milliseconds to tenths of a second for 60
     layers at 4 ratios. At its `limits` the search is given up, and what is returned is the best plan that it has seen,
-    or greedy's where that is better.
+    or greedy's where that is better. Memory by `arena` is no sum, and searched as `planning.arena` says.
     """
-    coupling = Coupling(problem)
-    count = len(problem.candidates)
+    if problem.by_arena:
+        return best_by_arena(problem, lambda coupling: _optimum(coupling, limits))
+    budget = problem.budget
+    model = memory_model("paper" if budget.memory_bytes is None else budget.memory_model)
+    found = _optimum(Coupling(problem, model, budget.memory_bytes), limits)
+    return found if found.optimal else max(found, greedy(problem), key=lambda one: one.score)
+
+
+def _optimum(coupling: Coupling, limits: Limits) -> Choice:
+    """The plan of highest total score under costs that add up, or the best one seen."""
+    candidates = coupling.problem.candidates
+    count = len(candidates)
     best = Best(0.0, np.full(count, -1, dtype=np.int8))
     if count == 0 or np.any(coupling.capacity < 0):
         return Choice(optimal=True)
@@ -130,11 +142,8 @@ def knapsack(problem: Problem, limits: Limits = SEARCH) -> Choice:
                 best, exact = _search(coupling, start, best, beam, effort)
                 firsts += [] if exact else [start.first]
         beam *= 4
-    picked = [(one, int(r)) for one, r in zip(problem.candidates, best.picks, strict=True) if r >= 0]
-    plan = choice([one.options[r] for one, r in picked])
-    if firsts:
-        return max(plan, greedy(problem), key=lambda one: one.score)
-    return replace(plan, optimal=True)
+    picked = [(one, int(r)) for one, r in zip(candidates, best.picks, strict=True) if r >= 0]
+    return replace(choice([one.options[r] for one, r in picked]), optimal=not firsts)
 
 
 def _better(value: float, score: float) -> bool:

@@ -25,12 +25,12 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from stages.artifacts.records import Array, LayerUpdate, Plan
-from stages.cost.training import memory_bytes, plan_backward_macs
+from stages.cost.training import ARENA, HEAD, covers, memory_bytes, native_memory, plan_backward_macs, whole_update
 from stages.errors import DataError
 from stages.graphs.checking import AXES, check_updates
 from stages.graphs.graph import Graph
@@ -51,9 +51,12 @@ def make_plan(
     memory_model: str = "paper",
     batch: int = 1,
     optimizer: str = "adam",
+    workers: int = 1,
     facts: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan record of these updates, sorted into execution order, with its cost; the accounting joins the facts.
+
+    Where the native engine runs the graph, so does what it allocates (`native_facts`), whatever the memory model.
 
     Raises:
         DataError: the updates do not fit the model (see `check_plan`).
@@ -61,11 +64,27 @@ def make_plan(
     """
     ordered = tuple(sorted(updates, key=lambda update: graph.position.get(update.layer, -1)))
     check_updates(ordered, graph)
-    memory = memory_bytes(graph, ordered, model=memory_model, batch=batch, optimizer=optimizer)
-    accounting = {"batch": batch, "optimizer": optimizer}
-    return Plan(
-        name, ordered, memory, memory_model, plan_backward_macs(graph, ordered), {**accounting, **(facts or {})}
-    )
+    accounting: dict[str, Any] = {"batch": batch, "optimizer": optimizer, "workers": workers}
+    memory = memory_bytes(graph, ordered, model=memory_model, **accounting)
+    known = {**accounting, **native_facts(graph, ordered, **accounting), **(facts or {})}
+    return Plan(name, ordered, memory, memory_model, plan_backward_macs(graph, ordered), known)
+
+
+def native_facts(
+    graph: Graph, updates: Sequence[LayerUpdate], *, batch: int, optimizer: str, workers: int
+) -> dict[str, int]:
+    """What the native engine allocates for a plan; nothing where it lacks an operator.
+
+    `arena_bytes` of one worker; `arena_training_bytes`, all that the memory model `arena` counts, with the linear head
+    where the graph ends in one; `image_bytes`, the steps and the frozen weights.
+    """
+    if not covers(graph):
+        return {}
+    memory = native_memory(graph, updates)
+    head = [whole_update(graph[HEAD])] if graph.output == HEAD else []
+    together = (*(update for update in updates if update.layer != HEAD), *head)
+    working = memory_bytes(graph, together, model=ARENA, batch=batch, optimizer=optimizer, workers=workers)
+    return {"arena_bytes": memory.arena, "arena_training_bytes": working, "image_bytes": memory.image}
 
 
 def check_plan(plan: Plan, graph: Graph) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 
 from stages.artifacts.records import Array, LayerUpdate, Scores
 from stages.cost.latency import Durations, predicted_latency_ns
-from stages.cost.training import memory_bytes, plan_backward_macs
+from stages.cost.training import ARENA, check_memory_model, live_values, memory_bytes, plan_backward_macs
 from stages.errors import BudgetError, DataError, require
 from stages.graphs.graph import Graph
 from stages.operators import Op
+from stages.operators.op import ELEMENT_BYTES
 from stages.planning.budget import Budget, format_bytes
 from stages.planning.channels import ChannelEvidence, axis_of, channel_rule, make_update
 from stages.planning.shortcuts import with_detached
@@ -65,10 +66,17 @@ class Problem:
             "a measured profile",
             "run `edgetrain profile` on this device first",
         )
+        if self.budget.memory_bytes is not None:
+            check_memory_model(self.budget.memory_model, self.graph)
 
     def fits(self, updates: Sequence[LayerUpdate]) -> bool:
         """Whether the updates, with the fixed ones, keep within every budget, to the byte and the MAC."""
-        return within(self.usage(updates), self.budget.limits)
+        memory, *others = self.budget.limits
+        if not within(self.work(updates), others):
+            return False
+        if memory is None or (self.by_arena and self._live_bytes(updates) > memory):  # without lowering the plan
+            return memory is None
+        return self.memory(updates) <= memory
 
     def complete(self, updates: Sequence[LayerUpdate]) -> tuple[LayerUpdate, ...]:
         """The updates with the problem's detached layers, as far as gradients would come by them: what is executed."""
@@ -76,10 +84,30 @@ class Problem:
 
     def usage(self, updates: Sequence[LayerUpdate]) -> tuple[int, int, int]:
         """Memory (bytes, by the budget's model), backward MACs and predicted nanoseconds (0 without measurements)."""
-        graph, budget, updates = self.graph, self.budget, self.complete((*updates, *self.fixed))
-        memory = memory_bytes(graph, updates, model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer)
-        latency_ns = predicted_latency_ns(graph, self.measured, updates) if self.measured else 0
-        return memory, plan_backward_macs(graph, updates), latency_ns
+        return self.memory(updates), *self.work(updates)
+
+    def memory(self, updates: Sequence[LayerUpdate]) -> int:
+        """Bytes, by the budget's model."""
+        budget = self.budget
+        return memory_bytes(
+            self.graph, self.complete((*updates, *self.fixed)), model=budget.memory_model, batch=budget.batch,
+            optimizer=budget.optimizer, workers=budget.workers,
+        )  # fmt: skip
+
+    def work(self, updates: Sequence[LayerUpdate]) -> tuple[int, int]:
+        """Backward MACs and predicted nanoseconds (0 without measurements)."""
+        updates = self.complete((*updates, *self.fixed))
+        latency_ns = predicted_latency_ns(self.graph, self.measured, updates) if self.measured else 0
+        return plan_backward_macs(self.graph, updates), latency_ns
+
+    @property
+    def by_arena(self) -> bool:
+        """Whether memory is limited, and by the one model that is no sum over layers."""
+        return self.budget.memory_bytes is not None and self.budget.memory_model == ARENA
+
+    def _live_bytes(self, updates: Sequence[LayerUpdate]) -> int:
+        """The live values and their gradients, which every arena lies beside."""
+        return 2 * ELEMENT_BYTES * live_values(self.graph, (*updates, *self.fixed))
 
 
 def within(costs: Sequence[int], limits: Sequence[int | None]) -> bool:
@@ -201,7 +229,7 @@ def nothing_fits(problem: Problem) -> BudgetError:
     smallest sufficient value is stated; otherwise all of them, for the layer that needs the least.
     """
     budget = problem.budget
-    single = [option.update for candidate in problem.candidates for option in candidate.options]
+    single = [min(one.options, key=lambda o: o.update.ratio).update for one in problem.candidates]
     if not single:
         return BudgetError("budget", "no candidate layer", "layers to choose from")
     used = [(problem.usage([update]), update) for update in single]

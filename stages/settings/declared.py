@@ -104,3 +104,18 @@ def micro_batch(text: str) -> int | None:
 
 MICRO_BATCH = "Samples in memory at once; auto: as many as fit. The result is the same."
 """What a micro-batch is, wherever there is one."""
+
+ENGINES = ("auto", "native", "torch")
+"""The names of `engines.choice.ENGINES`; a test holds them equal."""
+ENGINE = "What computes: the C library (native), or torch; auto: native wherever it covers the model."
+DEVICE = "Where torch computes; cuda never ran in EdgeTrain's own tests."
+
+
+def engine_setting() -> str:
+    """The field `engine` of a stage that computes."""
+    return setting("auto", ENGINE, metavar="auto|native|torch", choices=ENGINES)
+
+
+def device_setting() -> str:
+    """The field `device` of a stage that computes."""
+    return setting("cpu", DEVICE, metavar="cpu|cuda")

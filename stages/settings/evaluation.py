@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.errors import UsageError, require
-from stages.settings.declared import MICRO_BATCH, check, micro_batch, setting
-from stages.settings.training import ENGINES
+from stages.settings.declared import MICRO_BATCH, check, device_setting, engine_setting, micro_batch, setting
 
 if TYPE_CHECKING:
     from stages.fsl.episodes import Shape
@@ -54,9 +53,8 @@ class Tasks:
     lr: float | None = setting(None, "Fixed; default: chosen inside each support set.", least=0)
     folds: int = setting(3, "Parts of the support to choose the rate with.", least=2)
     detach_prototypes: bool = setting(False, "No gradient through prototypes.")
-    engine: str = setting(
-        "torch", "What adapts; native is the C library, for CNNs only.", metavar="torch|native", choices=ENGINES
-    )
+    engine: str = engine_setting()
+    device: str = device_setting()
     shard: tuple[int, int] = setting(
         (0, 1), "Only tasks I, I+N, I+2N, ...; join them with --merge.", metavar="I/N", parse=shard, text="0/1"
     )
@@ -114,5 +112,4 @@ class Tasks:
             detach_prototypes=self.detach_prototypes,
             scale=scale,
             micro_batch=micro_batch,
-            engine=self.engine,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stages.errors import require
-from stages.settings.declared import check, setting
+from stages.settings.declared import check, device_setting, engine_setting, setting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +19,8 @@ class Profiling:
     power_watts: float | None = setting(
         None, "Power read from a meter at the plug while this ran, for energy figures.", metavar="W"
     )
+    engine: str = engine_setting()
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check(self)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from stages.errors import require
-from stages.settings.declared import MICRO_BATCH, check, micro_batch, setting
+from stages.settings.declared import MICRO_BATCH, check, device_setting, engine_setting, micro_batch, setting
 
 if TYPE_CHECKING:
     from stages.methods.layer_scores import Search
@@ -52,9 +52,14 @@ class Scoring:
         metavar="N|SHARE",
     )
     latency: str | None = setting(None, "Budget of a step per sample, by the profile: 200ms.", metavar="TIME")
-    memory_model: str = setting("paper", "What --memory counts: paper, saved, peak.", metavar="NAME")
+    memory_model: str = setting("paper", "What --memory counts: paper, saved, peak, arena.", metavar="NAME")
     batch: int = setting(1, "Samples that training keeps in memory at once.", least=1)
     optimizer: str = setting("adam", "Whose state --memory counts: adam, adamw, momentum, sgd.", metavar="NAME")
+    engine: str = engine_setting()
+    device: str = device_setting()
+    workers: int = setting(
+        1, "Threads of the native engine, each with an arena that --memory-model arena counts.", least=1
+    )
     search: str = setting(
         "tinytrain",
         "How to search. tinytrain: as published. shortcut: block entries by Fisher information, gradients past "
@@ -138,6 +143,7 @@ class Scoring:
             memory_model=self.memory_model,
             batch=self.batch,
             optimizer=self.optimizer,
+            workers=self.workers,
         )
 
     def channel_choice(self) -> Channels:

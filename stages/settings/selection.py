@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stages.errors import require
-from stages.settings.declared import check, setting
+from stages.settings.declared import check, device_setting, engine_setting, setting
 
 AUTO = "auto"
 STRATEGIES = (
@@ -52,6 +52,8 @@ class Selection:
         metavar="samples|features",
         choices=("samples", "features"),
     )
+    engine: str = engine_setting()
+    device: str = device_setting()
 
     def __post_init__(self) -> None:
         check(self)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.errors import require
-from stages.settings.declared import MICRO_BATCH, check, micro_batch, setting
+from stages.settings.declared import MICRO_BATCH, check, device_setting, engine_setting, micro_batch, setting
 
 if TYPE_CHECKING:
     from stages.sparse_training import StreamTraining, SupportTraining
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "step")
-ENGINES = ("torch", "native")
-"""The names of `engines.choice.ENGINES`; a test holds them equal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +25,8 @@ class Training:
     micro_batch: int | None = setting(
         None, MICRO_BATCH + " 0 is all of them.", least=0, metavar="N|auto", parse=micro_batch, text="auto"
     )
-    engine: str = setting(
-        "torch", "What computes; native is the C library, for CNNs only.", metavar="torch|native", choices=ENGINES
-    )
+    engine: str = engine_setting()
+    device: str = device_setting()
     optimizer: str | None = setting(
         None, "Default: sgd for streams, adam for supports.", metavar="sgd|adam|adamw", choices=OPTIMIZERS
     )
@@ -71,7 +68,13 @@ class Training:
         rate = standard.learning_rate if self.lr is None else self.lr
         clip = standard.clip_norm if self.clip is None else self.clip
         optimizing = self._optimizing(self.optimizer or standard.optimizer, rate, clip, self.updates)
-        return StreamTraining(plan=self.plan, optimizing=optimizing, micro_batch=self.micro_batch, engine=self.engine)
+        return StreamTraining(
+            plan=self.plan,
+            optimizing=optimizing,
+            micro_batch=self.micro_batch,
+            engine=self.engine,
+            device=self.device,
+        )
 
     def on_support(self, scale: float) -> SupportTraining:
         """The configuration of adapting to a support set, for a head of this cosine scale."""
@@ -89,9 +92,11 @@ class Training:
             detach_prototypes=self.detach_prototypes,
             scale=scale if self.scale is None else self.scale,
             micro_batch=self.micro_batch or 0,
-            engine=self.engine,
         )
-        return SupportTraining(plan=self.plan, adapting=adapting, fitting=self.micro_batch is None)
+        fitting = self.micro_batch is None
+        return SupportTraining(
+            plan=self.plan, adapting=adapting, fitting=fitting, engine=self.engine, device=self.device
+        )
 
     def _optimizing(self, optimizer: str, rate: float, clip: float, updates: int) -> Optimizing:
         from stages.training.optimizers import Optimizing

@@ -17,18 +17,17 @@ from math import inf, isfinite
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
 from stages.artifacts.records import InputSpec, LayerUpdate
 from stages.engines.choice import TrainedNet, make_net
+from stages.engines.parameter import Floats
 from stages.errors import require
 from stages.fsl.augment import PSEUDO_QUERY, Augmentation, augment
-from stages.fsl.protonet import cosine_logits, prototypes, support_loss
+from stages.fsl.protonet import cosine_logits, prototypes, query_loss, support_loss
+from stages.losses import cross_entropy
 from stages.models.deploy import Backbone
-from stages.randomness import torch_generator
+from stages.randomness import generator
 from stages.training.optimizers import NotFinite, Optimizing, checked_step, learning_rate, make_optimizer
 from stages.training.prefix_file import PrefixFile, prefix_key
 from stages.training.updates import Net, PrefixCache, Source, cache_prefix, features_of, gradient_update
@@ -64,8 +63,6 @@ class Adapting:
     micro_batch: int = 0
     """Samples that are in memory at once in a pass; 0 is all of them. The update is the same."""
     augmentation: Augmentation = PSEUDO_QUERY
-    engine: str = "torch"
-    """What runs and differentiates the graph: one of `engines.choice.ENGINES`."""
 
     def __post_init__(self) -> None:
         where = "adaptation"
@@ -97,7 +94,7 @@ class Adaptation(NamedTuple, Generic[N]):
     """A net adapted to a support set."""
 
     net: N
-    prototypes: Tensor
+    prototypes: Floats
     """(C, D): class means of the support with the adapted weights."""
     learning_rate: float
     losses: tuple[float, ...]
@@ -105,15 +102,15 @@ class Adaptation(NamedTuple, Generic[N]):
 
 
 Caches = Sequence[PrefixCache]
-Store = Callable[[Sequence[Tensor], Callable[[], Caches]], Caches]
+Store = Callable[[Sequence[Floats], Callable[[], Caches]], Caches]
 """(lots of model inputs, what computes the frozen layers' outputs of them) -> these outputs, kept or computed."""
 
 
 def adapt(
     backbone: Backbone,
     updates: Sequence[LayerUpdate],
-    support_x: Tensor,
-    support_y: Tensor,
+    support_x: Floats,
+    support_y: NDArray[np.int64],
     how: Adapting,
     rng: np.random.Generator,
     on_step: Callable[[int], None] = lambda done: None,
@@ -129,15 +126,11 @@ def adapt(
     """
     updates = tuple(updates)
 
-    def store(lots: Sequence[Tensor], compute: Callable[[], Caches]) -> Caches:
-        return (
-            compute()
-            if cache_file is None
-            else cache_file.through(prefix_key(backbone, updates, lots, how.engine), compute)
-        )
+    def store(lots: Sequence[Floats], compute: Callable[[], Caches]) -> Caches:
+        return compute() if cache_file is None else cache_file.through(prefix_key(backbone, updates, lots), compute)
 
     def fresh() -> TrainedNet:
-        return make_net(backbone, updates, how.engine)
+        return make_net(backbone, updates)
 
     return adapt_net(fresh, backbone.input, support_x, support_y, how, rng, on_step, stop, store)
 
@@ -145,8 +138,8 @@ def adapt(
 def adapt_net(
     fresh: Callable[[], N],
     spec: InputSpec,
-    support_x: Tensor,
-    support_y: Tensor,
+    support_x: Floats,
+    support_y: NDArray[np.int64],
     how: Adapting,
     rng: np.random.Generator,
     on_step: Callable[[int], None] = lambda done: None,
@@ -163,7 +156,7 @@ def adapt_net(
         DataError: a class without a sample, or a loss, gradient or weight that is not finite.
     """
     task = _Task(fresh, spec, support_x, support_y, how, int(rng.integers(2**63)), on_step, stop, store)
-    rate = choose_rate(task, leave_out_folds(support_y.numpy(), how.folds, rng))
+    rate = choose_rate(task, leave_out_folds(support_y, how.folds, rng))
     everything = np.arange(len(support_y))
     net, losses = task.train(everything, rate)
     return Adaptation(net, task.prototypes(net, everything), rate, losses)
@@ -237,8 +230,8 @@ class _Task(Generic[N]):
         self,
         fresh: Callable[[], N],
         spec: InputSpec,
-        x: Tensor,
-        labels: Tensor,
+        x: Floats,
+        labels: NDArray[np.int64],
         how: Adapting,
         seed: int,
         on_step: Callable[[int], None],
@@ -272,45 +265,35 @@ class _Task(Generic[N]):
             self.on_step(self.done)
         return net, tuple(losses)
 
-    def prototypes(self, net: N, rows: NDArray[np.int64]) -> Tensor:
+    def prototypes(self, net: N, rows: NDArray[np.int64]) -> Floats:
         """Class means (C, D) of these rows of the support, without gradients."""
-        features = features_of(net, _rows(self.support, rows), micro_batch=self.how.micro_batch)
+        features = features_of(net, self.support[rows], micro_batch=self.how.micro_batch)
         return prototypes(features, self.labels[rows], self.ways)
 
     def score(self, net: N, rest: NDArray[np.int64], left_out: NDArray[np.int64]) -> tuple[int, float]:
         """Right answers among the samples left out, and their summed cross-entropy, with prototypes of the rest."""
-        features = features_of(net, _rows(self.support, left_out), micro_batch=self.how.micro_batch)
+        features = features_of(net, self.support[left_out], micro_batch=self.how.micro_batch)
         logits = cosine_logits(features, self.prototypes(net, rest), self.how.scale)
         labels = self.labels[left_out]
-        hits = int((logits.argmax(dim=1) == labels).sum())
-        return hits, float(functional.cross_entropy(logits, labels, reduction="sum"))
+        losses, _ = cross_entropy(logits, labels)
+        return int((logits.argmax(1) == labels).sum()), float(losses.sum())
 
     def _gradients(self, net: N, rows: NDArray[np.int64], iteration: int) -> float:
         """Gradients of one iteration's loss in the net's parameters; the loss."""
         view = self.views[iteration % len(self.views)] if self.views else self._draw(iteration)
-        support, query, labels = _rows(self.support, rows), _rows(view, rows), self.labels[rows]
+        support, query, labels = self.support[rows], view[rows], self.labels[rows]
         size = self.how.micro_batch
         if self.how.detach_prototypes:
             means = self.prototypes(net, rows)
-            return gradient_update(
-                net,
-                query,
-                lambda features: functional.cross_entropy(cosine_logits(features, means, self.how.scale), labels),
-                micro_batch=size,
-            )
+            return gradient_update(net, query, query_loss(means, labels, self.how.scale), micro_batch=size)
         loss = support_loss(labels, labels, self.ways, self.how.scale)
         return gradient_update(net, [support, query], loss, micro_batch=size)
 
-    def _cached(self, lots: Sequence[Tensor]) -> Caches:
+    def _cached(self, lots: Sequence[Floats]) -> Caches:
         """The frozen layers' outputs of these inputs."""
         net = self.fresh()
         return [cache_prefix(net, lot, micro_batch=self.how.micro_batch) for lot in lots]
 
-    def _draw(self, number: int) -> Tensor:
+    def _draw(self, number: int) -> Floats:
         """One augmented copy of the whole support."""
-        rng = torch_generator(self.seed, "view", number)
-        return augment(self.x, self.spec, rng, self.how.augmentation)
-
-
-def _rows(source: Source, rows: NDArray[np.int64]) -> Source:
-    return source[torch.from_numpy(rows)] if isinstance(source, Tensor) else source[rows]
+        return augment(self.x, self.spec, generator(self.seed, "view", number), self.how.augmentation)

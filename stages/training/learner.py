@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
 from stages.artifacts.records import Array, Head, LayerUpdate
 from stages.engines.choice import make_net
+from stages.engines.parameter import Floats, Parameter
 from stages.errors import DataError
+from stages.losses import cross_entropy
 from stages.models import heads
 from stages.models.deploy import Backbone
 from stages.training.optimizers import (
@@ -23,7 +22,7 @@ from stages.training.optimizers import (
     make_optimizer,
     replace_parameter,
 )
-from stages.training.updates import Source, features_of, gradient_update
+from stages.training.updates import Loss, Source, features_of, gradient_update
 
 
 @dataclass(frozen=True)
@@ -67,24 +66,21 @@ class StreamLearner:
         *,
         micro_batch: int = 0,
         done: int = 0,
-        engine: str = "torch",
     ) -> None:
-        self.net = make_net(backbone, updates, engine)
+        self.net = make_net(backbone, updates)
         self.how, self.micro_batch, self.done = how, micro_batch, done
         self._head = linear_head(head, backbone.graph.feature_dim)
-        self._weight = nn.Parameter(torch.tensor(self._head.weight))
-        self._bias = nn.Parameter(torch.tensor(self._head.bias))
+        self._weight = Parameter(np.array(self._head.weight, np.float32))
+        self._bias = Parameter(np.array(self._head.bias, np.float32))
         self.optimizer = make_optimizer([*self.net.parameters(), self._weight, self._bias], how)
 
     def head(self) -> Head:
         """The linear head as it is now."""
-        weight, bias = (parameter.detach().numpy().copy() for parameter in (self._weight, self._bias))
-        return replace(self._head, weight=weight, bias=bias)
+        return replace(self._head, weight=self._weight.value.copy(), bias=self._bias.value.copy())
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Class scores (N, C) of model inputs, without gradients."""
-        with torch.no_grad():
-            return self._scores(features_of(self.net, x, micro_batch=self.micro_batch))
+    def logits(self, x: Floats) -> Array:
+        """Class scores float64 (N, C) of model inputs."""
+        return heads.logits(self.head(), features_of(self.net, x, micro_batch=self.micro_batch))
 
     def update(self, batch: Batch) -> Figures:
         """One update. Classes that the head does not know get their rows from this batch first.
@@ -97,21 +93,31 @@ class StreamLearner:
         loss = 0.0
         if len(batch.y):
             self._meet(batch)
-            rows = torch.from_numpy(heads.rows(self._head, batch.y, batch.names))
-            weights = torch.from_numpy(np.asarray(batch.weights, np.float32))
-
-            def loss_of_features(features: Tensor) -> Tensor:
-                return weighted_cross_entropy(self._scores(features), rows, weights)
-
-            loss = gradient_update(self.net, batch.x, loss_of_features, micro_batch=self.micro_batch)
+            loss = gradient_update(self.net, batch.x, self._loss(batch), micro_batch=self.micro_batch)
             where = f"update {self.done}"
             checked_step(self.optimizer, loss, rate=rate, clip_norm=self.how.clip_norm, where=where)
         self.done += 1
         return Figures(loss, rate, len(batch.y), float(np.sum(batch.weights, dtype=np.float64)))
 
-    def _scores(self, features: Tensor) -> Tensor:
-        scores = functional.linear(features, self._weight, self._bias)
-        return heads.even_unknown(scores, torch.from_numpy(np.asarray(self._head.known, bool)))
+    def _loss(self, batch: Batch) -> Loss:
+        """sum_i w_i * l_i, the loss of a block (the weights are Titan's, arXiv:2505.16563, appendix A.2); the head's
+        gradients are added on the way.
+
+        With w_i = 1 / (|S| |B_y| P_y(i)) its gradient is an unbiased estimate of the window's mean gradient.
+        """
+        rows = heads.rows(self._head, batch.y, batch.names)
+        weights = np.asarray(batch.weights, np.float64)
+        weight, bias = self._weight, self._bias
+
+        def loss(features: Floats) -> tuple[float, Floats]:
+            x = features.astype(np.float64)
+            losses, residuals = cross_entropy(x @ weight.value.T + bias.value, rows, self._head.known)
+            pulled = weights[:, None] * residuals
+            weight.gradient += pulled.T @ x
+            bias.gradient += pulled.sum(0)
+            return float(weights @ losses), (pulled @ weight.value).astype(np.float32)
+
+        return loss
 
     def _meet(self, batch: Batch) -> None:
         """Give every class of the batch a row, imprinted where the class has none."""
@@ -120,23 +126,18 @@ class StreamLearner:
         if head.known[rows].all():
             return
         features = features_of(self.net, batch.x, micro_batch=self.micro_batch)
-        if not bool(torch.isfinite(features).all()):
+        if not np.isfinite(features).all():
             raise NotFinite(f"update {self.done}", "a feature is NaN or infinite", "finite numbers", "lower --lr")
         head = heads.imprint(head, features, rows, batch.weights)
         where = np.searchsorted(head.labels, self._head.labels)
-        for name, values in (("_weight", head.weight), ("_bias", head.bias)):
-            old, new = getattr(self, name), nn.Parameter(torch.tensor(values))
-            replace_parameter(self.optimizer, old, new, where)
-            setattr(self, name, new)
+        self._weight = self._grown(self._weight, head.weight, where)
+        self._bias = self._grown(self._bias, head.bias, where)
         self._head = head
 
-
-def weighted_cross_entropy(scores: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """sum_i w_i * l_i, the loss of a block (the weights are Titan's, arXiv:2505.16563, appendix A.2).
-
-    With w_i = 1 / (|S| |B_y| P_y(i)) its gradient is an unbiased estimate of the window's mean gradient.
-    """
-    return torch.dot(weights, functional.cross_entropy(scores, rows, reduction="none"))
+    def _grown(self, old: Parameter, values: Floats, rows: Array) -> Parameter:
+        new = Parameter(np.array(values, np.float32))
+        replace_parameter(self.optimizer, old, new, rows)
+        return new
 
 
 def linear_head(head: Head | None, dim: int) -> Head:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.engines.parameter import Floats, Parameter
 from stages.errors import DataError, require
-from stages.training.losses import Floats, quiet
+from stages.losses import quiet
 
 
 class NotFinite(DataError):
@@ -129,21 +130,6 @@ def _adam_move(gradient: Floats, state: State, rate: float) -> Floats:
 
 OPTIMIZERS: dict[str, Rule] = {"sgd": _sgd, "adam": _adam, "adamw": _adamw}
 """Name -> what one step does to one parameter and its state."""
-
-
-@dataclass(eq=False)
-class Parameter:
-    """What trains, and the sum of its gradients since the last step: float32 arrays of one shape, C-contiguous."""
-
-    value: Floats
-    """Changed in place by steps."""
-    gradient: Floats
-    """Summed into by backward passes, set to 0 by a step."""
-
-    def __post_init__(self) -> None:
-        whole = self.value.flags.c_contiguous and self.gradient.flags.c_contiguous
-        if not whole or self.value.shape != self.gradient.shape:
-            raise ValueError("a parameter's value and gradient are C-contiguous and of one shape")
 
 
 class Optimizer:

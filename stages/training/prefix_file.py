@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from torch import Tensor
-
 from stages.artifacts.files import atomic_write
 from stages.artifacts.hdf5 import decode_tree, encode_tree
 from stages.artifacts.records import Group, LayerUpdate
+from stages.engines.parameter import Floats
 from stages.errors import DataError
 from stages.models.deploy import Backbone
 from stages.training.updates import PrefixCache
@@ -60,18 +59,16 @@ class PrefixFile:
         atomic_write(self.path, encode_tree(Group(attrs, groups=groups)))
 
 
-def prefix_key(
-    backbone: Backbone, updates: Sequence[LayerUpdate], lots: Sequence[Tensor], engine: str = "torch"
-) -> str:
+def prefix_key(backbone: Backbone, updates: Sequence[LayerUpdate], lots: Sequence[Floats]) -> str:
     """SHA-256 over all that the frozen layers' outputs depend on: weights, what trains, the engine, and the inputs.
 
     An engine's layout may depend on the live channels, so all of a plan counts.
     """
-    digest = sha256(repr((backbone.graph.ops, tuple(updates), engine)).encode())
+    digest = sha256(repr((backbone.graph.ops, tuple(updates), backbone.engine.name)).encode())
     for name in sorted(backbone.tensors):
         digest.update(name.encode())
-        digest.update(backbone.tensors[name].numpy().tobytes())
+        digest.update(backbone.tensors[name].tobytes())
     for lot in lots:
-        digest.update(str(tuple(lot.shape)).encode())
-        digest.update(lot.numpy().tobytes())
+        digest.update(str(lot.shape).encode())
+        digest.update(lot.tobytes())
     return digest.hexdigest()

@@ -3,21 +3,20 @@ and, where time is short, only as many candidates as there is time for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from stages.artifacts.records import Array, Block, LayerUpdate
 from stages.cost.training import whole_update
-from stages.engines.torch.net import SparseNet
+from stages.engines.choice import TrainedNet, make_net
+from stages.engines.parameter import Boundary, Floats
 from stages.errors import DataError, require
 from stages.models.deploy import Backbone
 from stages.models.inputs import adapt_block
-from stages.training.updates import PrefixCache
+from stages.training.updates import PrefixCache, boundary_of
 from stages.valuation.scoring import CHUNK, Weights
 
 ANYTIME_CHUNK = 8
@@ -33,7 +32,7 @@ class Looked:
     pool: Block
     mass: Array
     """float64 (n,): masses; those of candidates that were left out are their classes'."""
-    features: Tensor
+    features: Floats
     """float32 (n, D)."""
 
 
@@ -50,7 +49,7 @@ class Forward:
         self._start, self._send = start, send
         self._chunk = max(1, min(CHUNK, CHUNK_VALUES // prod(start.input.shape)))
         self._layers = {update.layer for update in updates or ()}
-        self._net = self._built()
+        self._net: TrainedNet = make_net(start, tuple(updates or ()))
         inputs = (start.graph.ops[0].name,)
         require(
             not send or (updates is not None and self._net.boundary != inputs),
@@ -78,7 +77,7 @@ class Forward:
         self._load(weights.backbone)
         size = len(pool)
         order, step = (np.arange(size), self._chunk) if ready is None else (scoring_order(pool.y, rng), ANYTIME_CHUNK)
-        pieces: list[tuple[Block, Tensor]] = []
+        pieces: list[tuple[Block, Floats]] = []
         done, least = 0, len(np.unique(pool.y))
         while done < size:
             end = min(max(done + step, least), done + self._chunk, size)
@@ -87,7 +86,7 @@ class Forward:
             if ready is not None and done >= least and ready():
                 break
         back = np.argsort(order[:done])
-        features = torch.cat([features for _, features in pieces])[torch.from_numpy(back)]
+        features = np.concatenate([features for _, features in pieces])[back]
         boundary = {name: np.concatenate([piece.columns[name] for piece, _ in pieces])[back]
                     for name in self._columns()}  # fmt: skip
         rows = order[:done][back]
@@ -98,14 +97,15 @@ class Forward:
         """The block with the frozen layers' outputs as columns, if they are to be sent."""
         if not self._send or not len(block):
             return block
-        pieces = [self._pass(piece)[0] for piece in block.slices(self._chunk)]
-        columns = {name: np.concatenate([piece.columns[name] for piece in pieces]) for name in self._columns()}
-        return self._labelled(block, columns)
+        pieces = [PrefixCache(self._frozen(piece)).arrays() for piece in block.slices(self._chunk)]
+        return self._labelled(block, {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]})
 
-    def _pass(self, piece: Block) -> tuple[Block, Tensor]:
-        boundary = self._net.prefix(adapt_block(piece, self._start.input))
-        with torch.no_grad():
-            features = self._net.suffix(boundary)
+    def _frozen(self, piece: Block) -> Boundary:
+        return self._net.prefix(adapt_block(piece, self._start.input))
+
+    def _pass(self, piece: Block) -> tuple[Block, Floats]:
+        boundary = self._frozen(piece)
+        features = self._net.suffix(boundary)
         arrays = PrefixCache(boundary).arrays() if self._send else {}
         return replace(piece, columns={**piece.columns, **arrays}), features
 
@@ -115,32 +115,32 @@ class Forward:
     def _labelled(self, block: Block, columns: Mapping[str, Array]) -> Block:
         if not self._send:
             return block
-        facts = {**block.facts, "boundary": " ".join(self._net.boundary)}
+        facts = {**block.facts, "boundary": boundary_of(self._net)}
         return replace(block, columns={**block.columns, **columns}, facts=facts)
 
     def _load(self, backbone: Backbone) -> None:
-        """Take over the weights of the moment."""
-        changed = {
-            name.rpartition(".")[0]
-            for name, tensor in backbone.tensors.items()
-            if tensor is not self._start.tensors[name]
-        }
-        if not changed <= self._layers:
-            before = self._net.boundary
-            self._layers |= changed
-            self._net = self._built()
-            if self._send and self._net.boundary != before:
-                raise DataError(
-                    "live directory",
-                    "weights that changed below the plan's first live layer",
-                    "those of the plan that `select` was given",
-                    "leave --send out, or train the same plan",
-                )
+        """Take over the weights of the moment; what changed beside what may is found by comparing values."""
         self._net.load_whole(backbone.tensors)
+        held = {**self._start.tensors, **self._net.changed_tensors()}
+        same = {
+            name for name, value in backbone.tensors.items() if value is held[name] or np.array_equal(value, held[name])
+        }
+        if beside := backbone.tensors.keys() - same:
+            self._train({name.rpartition(".")[0] for name in beside})
+            self._net.load_whole(backbone.tensors)
 
-    def _built(self) -> SparseNet:
-        graph = self._start.graph
-        return SparseNet(self._start, [whole_update(graph[name]) for name in sorted(self._layers)])
+    def _train(self, layers: Set[str]) -> None:
+        """Let all of these layers change, and of those that did before."""
+        graph, before = self._start.graph, boundary_of(self._net)
+        self._layers |= layers
+        self._net = make_net(self._start, [whole_update(graph[op]) for op in sorted(self._layers)])
+        if self._send and boundary_of(self._net) != before:
+            raise DataError(
+                "live directory",
+                "weights that changed beside the plan's live channels",
+                "those of the plan that `select` was given",
+                "leave --send out, or train the same plan",
+            )
 
 
 def scoring_order(labels: Array, rng: np.random.Generator) -> Array:

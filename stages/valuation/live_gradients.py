@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from stages.artifacts.records import Array, Head, LayerUpdate
-from stages.engines.torch.net import Boundary, SparseNet
+from stages.engines.choice import make_net
+from stages.engines.parameter import Floats
 from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
-from stages.models.heads import logits
+from stages.models.heads import cross_entropy
+
+CHUNK_VALUES = 1 << 16
+"""Gradients whose products are summed together, in float64."""
 
 
 def every_layer(graph: Graph) -> tuple[LayerUpdate, ...]:
@@ -31,7 +32,7 @@ def every_layer(graph: Graph) -> tuple[LayerUpdate, ...]:
 
 
 def live_products(
-    backbone: Backbone, updates: Sequence[LayerUpdate], head: Head, inputs: Tensor, targets: Array
+    backbone: Backbone, updates: Sequence[LayerUpdate], head: Head, inputs: Floats, targets: Array
 ) -> Array:
     """Inner products of the samples' gradients over the live parameters of `updates`: float64 (n, n).
 
@@ -42,24 +43,20 @@ def live_products(
         inputs: float32 (n, *input.shape), model input.
         targets: int64 (n,), rows of the head.
     """
-    net = SparseNet(backbone, updates)
+    net = make_net(backbone, updates)
     parameters = net.parameters()
     products = np.zeros((len(targets), len(targets)))
     if not parameters or not len(targets):
         return products
     boundary = net.prefix(inputs)
-    rows = [
-        _gradient(net, parameters, head, tuple(value[i : i + 1] for value in boundary), target)
-        for i, target in enumerate(targets.tolist())
-    ]
-    for gradients in zip(*rows, strict=True):
-        stacked = torch.stack(gradients).flatten(1).double().numpy()
-        products += stacked @ stacked.T
+    rows = np.empty((len(targets), sum(parameter.value.size for parameter in parameters)), np.float32)
+    for i, row in enumerate(rows):
+        features, kept = net.forward(tuple(value[i : i + 1] for value in boundary))
+        net.backward(kept, cross_entropy(head, features, targets[i : i + 1])[1])
+        np.concatenate([parameter.gradient.reshape(-1) for parameter in parameters], out=row)
+        for parameter in parameters:
+            parameter.gradient[...] = 0
+    for start in range(0, rows.shape[1], CHUNK_VALUES):
+        some = rows[:, start : start + CHUNK_VALUES].astype(np.float64)
+        products += some @ some.T
     return products
-
-
-def _gradient(
-    net: SparseNet, parameters: Sequence[torch.nn.Parameter], head: Head, boundary: Boundary, target: int
-) -> tuple[Tensor, ...]:
-    loss = F.cross_entropy(logits(head, net.suffix(boundary)), torch.tensor([target]))
-    return torch.autograd.grad(loss, parameters)

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from stages.artifacts.live import Version
 from stages.artifacts.records import Array, Block, Head, LayerUpdate
+from stages.engines.parameter import Floats
 from stages.errors import DataError
 from stages.models import heads
 from stages.models.deploy import Backbone
@@ -42,11 +41,7 @@ class Weights:
 
     def at(self, version: Version) -> Weights:
         """These weights with a published version's tensors and head in place."""
-        changed = {
-            name: torch.from_numpy(np.require(value, requirements=("C", "W")))
-            for name, value in version.tensors.items()
-        }
-        backbone = replace(self.backbone, tensors={**self.backbone.tensors, **changed})
+        backbone = replace(self.backbone, tensors={**self.backbone.tensors, **version.tensors})
         return Weights(backbone, self.head if version.head is None else version.head, version.update_times)
 
 
@@ -92,18 +87,18 @@ def scored(
     weights: Weights,
     importance: str,
     updates: Sequence[LayerUpdate] | None,
-    features: Tensor | None = None,
+    features: Floats | None = None,
 ) -> GradientView:
     """Probabilities and gradients of candidates under `weights`; `features` (n, D) where they are known already."""
     names = heads.class_names(block)
     features = _features(weights.backbone, block) if features is None else features
-    _check_finite(features.sum(dim=1).numpy(), block, "features")
+    _check_finite(features.sum(1), block, "features")
     head = _head_for(block, weights.head, names, features.shape[1])
     targets = heads.rows(head, block.y, names)
-    probabilities = heads.probabilities(head, features).double().numpy()
+    probabilities = heads.probabilities(head, features)
     residuals = probabilities.copy()
     residuals[np.arange(len(targets)), targets] -= 1.0
-    gradients: Gradients = LastLayer(residuals, features.double().numpy())
+    gradients: Gradients = LastLayer(residuals, features.astype(np.float64))
     if importance != "last-layer":
         live = every_layer(weights.backbone.graph) if importance == "full" else updates
         inputs = adapt_block(block, weights.backbone.input)
@@ -113,11 +108,10 @@ def scored(
     return GradientView(block.y, mass, gradients, probabilities, targets)
 
 
-def _features(backbone: Backbone, block: Block) -> Tensor:
-    """Backbone features in inference mode: float32 (n, D)."""
-    with torch.inference_mode():
-        inputs = (adapt_block(part, backbone.input) for part in block.slices(CHUNK))
-        return torch.cat([backbone.features(x) for x in inputs])
+def _features(backbone: Backbone, block: Block) -> Floats:
+    """Backbone features: float32 (n, D)."""
+    inputs = (adapt_block(part, backbone.input) for part in block.slices(CHUNK))
+    return np.concatenate([backbone.features(x) for x in inputs])
 
 
 def _head_for(block: Block, head: Head | None, names: heads.Names | None, dim: int) -> Head:

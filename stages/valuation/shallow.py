@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 
 from stages.artifacts.records import Array, Block
-from stages.engines.torch.program import FROZEN_CHUNK
 from stages.errors import require
 from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
 from stages.models.inputs import adapt_block
 from stages.valuation.buffer import Features
+
+CHUNK = 16
+"""Samples that pass together: more would only raise the peak of memory."""
 
 
 def shallow_features(backbone: Backbone, depth: int) -> Features:
@@ -27,7 +29,7 @@ def shallow_features(backbone: Backbone, depth: int) -> Features:
     shallow = replace(backbone, graph=Graph(graph.ops[: last + 1], graph.blocks[:depth]))
 
     def features(block: Block) -> Array:
-        pieces = (adapt_block(piece, backbone.input) for piece in block.slices(FROZEN_CHUNK))
-        return np.concatenate([shallow.features(piece).flatten(1).numpy() for piece in pieces])
+        pieces = (adapt_block(piece, backbone.input) for piece in block.slices(CHUNK))
+        return np.concatenate([shallow.features(piece) for piece in pieces])
 
     return features

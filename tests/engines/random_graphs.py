@@ -13,6 +13,7 @@ from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
 from stages.operators import Op
 from stages.planning.shortcuts import with_detached
+from tests.rounding import as_tensors
 
 
 def window(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
@@ -178,9 +179,10 @@ def random_backbone(graph: Graph, seed: int, dtype: torch.dtype) -> Backbone:
     tensors = {}
     for op in graph.layers:
         scale = 2 / prod(op.weight_shape[1:]) ** 0.5
-        tensors[f"{op.name}.weight"] = torch.randn(op.weight_shape, generator=generator, dtype=dtype) * scale
+        weight = torch.randn(op.weight_shape, generator=generator, dtype=dtype) * scale
+        tensors[f"{op.name}.weight"] = weight.numpy()
         if op.bias:
-            tensors[f"{op.name}.bias"] = torch.randn(op.out_channels, generator=generator, dtype=dtype)
+            tensors[f"{op.name}.bias"] = torch.randn(op.out_channels, generator=generator, dtype=dtype).numpy()
     kind = "image" if len(graph.input_shape) == 3 else "features"  # the engine reads only the graph's shapes
     spec = InputSpec(kind, graph.input_shape if kind == "image" else (1,))
     return Backbone(graph, tensors, spec)
@@ -198,7 +200,7 @@ def dense_gradients(
 
     Layers in `detached` get their inputs by `Tensor.detach`.
     """
-    tensors = {name: value.clone().requires_grad_() for name, value in backbone.tensors.items()}
+    tensors = {name: value.clone().requires_grad_() for name, value in as_tensors(backbone.tensors).items()}
     values = {backbone.graph.ops[0].name: x}
     for op in backbone.graph.ops[1:]:
         inputs = [values[name].detach() if op.name in detached else values[name] for name in op.inputs]
@@ -211,12 +213,12 @@ def dense_gradients(
 
 def distance_to_kinks(backbone: Backbone, x: torch.Tensor) -> float:
     """How near any ReLU input is to 0 or 6, or two values of a max-pool window to each other: rounding may cross it."""
-    graph, nearest = backbone.graph, float("inf")
+    graph, nearest, tensors = backbone.graph, float("inf"), as_tensors(backbone.tensors)
     for op in graph.ops:
         if op.kind not in ("relu", "relu6", "max_pool"):
             continue
         before = Graph(graph.ops[: graph.position[op.inputs[0]] + 1])
-        value = reference.run(before, backbone.tensors, x)
+        value = reference.run(before, tensors, x)
         if op.kind == "max_pool":
             ordered = value.flatten().unique()
             gaps = ordered.diff() if len(ordered) > 1 else torch.ones(1)

@@ -1,5 +1,6 @@
 """Small networks whose Fisher potentials the tests know, or compute another way."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -82,4 +83,5 @@ def mixed(seed: int = 0) -> Mixed:
 
 def deployed(net: nn.Module, dtype: torch.dtype = torch.float32) -> Backbone:
     """The deploy form of a module, folded in this precision."""
-    return Backbone(*folded(net, INPUT.shape, dtype), INPUT)
+    graph, tensors = folded(net, INPUT.shape, dtype)
+    return Backbone(graph, {name: np.asarray(value) for name, value in tensors.items()}, INPUT)

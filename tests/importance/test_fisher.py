@@ -1,4 +1,6 @@
-"""Fisher potentials: by hand, against dense autograd, against another formula, and what they cost in memory."""
+"""Fisher potentials: by hand, against dense autograd, against another formula."""
+
+from __future__ import annotations
 
 from types import SimpleNamespace
 
@@ -7,19 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages.engines.torch.inspector import Inspector
 from stages.engines.torch.reference import run
 from stages.errors import DataError
-from stages.fsl.protonet import cosine_logits
 from stages.graphs.graph import Graph
-from stages.importance.fisher import fisher_bytes, fisher_pass
-from stages.importance.tape import backward, forward, kept_names
-from stages.models.deploy import Backbone
+from stages.importance.fisher import fisher_pass
 from stages.operators import Op
 from tests.importance.nets import INPUT, LAYERS, deployed, mixed
+from tests.rounding import as_tensors
 
 SAMPLES = 6
 BACKBONE = deployed(mixed())
@@ -41,9 +40,25 @@ def doubles(seed=0):
 def loss_of(seed=0):
     """The loss of a prototypes head, in the features' precision."""
     means = torch.rand(3, 5, generator=torch.Generator().manual_seed(seed))
-    return lambda features, y: functional.cross_entropy(
-        cosine_logits(features, means.to(features), 10.0), y, reduction="none"
-    )
+
+    def loss(features, y):
+        directions = functional.normalize(features, dim=1), functional.normalize(means.to(features), dim=1)
+        return functional.cross_entropy(10 * directions[0] @ directions[1].T, y, reduction="none")
+
+    return loss
+
+
+def inspected(backbone, window, batches, loss, **options):
+    """The pass by torch's inspector; batches of tensors, a loss whose gradient autograd takes."""
+
+    def losses_and_gradients(features, y):
+        leaf = torch.from_numpy(features).clone().requires_grad_()
+        losses = loss(leaf, torch.from_numpy(y))
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach().double().numpy(), gradient.numpy()
+
+    arrays = [(x.numpy(), y.numpy()) for x, y in batches]
+    return fisher_pass(Inspector(backbone.graph, backbone.tensors, window), arrays, losses_and_gradients, **options)
 
 
 def in_pieces(x, y, size):
@@ -69,7 +84,7 @@ def tiny_net():
         Op("pool", "global_pool", ("relu",), (2,), ((2, 1, 2),)),
     )
     tensors = {"conv.weight": torch.tensor([2.0, -1.0]).view(2, 1, 1, 1), "conv.bias": torch.tensor([0.0, 1.0])}
-    return Backbone(Graph(ops), tensors, SimpleNamespace(shape=(1, 1, 2)))
+    return SimpleNamespace(graph=Graph(ops), tensors=tensors)
 
 
 def test_by_hand():
@@ -84,7 +99,7 @@ def test_by_hand():
     def weighted(features, _):
         return features @ torch.tensor([3.0, 4.0])
 
-    found = fisher_pass(tiny_net(), [(x, torch.zeros(2))], weighted, ["conv"])
+    found = inspected(tiny_net(), ["conv"], [(x, torch.zeros(2))], weighted)
     np.testing.assert_allclose(found.output["conv"], [81 / 4, 36 / 4], rtol=1e-6)
     np.testing.assert_allclose(found.input["conv"], [85 / 4], rtol=1e-6)
     assert found.samples == 2
@@ -110,7 +125,7 @@ def dense_output_fisher(net, x, y, loss):
 
 def test_output_channels_match_dense_autograd():
     x, y = doubles()
-    found = fisher_pass(DOUBLE, in_pieces(x, y, 4), loss_of(), ALL)
+    found = inspected(DOUBLE, ALL, in_pieces(x, y, 4), loss_of())
     expected = dense_output_fisher(mixed().double(), x, y, loss_of())
     assert min(values.max() for values in expected.values()) > 0
     assert_same(found.output, expected)
@@ -118,7 +133,7 @@ def test_output_channels_match_dense_autograd():
 
 def weight_products(x, y, loss):
     """Per sample <W, dL/dW> by input channel, and <W, dL/dW> + b dL/db by output channel, by torch.func."""
-    graph, tensors = DOUBLE.graph, DOUBLE.tensors
+    graph, tensors = DOUBLE.graph, as_tensors(DOUBLE.tensors)
 
     def sample_loss(weights, one, target):
         return loss(run(graph, weights, one[None]), target[None]).sum()
@@ -136,7 +151,7 @@ def weight_products(x, y, loss):
 
 def test_both_axes_match_the_gradient_of_the_weights():
     x, y = doubles(1)
-    found = fisher_pass(DOUBLE, [(x, y)], loss_of(1), ALL)
+    found = inspected(DOUBLE, ALL, [(x, y)], loss_of(1))
     out, into = weight_products(x, y, loss_of(1))
     assert_same(found.output, {k: v.double().square().sum(0).numpy() / (2 * SAMPLES) for k, v in out.items()})
     assert_same(found.input, {k: v.double().square().sum(0).numpy() / (2 * SAMPLES) for k, v in into.items()})
@@ -149,8 +164,8 @@ def test_both_axes_match_the_gradient_of_the_weights():
 @given(st.integers(1, SAMPLES), st.integers(0, 3))
 def test_micro_batches_do_not_change_the_result(size, seed):
     x, y = doubles(seed)
-    whole = fisher_pass(DOUBLE, [(x, y)], loss_of(), ALL)
-    pieces = fisher_pass(DOUBLE, in_pieces(x, y, size), loss_of(), ALL)
+    whole = inspected(DOUBLE, ALL, [(x, y)], loss_of())
+    pieces = inspected(DOUBLE, ALL, in_pieces(x, y, size), loss_of())
     assert_same(pieces.output, whole.output)
     assert_same(pieces.input, whole.input)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-9)
@@ -158,23 +173,23 @@ def test_micro_batches_do_not_change_the_result(size, seed):
 
 def test_seeing_every_sample_twice_changes_nothing():
     x, y = doubles()
-    once = fisher_pass(DOUBLE, [(x, y)], loss_of(), ALL)
-    twice = fisher_pass(DOUBLE, [(x, y), (x, y)], loss_of(), ALL)
+    once = inspected(DOUBLE, ALL, [(x, y)], loss_of())
+    twice = inspected(DOUBLE, ALL, [(x, y), (x, y)], loss_of())
     assert_same(twice.output, once.output)
 
 
 def test_twice_the_loss_gives_four_times_the_potential():
     x, y = doubles()
-    once = fisher_pass(DOUBLE, [(x, y)], loss_of(), ALL)
-    twice = fisher_pass(DOUBLE, [(x, y)], lambda f, t: 2 * loss_of()(f, t), ALL)
+    once = inspected(DOUBLE, ALL, [(x, y)], loss_of())
+    twice = inspected(DOUBLE, ALL, [(x, y)], lambda f, t: 2 * loss_of()(f, t))
     assert_same(twice.output, {layer: 4 * values for layer, values in once.output.items()})
 
 
 @pytest.mark.parametrize("first", range(len(ALL)))
 def test_a_window_sees_what_the_whole_network_sees(first):
     x, y = doubles()
-    whole = fisher_pass(DOUBLE, [(x, y)], loss_of(), ALL)
-    part = fisher_pass(DOUBLE, [(x, y)], loss_of(), ALL[first:])
+    whole = inspected(DOUBLE, ALL, [(x, y)], loss_of())
+    part = inspected(DOUBLE, ALL[first:], [(x, y)], loss_of())
     assert_same(part.output, {layer: whole.output[layer] for layer in part.layers})
     assert_same(part.input, {layer: whole.input[layer] for layer in part.layers})
 
@@ -182,65 +197,17 @@ def test_a_window_sees_what_the_whole_network_sees(first):
 def test_progress_counts_samples():
     x, y = batch()
     done = []
-    fisher_pass(BACKBONE, in_pieces(x, y, 4), loss_of(), ALL, on_step=done.append)
+    inspected(BACKBONE, ALL, in_pieces(x, y, 4), loss_of(), on_step=done.append)
     assert done == [4, 6]
 
 
 def test_no_sample_is_an_error():
     with pytest.raises(DataError, match="no samples"):
-        fisher_pass(BACKBONE, [], loss_of(), ALL)
+        inspected(BACKBONE, ALL, [], loss_of())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_an_error(bad):
     x, y = batch()
     with pytest.raises(DataError, match="finite"):
-        fisher_pass(BACKBONE, [(x, y)], lambda f, t: f.sum(1) * bad, ALL)
-
-
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
-class Storages(TorchDispatchMode):
-    """Remembers, without keeping it alive, every storage that any operator returns, weights excepted."""
-
-    def __init__(self, weights):
-        super().__init__()
-        self.seen, self.weights = {}, {tensor.data_ptr() for tensor in weights}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                if storage.data_ptr() not in self.weights:
-                    self.seen[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
-        return result
-
-    def alive_bytes(self):
-        return sum(size for reference, size in self.seen.values() if not reference.expired())
-
-
-@pytest.mark.parametrize("micro_batch", [1, 4])
-@pytest.mark.parametrize("first", range(len(ALL)))
-def test_between_the_passes_exactly_the_predicted_bytes_live(first, micro_batch):
-    graph, window = BACKBONE.graph, frozenset(ALL[first:])
-    with Storages(BACKBONE.tensors.values()) as storages:
-        x = batch(samples=micro_batch)[0].clone()  # made here, so that it is counted if it is kept
-        features, kept = forward(graph, BACKBONE.tensors, x, frozenset(kept_names(graph, window)))
-        expected = fisher_bytes(graph, window, micro_batch)
-        del x
-        assert kept.keys() >= set(ALL[first:])
-        assert storages.alive_bytes() == expected + features.nbytes
-
-
-def test_the_way_back_saves_nothing_large_with_autograd():
-    """What stock autograd saves while layers are walked through is one operator's, never the network's."""
-    x, _ = batch()
-    graph, window = BACKBONE.graph, frozenset(ALL)
-    features, kept = forward(graph, BACKBONE.tensors, x, frozenset(kept_names(graph, window)))
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
-        layers = [seen.op.name for seen in backward(graph, BACKBONE.tensors, kept, window, torch.ones_like(features))]
-    assert layers == list(reversed(ALL))
-    assert max(saved, default=0) <= max(4 * SAMPLES * op.elements for op in graph.ops)
+        inspected(BACKBONE, ALL, [(x, y)], lambda f, t: f.sum(1) * bad)

@@ -7,13 +7,23 @@ from torch.nn import functional
 
 from stages.artifacts.records import Block, Head
 from stages.errors import DataError, UsageError
-from stages.importance.tasks import TASKS, build_task, head_loss
+from stages.importance.tasks import TASKS, Task, build_task
 from stages.models.heads import prototype_head
 from stages.models.inputs import adapt
 from tests.importance.nets import INPUT, deployed, mixed
-from tests.rounding import Bounded, check_features, exact_features, exact_logits, gamma, longest_sum, no_worse
+from tests.rounding import (
+    Bounded,
+    check_features,
+    exact_features,
+    exact_logits,
+    gamma,
+    longest_sum,
+    no_worse,
+    plain_features,
+)
 
 BACKBONE = deployed(mixed())
+DOUBLE = torch.float64
 
 
 def support(samples=12, classes=3, seed=0, **changes):
@@ -42,11 +52,12 @@ def linear_head(labels, names=None, dim=5):
 def test_prototypes_are_class_means_of_the_support_as_it_is():
     block = support()
     task = build("prototypes", block)
-    features = BACKBONE.features(adapt(block.x, "NCHW", INPUT))
-    means = torch.stack([features[block.y == label].mean(0) for label in (3, 10, 17)])
-    exact = exact_features(BACKBONE, adapt(block.x, "NCHW", INPUT))
-    exact = torch.stack([exact[block.y == label].mean(0) for label in (3, 10, 17)])
-    no_worse(torch.from_numpy(task.head.weight), means, exact, longest_sum(BACKBONE.graph))
+    inputs = adapt(block.x, "NCHW", INPUT)
+    plain, exact = (
+        torch.stack([features[block.y == label].mean(0) for label in (3, 10, 17)])
+        for features in (plain_features(BACKBONE, inputs), exact_features(BACKBONE, inputs))
+    )
+    no_worse(task.head.weight, plain, exact, longest_sum(BACKBONE.graph))
     assert task.head.labels.tolist() == [3, 10, 17]
     assert task.targets.tolist() == [0, 1, 2] * 4
 
@@ -54,28 +65,28 @@ def test_prototypes_are_class_means_of_the_support_as_it_is():
 def test_the_query_is_the_augmented_support_and_some_samples_are_left_as_they_are():
     block = support(200)
     inputs = adapt(block.x, "NCHW", INPUT)
-    changed = (build("prototypes", block).inputs != inputs).flatten(1).any(1)
-    assert 0.8 < changed.float().mean() < 0.98  # nine in ten, one coin per sample
+    changed = (build("prototypes", block).inputs != inputs).reshape(200, -1).any(1)
+    assert 0.8 < changed.mean() < 0.98  # nine in ten, one coin per sample
 
 
 def test_a_seed_decides_the_query():
     block = support()
     first = build("prototypes", block, seed=1)
-    assert torch.equal(first.inputs, build("prototypes", block, seed=1).inputs)
-    assert not torch.equal(first.inputs, build("prototypes", block, seed=2).inputs)
+    np.testing.assert_array_equal(first.inputs, build("prototypes", block, seed=1).inputs)
+    assert not np.array_equal(first.inputs, build("prototypes", block, seed=2).inputs)
 
 
 @pytest.mark.parametrize(("head", "scale"), [(None, 10.0), (linear_head([3, 10]), 10.0), ("prototypes", 4.0)])
 def test_the_scale_is_that_of_the_runs_prototypes(head, scale):
     if head == "prototypes":
-        head = prototype_head(torch.rand(2, 5), np.array([0, 1]), None, scale=4.0)
+        head = prototype_head(np.eye(2, 5, dtype=np.float32), np.array([0, 1]), None, scale=4.0)
     assert build("prototypes", support(), head).head.scale == scale
 
 
 def test_a_class_of_one_sample_is_its_own_prototype():
     block = support(3, classes=3)
     task = build("prototypes", block)
-    check_features(torch.from_numpy(task.head.weight), BACKBONE, adapt(block.x, "NCHW", INPUT))
+    check_features(task.head.weight, BACKBONE, adapt(block.x, "NCHW", INPUT))
 
 
 # ----------------------------------------------------------------------------------------------------------- linear
@@ -84,7 +95,7 @@ def test_a_class_of_one_sample_is_its_own_prototype():
 def test_a_stream_is_seen_as_it_is_under_the_runs_head():
     head = linear_head([3, 10, 17, 99])
     task = build("linear", support(), head)
-    assert torch.equal(task.inputs, adapt(support().x, "NCHW", INPUT))
+    np.testing.assert_array_equal(task.inputs, adapt(support().x, "NCHW", INPUT))
     np.testing.assert_array_equal(task.head.weight, head.weight)
     assert task.targets.tolist() == [0, 1, 2] * 4
 
@@ -111,19 +122,26 @@ def test_classes_without_a_row_are_imprinted():
 
 def test_the_loss_is_cross_entropy_sample_by_sample():
     head = linear_head([0, 1, 2])
-    features, targets = torch.randn(4, 5), torch.tensor([0, 2, 1, 1])
-    scores = exact_logits(head, features.double())
-    exact = torch.stack([functional.cross_entropy(scores[i], targets[i]) for i in range(4)])
-    bound = 2 * gamma(5 + 3) * (features.abs() @ torch.tensor(head.weight).abs().T).double().amax(1) + gamma(8)
-    Bounded(exact, bound).check(head_loss(head)(features, targets))
+    features, targets = np.random.default_rng(2).normal(size=(4, 5)).astype(np.float32), np.array([0, 2, 1, 1])
+    exact = torch.from_numpy(features).double().requires_grad_()
+    losses = functional.cross_entropy(exact_logits(head, exact), torch.from_numpy(targets), reduction="none")
+    (gradient,) = torch.autograd.grad(losses.sum(), exact)
+    weight = torch.from_numpy(head.weight).double().abs()
+    # in float64: a loss moves by at most twice what the scores do, a probability likewise
+    moved = 2 * gamma(5 + 3, DOUBLE) * (exact.detach().abs() @ weight.T).amax(1) + gamma(8, DOUBLE)
+    found, pulled = Task(features, targets, head).loss(features, targets)
+    Bounded(losses.detach(), moved).check(found)
+    rounded = gamma(1) * gradient.abs()  # to float32
+    Bounded(gradient, rounded + 2 * moved[:, None] * weight.sum(0)).check(pulled)
+    assert (found.dtype, pulled.dtype) == (np.float64, np.float32)
 
 
 def test_batches_hold_every_sample_once_in_order():
     task = build("prototypes", support(12))
     pieces = list(task.batches(5))
     assert [len(x) for x, _ in pieces] == [5, 5, 2]
-    assert torch.equal(torch.cat([x for x, _ in pieces]), task.inputs)
-    assert torch.equal(torch.cat([y for _, y in pieces]), task.targets)
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in pieces]), task.inputs)
+    np.testing.assert_array_equal(np.concatenate([y for _, y in pieces]), task.targets)
 
 
 @pytest.mark.parametrize("kind", TASKS)

@@ -42,9 +42,10 @@ static struct result run_all(const uint8_t *data, uint64_t bytes, int width, int
     struct et_sizes sizes;
     struct et_net *net;
     if ((result.code = et_inspect(data, bytes, &sizes))) return result;
-    if (sizes.arena_bytes > 1u << 20 || sizes.input > 1u << 14) { result.code = ET_SMALL; return result; }
+    if (sizes.arena_bytes > 1u << 20 || sizes.input > 1u << 14 || sizes.sums > 1u << 20) { result.code = ET_SMALL; return result; }
     void *context = allocate(sizes.context_bytes), *arena = allocate(sizes.arena_bytes), *kept = allocate(sizes.kept_bytes);
-    float *live = allocate((size_t)sizes.live * 4), *gradient = allocate((size_t)sizes.live * 4);
+    const size_t gradients = (size_t)sizes.live + sizes.sums;
+    float *live = allocate((size_t)sizes.live * 4), *gradient = allocate(gradients * 4);
     float *input = allocate((size_t)sizes.input * 4), *boundary = allocate((size_t)sizes.boundary * 4);
     float *features = allocate((size_t)sizes.features * 4), *pull = allocate((size_t)sizes.features * 4);
     uint8_t *saved = allocate((size_t)sizes.live * 4 + 16);
@@ -62,7 +63,7 @@ static struct result run_all(const uint8_t *data, uint64_t bytes, int width, int
         et_restore(net, kept);
         et_backward(net, pull);
         result.features = et_crc(0, features, (uint64_t)sizes.features * 4);
-        result.gradients = et_crc(0, gradient, (uint64_t)sizes.live * 4);
+        result.gradients = et_crc(0, gradient, (uint64_t)gradients * 4);
         et_sgd(live, gradient, 0, sizes.live, 0.01f, 0, 0, 1);
         et_save_live(net, saved);
         if (et_load_live(net, saved, (uint64_t)sizes.live * 4 + 16)) result.code = 99;

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.artifacts.records import LayerUpdate
+from stages.engines.native.inspector import lower_inspection
 from stages.engines.native.lowering import lower
 from stages.engines.native.program import encode
 from stages.graphs.graph import Graph
@@ -113,6 +114,10 @@ def main(folder: Path) -> None:
     for name, graph, updates in cases():
         for suffix, separate in (("shared", False), ("separate", True)):
             lowering = lower(graph, updates, separate=separate)
+            (folder / f"{name}.{suffix}.image").write_bytes(encode(lowering, tensors(graph)))
+    for name, graph, first in (("blocks-fisher", blocks(), "block0.depthwise"), ("mixed-fisher", mixed(), "dense")):
+        for suffix, separate in (("shared", False), ("separate", True)):
+            lowering = lower_inspection(graph, [first], separate=separate).lowering
             (folder / f"{name}.{suffix}.image").write_bytes(encode(lowering, tensors(graph)))
 
 

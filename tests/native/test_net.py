@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from stages.artifacts.records import LayerUpdate, Model, detached_layers
 from stages.engines.native import library
-from stages.engines.native.lowering import NotCovered, arena_bytes, lower, training_bytes, uncovered
+from stages.engines.native.lowering import NotCovered, lower, uncovered
+from stages.engines.native.memory import memory_of
 from stages.engines.native.net import LOT, NativeNet
 from stages.engines.torch.live import Live
 from stages.engines.torch.net import SparseNet
@@ -44,7 +46,11 @@ def pull(features: np.ndarray) -> np.ndarray:
 
 
 def native(backbone: Backbone, updates, **options) -> NativeNet:
-    return NativeNet(backbone.graph, {k: v.float().numpy() for k, v in backbone.tensors.items()}, updates, **options)
+    return NativeNet(backbone.graph, in_single(backbone).tensors, updates, **options)
+
+
+def in_single(backbone: Backbone) -> Backbone:
+    return replace(backbone, tensors={name: np.float32(value) for name, value in backbone.tensors.items()})
 
 
 def train(net: NativeNet, x: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -66,8 +72,7 @@ def live_slices(graph: Graph, updates, tensors: dict[str, torch.Tensor]) -> dict
 
 def torch_gradients(backbone: Backbone, updates, x: torch.Tensor) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Features and gradients of the torch engine in single precision."""
-    single = Backbone(backbone.graph, {k: v.float() for k, v in backbone.tensors.items()}, backbone.input)
-    net = SparseNet(single, updates)
+    net = SparseNet(in_single(backbone), updates)
     features = net.suffix(net.prefix(x.float()))
     weighted(features).backward()
     return features.detach().numpy(), {name: p.grad.numpy() for name, p in net._parameters().items()}
@@ -138,7 +143,17 @@ ARCHITECTURES = (
 
 def small(arch: str) -> Backbone:
     """A registry architecture with random weights, at a small input size where it takes pictures."""
-    args = {"size": 64} if registry.input_spec(arch, {}).kind == "image" and arch != "cnn4" else {}
+    return random_weights(
+        arch, {"size": 64} if registry.input_spec(arch, {}).kind == "image" and arch != "cnn4" else {}
+    )
+
+
+def large(arch: str) -> Backbone:
+    """At 128 x 128."""
+    return random_weights(arch, {"size": 128})
+
+
+def random_weights(arch: str, args: dict[str, int]) -> Backbone:
     state = registry.build(arch, args).state_dict()
     tensors = {name: value.numpy() for name, value in state.items() if not name.endswith("num_batches_tracked")}
     return deploy(Model(arch, args, registry.input_spec(arch, args), "batchnorm", tensors))
@@ -168,15 +183,12 @@ def test_architectures_train_as_in_the_torch_engine(arch):
     for name, value in theirs.items():
         error = np.linalg.norm(gradients[name] - value)
         assert error <= 2e-3 * np.linalg.norm(value), name  # a few bits at thresholds; exactness: the properties above
-    assert net.sizes.arena_bytes == arena_bytes(backbone.graph, updates) == sum(w.arena.nbytes for w in net._workers)
+    assert net.sizes.arena_bytes == memory_of(backbone.graph, updates).arena == net._workers[0].arena.nbytes
 
 
 def test_mcunets_arena_is_below_what_the_inference_peak_alone_takes_elsewhere():
     """MCUNet at 128 x 128 with a plan like TinyTrain's: the target is 174,080 bytes."""
-    args = {"size": 128}
-    state = registry.build("mcunet-5fps", args).state_dict()
-    tensors = {name: value.numpy() for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    graph = deploy(Model("mcunet-5fps", args, registry.input_spec("mcunet-5fps", args), "batchnorm", tensors)).graph
+    graph = large("mcunet-5fps").graph
     updates = [
         LayerUpdate(layer, "output", tuple(range(0, graph[layer].out_channels, 2)), graph[layer].out_channels)
         for layer in ("blocks.10.expand", *(f"blocks.{n}.depthwise" for n in (10, 11, 12, 13)))
@@ -225,18 +237,71 @@ def test_what_an_arena_held_before_changes_nothing(backbone, updates, x):
     assert all(np.array_equal(net.gradients()[name], value) for name, value in expected[1].items())
 
 
-@pytest.mark.parametrize(("threads", "batch"), [(1, 1), (2, 2 * LOT + 3)])
-def test_memory_is_what_was_foreseen(backbone, updates, x, threads, batch):
-    net = native(backbone, updates, threads=threads)
-    boundary = net.prefix(x[:batch])
+def allocated(net: NativeNet, x: np.ndarray) -> int:
+    """Bytes of the distinct arrays that a forward and a backward pass of these samples hold."""
+    boundary = net.prefix(x)
     features, kept = net.forward(boundary)
-    held = [net.live, net.gradient, features, kept, *boundary]
-    held += [array for worker in net._workers for array in (worker.arena, worker.gradient)]
-    found = sum(array.nbytes for array in held)
-    assert found == training_bytes(backbone.graph, updates, batch=batch, workers=threads)
+    gradient = pull(features).astype(np.float32)
+    net.backward(kept, gradient)
+    arrays = [net.live, net.gradient, features, gradient, kept, net._kept, net._joined(boundary), *boundary]
+    arrays += [array for worker in net._workers for array in (worker.arena, worker.gradient)]
+    owners = {id(owner): owner for owner in map(owner_of, arrays)}
+    return sum(array.nbytes for array in owners.values())
+
+
+def owner_of(array: np.ndarray) -> np.ndarray:
+    """The array whose memory this one looks at; `aligned` ones are slices of bytes with a margin, and own themselves."""
+    base = array.base
+    return base if isinstance(base, np.ndarray) and base.dtype == array.dtype and base.ndim == 2 else array
+
+
+@pytest.mark.parametrize(("threads", "batch"), [(1, 1), (2, 1), (2, 2 * LOT + 3)])
+def test_memory_is_what_was_foreseen(backbone, updates, x, threads, batch):
+    net, foreseen = native(backbone, updates, threads=threads), memory_of(backbone.graph, updates)
+    assert foreseen.image == net.image.nbytes == net.sizes.image_bytes
+    found = allocated(net, x[:batch])
+    assert found == foreseen.working(batch=batch, workers=threads)
     live = net.live.nbytes
-    assert training_bytes(backbone.graph, updates, batch=batch, workers=threads, state=2) == found + 2 * live
-    assert training_bytes(backbone.graph, updates, batch=batch, workers=threads, head=7) == found + 2 * 7 * 4
+    assert foreseen.working(batch=batch, workers=threads, state=2) == found + 2 * live
+    assert foreseen.working(batch=batch, workers=threads, head=7) == found + 2 * 7 * 4
+
+
+@settings(FEW, max_examples=25)
+@given(everything.cases(), st.integers(1, 2))
+def test_memory_of_any_graph_is_what_was_foreseen(case, threads):
+    graph, updates, batch, seed = case
+    net = native(random_backbone(graph, seed, torch.float32), updates, threads=threads)
+    foreseen = memory_of(graph, updates)
+    assert foreseen.image == net.image.nbytes
+    found = allocated(net, random_input(graph, batch, seed, torch.float32).numpy())
+    assert found == foreseen.working(batch=batch, workers=threads)
+
+
+@settings(FEW, max_examples=25)
+@given(cases())
+def test_a_sample_alone_trains_as_it_does_among_others(case):
+    """What it keeps never leaves the arena; its gradient has the same bits as in a batch whose others pull nothing."""
+    graph, updates, _, seed = case
+    backbone = random_backbone(graph, seed, torch.float32)
+    x = random_input(graph, 2, seed, torch.float32).numpy()
+    both, alone = native(backbone, updates), native(backbone, updates)
+    features, kept = both.forward(both.prefix(x))
+    pulls = np.ones_like(features)
+    pulls[1] = 0
+    both.backward(kept, pulls)
+    mine, kept = alone.forward(alone.prefix(x[:1]))
+    alone.backward(kept, pulls[:1])
+    assert np.array_equal(mine, features[:1])
+    for name, value in both.gradients().items():
+        assert np.array_equal(alone.gradients()[name], value)
+
+
+def test_what_a_single_sample_kept_is_lost_with_the_next_pass(backbone, updates, x):
+    net = native(backbone, updates)
+    features, kept = net.forward(net.prefix(x[:1]))
+    net.prefix(x[:1])
+    with pytest.raises(RuntimeError, match="right behind its forward pass"):
+        net.backward(kept, features)
 
 
 def test_the_engine_needs_no_torch():
@@ -254,7 +319,7 @@ def test_running_forward_again_equals_keeping(backbone, updates, x):
 
 def test_only_live_values_change(backbone, updates, x):
     net = native(backbone, updates)
-    before = {name: value.numpy().copy() for name, value in backbone.tensors.items()}
+    before = {name: value.copy() for name, value in backbone.tensors.items()}
     train(net, x)
     net.live -= np.float32(0.1) * net.gradient
     after = net.tensors()

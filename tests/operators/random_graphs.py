@@ -17,6 +17,7 @@ from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
 from stages.operators import TABLE, Op, Shape
 from tests.engines.random_graphs import plans
+from tests.rounding import as_tensors
 
 SMOOTH = ("sigmoid", "tanh", "silu", "gelu", "mish", "hardswish", "elu", "softmax")
 BENT = ("relu", "relu6", "hardsigmoid", "leaky_relu", "prelu", "clamp", "abs")
@@ -256,7 +257,8 @@ def random_backbone(graph: Graph, seed: int, dtype: torch.dtype) -> Backbone:
     for op in graph.ops:
         for what, shape in op.tensors.items():
             fan = prod(shape[1:]) if op.is_layer and len(shape) > 1 else 1
-            tensors[f"{op.name}.{what}"] = (torch.randn(shape, generator=rng, dtype=torch.float64) / fan**0.5).to(dtype)
+            value = (torch.randn(shape, generator=rng, dtype=torch.float64) / fan**0.5).to(dtype)
+            tensors[f"{op.name}.{what}"] = value.numpy()
     kind = {3: "image", 2: "signal", 1: "features"}[len(graph.input_shape)]
     return Backbone(graph, tensors, InputSpec(kind, graph.input_shape))
 
@@ -270,7 +272,7 @@ def dense_gradients(
     backbone: Backbone, x: Tensor, loss: Callable[[Tensor], Tensor], detached: Set[str] = frozenset()
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Features and every tensor's gradient by stock autograd; layers in `detached` get their inputs detached."""
-    tensors = {name: value.clone().requires_grad_() for name, value in backbone.tensors.items()}
+    tensors = {name: value.clone().requires_grad_() for name, value in as_tensors(backbone.tensors).items()}
     values = {backbone.graph.ops[0].name: x}
     for op in backbone.graph.ops[1:]:
         inputs = [values[name].detach() if op.owner in detached else values[name] for name in op.inputs]

@@ -309,8 +309,8 @@ def test_what_a_rule_keeps_is_as_large_as_it_says(example: Example) -> None:
 
 
 def engine(case: Alone, updates: Sequence[LayerUpdate], **options: Any) -> SparseNet:
-    spec = InputSpec("features", case.graph.input_shape)
-    return SparseNet(Backbone(case.graph, dict(case.tensors), spec), updates, **options)
+    arrays = {name: value.numpy() for name, value in case.tensors.items()}
+    return SparseNet(Backbone(case.graph, arrays, InputSpec("features", case.graph.input_shape)), updates, **options)
 
 
 def weighted(features: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from stages.artifacts.records import Block, LayerUpdate, Model, Run
 from stages.artifacts.stream import open_records
 from stages.filtering import Filtering
 from stages.models import registry
-from stages.models.deploy import deploy, state, store
+from stages.models.deploy import deploy, store
+from stages.models.modules import state
 from stages.pipeline import Pipeline
 from stages.planning.plans import make_plan
 from stages.selection import Selection

@@ -1,10 +1,10 @@
 """The live pipeline as three processes: with a fixed lag they compute what one process does, bit for bit."""
 
 import json
+import re
 import sys
 
 import pytest
-import torch
 
 from stages.artifacts.stream import open_records
 from stages.pipeline import simulate
@@ -27,14 +27,6 @@ def stream(tmp_path) -> Shell:
     write(tmp_path, new_run(), [samples(170)])
     (tmp_path / "relay.py").write_text(RELAY)
     return Shell(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def expected(lag):
@@ -81,4 +73,34 @@ def test_features_and_anytime_selection_through_real_pipes(stream):
     assert all(4 <= row["scored"] <= row["candidates"] <= 12 for row in lines["select"])
     assert all(row["variance_gain"] > 0 for row in lines["select"])
     block = list(open_records(stream.directory / "batches.h5"))[1]
-    assert block.columns["boundary0"].shape == (len(block), WIDTH)
+    assert block.columns["boundary0"].shape == (len(block), 1, 1, WIDTH)  # (N, H, W, C)
+    assert re.fullmatch(r"\S+ \(native [0-9a-f]{8}\)", block.facts["boundary"])
+
+
+def test_features_sent_train_to_the_bits_of_samples_sent_whole(stream):
+    for send in ("samples", "features"):
+        result = stream(
+            f"""cat stream.h5 | edgetrain filter --window 20 --keep 8 -q |
+            edgetrain select --batch 4 --live {send} --send {send} -q |
+            edgetrain train-sparse --lr {RATE} --live {send} -q -o {send}.h5"""
+        )
+        assert result.returncode == 0, result.stderr.decode()
+        assert_same(read_run(stream.directory / f"{send}.h5"), expected(1))
+
+
+@pytest.mark.parametrize(
+    ("select", "train", "found", "wanted"),
+    [("torch", "auto", "torch", "native"), ("auto", "torch", "native", "torch"), ("auto", "auto", "native", "native")],
+    ids=["torch's for native", "native for torch's", "another plan's"],
+)
+def test_features_that_the_trainer_cannot_take_are_refused_in_a_line(stream, select, train, found, wanted):
+    plan = "--last-layer" if found == wanted else ""
+    result = stream(
+        f"""cat stream.h5 | edgetrain filter --window 20 --keep 8 -q |
+        edgetrain select --send features --engine {select} -q |
+        edgetrain train-sparse --engine {train} {plan} -q -o out.h5"""
+    )
+    assert result.returncode == 65, result.stderr.decode()
+    (told,) = (line for line in result.stderr.decode().splitlines() if line.startswith("edgetrain train-sparse"))
+    assert re.search(rf"stream: features of \S+ \({found}.*expected those of \S+ \({wanted}.*same engine", told), told
+    assert not (stream.directory / "out.h5").exists()

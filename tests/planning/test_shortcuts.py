@@ -8,7 +8,8 @@ from stages.cost.model import block_entries, last_blocks
 from stages.cost.training import plan_backward_macs, reached, saved_activation_bytes, whole_update
 from stages.graphs.graph import Graph
 from stages.models import registry
-from stages.models.deploy import deploy, state
+from stages.models.deploy import deploy
+from stages.models.modules import state
 from stages.operators import Op
 from stages.planning.budget import Budget
 from stages.planning.layers import select_layers

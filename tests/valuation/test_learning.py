@@ -6,8 +6,9 @@ import pytest
 from stages.artifacts.records import Block, Model, Run
 from stages.filtering import Filtering
 from stages.models import heads, registry
-from stages.models.deploy import deploy, state
+from stages.models.deploy import deploy
 from stages.models.inputs import adapt
+from stages.models.modules import state
 from stages.pipeline import Pipeline, simulate
 from stages.selection import Selection, Weights
 from stages.sparse_training import StreamTraining
@@ -45,7 +46,7 @@ def accuracy_of(run, digits):
     backbone, (x, y) = deploy(run.model), digits
     features = backbone.features(adapt(x[1400:], "ND", backbone.input))
     head = run.model.head
-    return float(np.mean(head.labels[heads.logits(head, features).argmax(1).numpy()] == y[1400:]))
+    return float(np.mean(head.labels[heads.logits(head, features).argmax(1)] == y[1400:]))
 
 
 def test_choosing_learns_faster_than_chance(digits):

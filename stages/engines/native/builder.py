@@ -102,6 +102,8 @@ class Builder:
     def __init__(self, graph: Graph, channels: Channels) -> None:
         shape = map_of(graph.input_shape)
         self.graph, self.channels = graph, channels
+        self.owner = ""
+        """The operator whose steps are being made."""
         self.program = Lowering((shape.channels, shape.height, shape.width), graph.feature_dim)
         self._wishes: list[tuple[Buffer, Buffer, bool]] = []
         self.program.zeros = max([op.in_channels for op in graph.ops if op.kind == "conv"], default=0)
@@ -141,11 +143,17 @@ class Builder:
         self.program.live_floats += padded(floats)
         return Ref(LIVE, at)
 
+    def sums(self, floats: int) -> Ref:
+        """A place behind the live values' gradients for what the backward pass sums up."""
+        at = self.program.live_floats + self.program.sum_floats
+        self.program.sum_floats += padded(floats)
+        return Ref(GRADIENT, at)
+
     # -------------------------------------------------------------------------------------------------------- steps
 
     def emit(self, into: list[Step], kind: str, **words: int | Ref | None) -> Step:
         """Append a step; words of None are left out."""
-        step = Step(kind, {name: word for name, word in words.items() if word is not None})
+        step = Step(kind, {name: word for name, word in words.items() if word is not None}, self.owner)
         into.append(step)
         return step
 

@@ -55,7 +55,7 @@ class Sizes(ctypes.Structure):
 
     _fields_ = [
         *[(name, _U64) for name in ("context_bytes", "arena_bytes", "kept_bytes", "constant_bytes", "image_bytes")],
-        *[(name, _U32) for name in ("input", "boundary", "features", "live", "steps", "plan")],
+        *[(name, _U32) for name in ("input", "boundary", "features", "live", "steps", "plan", "sums")],
     ]
 
 

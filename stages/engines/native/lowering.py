@@ -7,7 +7,7 @@ any other: whoever adds to it makes a new one, in the place of the old where not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from math import prod
 
 from stages.artifacts.records import LayerUpdate, detached_layers
@@ -32,9 +32,12 @@ def uncovered(graph: Graph) -> str:
     for op in graph.ops:
         if op.kind not in RULES:
             return f"operator {op.name}: kind {op.kind!r}"
-        reason = "tensors shared with another operator" if op.shares else RULES[op.kind].refuses(op)
-        if not reason and not 1 <= len(op.shape) <= 3:
+        if op.shares:
+            reason = "tensors shared with another operator"
+        elif not 1 <= len(op.shape) <= 3:
             reason = f"values of {len(op.shape)} axes"
+        else:
+            reason = RULES[op.kind].refuses(op)
         if reason:
             return f"operator {op.name}: {op.kind} with {reason}"
     return ""
@@ -50,53 +53,43 @@ def lower(graph: Graph, updates: Sequence[LayerUpdate], *, separate: bool = Fals
         NotCovered: an operator has no kernel; it is named.
         DataError: the updates are not a plan for this graph.
     """
+    check_covered(graph)
+    if updates:
+        check_updates(updates, graph)
+    return Lowerer(graph, updates, chains=chains).run(separate=separate)
+
+
+def check_covered(graph: Graph) -> None:
+    """Raise `NotCovered` where the native engine cannot run a graph."""
     if reason := uncovered(graph):
         where, _, what = reason.partition(": ")
         raise NotCovered(where, what, "what the native engine has", "use --engine torch")
-    if updates:
-        check_updates(updates, graph)
-    return _Lower(graph, updates, chains).run(separate=separate)
 
 
-def arena_bytes(graph: Graph, updates: Sequence[LayerUpdate]) -> int:
-    """Bytes of the arena in which one worker trains `updates`, or runs the graph where there are none."""
-    return lower(graph, updates).arena_bytes
+class Lowerer:
+    """Builds one program: the trained part and its backward pass first, because the prefix must fit beside them."""
 
+    residuals = True
+    """Whether layers compute the additions behind them on their way out."""
 
-def training_bytes(
-    graph: Graph, updates: Sequence[LayerUpdate], *, batch: int = 1, workers: int = 1, state: int = 0, head: int = 0
-) -> int:
-    """Bytes that training holds beside the image and the samples, as `net.NativeNet` allocates them.
-
-    Args:
-        batch: samples whose loss is taken together: each one's boundary, features and what its backward pass needs.
-        workers: threads, each with an arena and gradients of its own.
-        state: the optimiser's values per live value (0 for SGD, 1 with momentum, 2 for Adam).
-        head: values of the classifier on the features, with their gradients and state.
-    """
-    program = lower(graph, updates)
-    boundary = sum(buffer.floats for buffer in program.boundary)
-    return (
-        workers * 4 * (program.arena_floats + program.live_floats)
-        + 4 * (2 + state) * (program.live_floats + head)
-        + batch * (program.kept_bytes + 4 * (boundary + program.features))
-    )
-
-
-class _Lower:
-    def __init__(self, graph: Graph, updates: Sequence[LayerUpdate], chains: bool) -> None:
+    def __init__(
+        self, graph: Graph, updates: Sequence[LayerUpdate], *, start: Set[str] = frozenset(), chains: bool = True
+    ) -> None:
+        """`start`: further layers from which on the graph counts as trained, though no weight of theirs is."""
         self.graph, self.chains = graph, chains
         self.live = {update.layer: update for update in updates if update.trains}
         self.detached = detached_layers(updates)
+        start = start | set(self.live)
         self.builder = Builder(graph, Channels(graph, self.live.values(), lambda op: RULES[op.kind].channels(op)))
-        self.trained = graph.downstream(set(self.live))
-        self.flow = graph.gradient_flow(set(self.live), self.detached)
-        self.output = graph.ops[-1].name
+        self.trained = graph.downstream(start) & graph.upstream([graph.output])
+        self.flow = graph.gradient_flow(start, self.detached)
+        self.output = graph.output
         read = {source for name in self.trained for source in graph[name].inputs} - self.trained
         self.boundary = [op.name for op in graph.ops if op.name in read] if self.trained else [self.output]
         self.values: dict[str, Buffer] = {}
 
-    def run(self, *, separate: bool) -> Lowering:
+    def run(self, *, separate: bool = False) -> Lowering:
+        """The program with its arena planned."""
         program = self.builder.program
         for name in self.boundary:
             shape = map_of(self.graph[name].shape)
@@ -121,11 +114,12 @@ class _Lower:
     def _trained_part(self) -> list[Node]:
         program, builder = self.builder.program, self.builder
         nodes = []
-        for unit in units_of(self.graph, self.trained, [self.output]):
+        for unit in units_of(self.graph, self.trained, [self.output], residuals=self.residuals):
             node = self._node(unit, program.suffix)
             nodes.append(node)
         order = builder.channels.position[self.output]
         size = len(order)
+        builder.owner = self.output
         builder.emit(
             program.suffix, "features", x=self.values[self.output][0], m=builder.indices(order), n=size, ci=size,
             co=size, ldx=size, ldy=size, hi=1, wi=1, ho=1, wo=1,
@@ -134,6 +128,7 @@ class _Lower:
 
     def _node(self, unit: Unit, into: list[Step]) -> Node:
         op, rule = unit.op, RULES[unit.op.kind]
+        self.builder.owner = op.name
         inputs = [self.values[name] for name in op.inputs]
         layer = layers.Layer(self.builder, op, self.live.get(op.name)) if op.is_layer else None
         residual = self.values.get(unit.residual)
@@ -145,7 +140,7 @@ class _Lower:
         return node
 
     def _backward(self, nodes: Sequence[Node]) -> None:
-        if not self.live:
+        if not self.flow:
             return
         program, builder = self.builder.program, self.builder
         bits: dict[str, Buffer] = {}
@@ -154,6 +149,7 @@ class _Lower:
         size = prod(self.graph[self.output].shape)
         gradient = builder.buffer(f"gradient {self.output}", size)
         order = builder.channels.position[self.output]
+        builder.owner = self.output
         builder.emit(
             program.backward, "gradient", y=gradient[0], m=builder.indices(order), n=size, ci=size, co=size, ldx=size,
             ldy=size, hi=1, wi=1, ho=1, wo=1,
@@ -162,7 +158,8 @@ class _Lower:
         for node in reversed(nodes):
             g = pending.pop(node.unit.out, None)
             if g is not None:
-                self._pull(node, g, pending, bits, slices)
+                builder.owner = node.op.name
+                self.pull(node, g, pending, bits, slices)
 
     def _saves(self, nodes: Sequence[Node], bits: dict[str, Buffer], slices: dict[str, tuple[Buffer, int]]) -> None:
         """Insert the steps that keep what the backward pass needs, each right behind the step that makes it."""
@@ -183,12 +180,17 @@ class _Lower:
             node = ends[id(buffer)]
             if node.unit.out not in self.flow:
                 continue
+            self.builder.owner = node.op.name
             if node.layer is not None and (kept := layers.saves(node.layer, node.inputs[0], program.suffix)):
                 slices[node.op.name] = kept
-            if activation := activation_of(node.unit):
+            if activation := self.bits_of(node.unit):
                 bits[node.unit.out] = keep_bits(self.builder, activation, node.unit.out, node.y, program.suffix)
 
-    def _pull(
+    def bits_of(self, unit: Unit) -> str:
+        """The activation whose bits a unit keeps for the backward pass, or none."""
+        return activation_of(unit)
+
+    def pull(
         self,
         node: Node,
         g: Buffer,
@@ -215,7 +217,7 @@ class _Lower:
     # -------------------------------------------------------------------------------------------------------- prefix
 
     def _prefix(self, floor: int) -> None:
-        units = units_of(self.graph, _ancestors(self.graph, self.boundary), self.boundary)
+        units = units_of(self.graph, self.graph.upstream(self.boundary), self.boundary)
         cuts = Cuts(self.graph, units, self.boundary, floor)
         plan = cuts.best() if self.chains else [Chain(i, i, over=False) for i in range(len(units))]
         for chain in plan:
@@ -223,6 +225,7 @@ class _Lower:
 
     def _chain(self, units: Sequence[Unit], *, over: bool) -> None:
         into, builder = self.builder.program.prefix, self.builder
+        builder.owner = units[-1].op.name
         if len(units) > 1:
             builder.emit(into, "chain", n=len(units), ci=1, ldx=1, ldy=1, hi=1, wi=1, ho=1, wo=1)
         source = self.values[units[0].op.inputs[0]] if units[0].op.inputs else None
@@ -230,6 +233,7 @@ class _Lower:
         for number, unit in enumerate(units):
             last = number + 1 == len(units)
             inputs = [self.values[name] for name in unit.op.inputs]
+            builder.owner = unit.op.name
             if last and len(units) > 1:
                 y = self._made(unit.out, over=source if over else None, chained=True)
             elif last:
@@ -262,12 +266,3 @@ def activation_of(unit: Unit) -> str:
     if unit.residual:
         return unit.act2
     return unit.act or (unit.op.kind if unit.op.kind in BITS else "")
-
-
-def _ancestors(graph: Graph, names: Collection[str]) -> set[str]:
-    """The named operators and all that they are computed from."""
-    found = set(names)
-    for op in reversed(graph.ops):
-        if op.name in found:
-            found.update(op.inputs)
-    return found

@@ -7,6 +7,7 @@ the lots' sums in their order, so the result does not depend on the number of th
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,13 +19,10 @@ from stages.artifacts.records import LayerUpdate
 from stages.engines.native.library import Sizes, aligned, check, inspect, library
 from stages.engines.native.lowering import lower
 from stages.engines.native.program import Lowering, encode
+from stages.engines.parameter import Boundary, Floats, Parameter
 from stages.errors import DataError
 from stages.graphs.graph import Graph
 
-Floats = NDArray[np.float32]
-Boundary = tuple[Floats, ...]
-"""What crosses from the frozen into the trained part: values (N, height, width, channels), the channels in the engine's
-order."""
 LOT = 8
 """Samples whose gradients are summed before they join the others'."""
 
@@ -34,7 +32,7 @@ class Worker:
 
     def __init__(self, image: NDArray[np.uint8], sizes: Sizes, live: Floats, *, width: int, same_bits: bool) -> None:
         self.arena = aligned(sizes.arena_bytes, np.uint8)
-        self.gradient = aligned(sizes.live)
+        self.gradient = aligned(sizes.live + sizes.sums)
         self._context = aligned(sizes.context_bytes, np.uint8)
         self._keep_alive = image, live
         self._library = library(same_bits)
@@ -53,7 +51,7 @@ class NativeNet:
     Args:
         graph: in deploy form.
         tensors: `<layer>.weight` and `<layer>.bias`, float32 in PyTorch's shapes; copied where they train.
-        threads: workers, each with an arena.
+        threads: workers, each with an arena; None takes one for each processor that this process may use.
         same_bits: round products and sums one by one, so that every machine gives the same bits; slower.
         width: floats of a vector (1, 4, 8, 16); 0 for the widest that the processor has.
 
@@ -69,7 +67,7 @@ class NativeNet:
         tensors: Mapping[str, Floats],
         updates: Sequence[LayerUpdate],
         *,
-        threads: int = 1,
+        threads: int | None = None,
         same_bits: bool = False,
         width: int = 0,
         lowering: Lowering | None = None,
@@ -83,12 +81,15 @@ class NativeNet:
         self.live: Floats = aligned(self.sizes.live)
         self.gradient: Floats = aligned(self.sizes.live)
         """Sums of the live values' gradients, in the engine's layout: where `live` has the values."""
+        count = available_processors() if threads is None else max(1, threads)
         self._workers = [
-            Worker(self.image, self.sizes, self.live, width=width, same_bits=same_bits) for _ in range(max(1, threads))
+            Worker(self.image, self.sizes, self.live, width=width, same_bits=same_bits) for _ in range(count)
         ]
         self._pool = ThreadPoolExecutor(len(self._workers)) if len(self._workers) > 1 else None
         self._library.et_reset(self._workers[0].handle)
         self._kept = np.empty((0, self.sizes.kept_bytes), np.uint8)
+        self._in_arena: NDArray[np.uint8] | None = None
+        """What stands for what the last forward pass left in the arena, until something else runs there."""
         self._scale: Floats | None = None
         self._offset: Floats | None = None
 
@@ -98,6 +99,11 @@ class NativeNet:
     def boundary(self) -> tuple[str, ...]:
         """The operators whose outputs `prefix` gives, in its order."""
         return tuple(buffer.name for buffer in self.lowering.boundary)
+
+    @property
+    def layout(self) -> str:
+        """How they lie there: the order of channels is the plan's."""
+        return f"native {self.lowering.plan_mark:08x}"
 
     def prepare_bytes(self, scale: Sequence[float], offset: Sequence[float]) -> None:
         """Let `prefix` take images as bytes (N, H, W, C): value * scale[c] + offset[c] is computed on the way in."""
@@ -143,10 +149,17 @@ class NativeNet:
         """What `prefix` gave -> features (N, D) and what the backward pass needs, (N, bytes).
 
         The latter is the net's own, and good until the next call: fresh memory for every step costs more time than
-        filling it.
+        filling it. Of a single sample it stays in the arena, (1, 0), and is lost with whatever runs next.
         """
+        if not self.lowering.parameters:
+            return self.suffix(boundary), self._kept[:0]
         flat = self._joined(boundary)
         features = np.empty((len(flat), self.sizes.features), np.float32)
+        if len(flat) == 1:
+            run = self._library.et_forward
+            self._each(lambda worker, i: run(worker.handle, flat.ctypes.data, features.ctypes.data), 1)
+            self._in_arena = np.empty((1, 0), np.uint8)
+            return features, self._in_arena
         if len(self._kept) < len(flat):
             self._kept = np.empty((len(flat), self.sizes.kept_bytes), np.uint8)
         kept = self._kept[: len(flat)]
@@ -162,8 +175,19 @@ class NativeNet:
         return features, kept
 
     def backward(self, kept: NDArray[np.uint8], gradient: Floats) -> None:
-        """Add to `gradient` of the net, from what `forward` kept and the gradient at the features (N, D)."""
+        """Add to `gradient` of the net, from what `forward` kept and the gradient at the features (N, D).
+
+        Raises `RuntimeError` where a single sample's was lost.
+        """
+        if not self.lowering.parameters:
+            return
         gradient = np.ascontiguousarray(gradient, np.float32)
+        if kept.shape[1] < self.sizes.kept_bytes:
+            if kept is not self._in_arena:
+                raise RuntimeError("a single sample's backward pass must come right behind its forward pass")
+            back = self._library.et_backward
+            self._summed(lambda worker, i: back(worker.handle, gradient.ctypes.data), 1)
+            return
         call, restore, source, keeps = (
             self._library.et_backward, self._library.et_restore, _rows(gradient), _rows(kept)
         )  # fmt: skip
@@ -219,13 +243,26 @@ class NativeNet:
         if shapes != tuple(self.lowering.boundary_shapes):
             raise DataError("boundary", f"{shapes}", f"{tuple(self.lowering.boundary_shapes)}", "run `prefix` again")
         if len(boundary) == 1:
-            return np.ascontiguousarray(boundary[0], np.float32).reshape(len(boundary[0]), -1)
-        return np.concatenate([value.reshape(len(value), -1) for value in boundary], 1, dtype=np.float32)
+            return np.ascontiguousarray(boundary[0], np.float32).reshape(len(boundary[0]), self.sizes.boundary)
+        if (flat := self._split_from(boundary)) is not None:
+            return flat
+        parts = [value.reshape(len(value), int(np.prod(value.shape[1:]))) for value in boundary]  # of no samples too
+        return np.concatenate(parts, 1, dtype=np.float32)
+
+    def _split_from(self, boundary: Boundary) -> Floats | None:
+        """The array that `_split` took these values from, where they are such: it need not be made again."""
+        flat = boundary[0].base
+        if not isinstance(flat, np.ndarray) or flat.shape != (len(boundary[0]), self.sizes.boundary):
+            return None
+        places = [(value.ctypes.data, value.strides) for value in self._split(flat)]
+        same = [(value.ctypes.data, value.strides) for value in boundary] == places and flat.dtype == np.float32
+        return flat if same else None
 
     # ---------------------------------------------------------------------------------------------------- workers
 
     def _each(self, one: Callable[[Worker, int], None], samples: int) -> None:
         """Every sample on any worker."""
+        self._in_arena = None
         lots = [range(start, min(start + LOT, samples)) for start in range(0, samples, LOT)]
 
         def work(worker: Worker, lot: range) -> None:
@@ -236,6 +273,7 @@ class NativeNet:
 
     def _summed(self, one: Callable[[Worker, int], None], samples: int) -> None:
         """Every sample on any worker; the lots' gradients added in their order."""
+        self._in_arena = None
         lots = [range(start, min(start + LOT, samples)) for start in range(0, samples, LOT)]
 
         def work(worker: Worker, lot: range) -> None:
@@ -263,6 +301,10 @@ class NativeNet:
         list(self._pool.map(all_of, range(len(self._workers))))
 
     # ----------------------------------------------------------------------------------------------------- values
+
+    def parameters(self) -> list[Parameter]:
+        """All live values as one, in the engine's order; empty where nothing trains."""
+        return [Parameter(self.live, self.gradient)] if self.lowering.parameters else []
 
     def gradients(self) -> dict[str, Floats]:
         """The gradients of the live slices by name, in the shapes of `live_tensors`."""
@@ -319,3 +361,8 @@ def _aligned_copy(data: bytes) -> NDArray[np.uint8]:
     image: NDArray[np.uint8] = aligned(len(data), np.uint8)
     image[:] = np.frombuffer(data, np.uint8)
     return image
+
+
+def available_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))

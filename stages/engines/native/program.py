@@ -89,6 +89,8 @@ class Step:
 
     kind: str
     words: dict[str, int | Ref]
+    op: str = ""
+    """Name of the operator that it belongs to."""
     time: int = -1
 
     def refs(self) -> list[Ref]:
@@ -141,6 +143,8 @@ class Lowering:
     zeros: int = 0
     live: list[tuple[int, Recipe]] = field(default_factory=list)
     live_floats: int = 0
+    sum_floats: int = 0
+    """What the backward pass sums up beside gradients of live values: behind them in their space."""
     arena_floats: int = 0
     bound_floats: int = 0
     """No arena could be smaller with these steps: the most that is held at one time."""
@@ -154,6 +158,13 @@ class Lowering:
     def kept_bytes(self) -> int:
         """What stays between the forward and the backward pass of one sample."""
         return 4 * sum(buffer.floats for buffer in self.kept)
+
+    @property
+    def image_bytes(self) -> int:
+        """Length of what `encode` makes."""
+        steps = len(self.prefix) + len(self.suffix) + len(self.backward)
+        words = (len(FIELDS) * steps, self.constant_floats, self.live_floats, 2 * len(self.boundary + self.kept))
+        return HEADER_BYTES + sum(-(-4 * count // ALIGN) * ALIGN for count in words)
 
 
 def filled(recipes: Sequence[tuple[int, Recipe]], floats: int, tensors: Tensors) -> NDArray[np.uint32]:
@@ -187,8 +198,9 @@ def encode(lowering: Lowering, tensors: Tensors) -> bytes:
     rest = struct.pack(
         "<28I", at, lowering.plan_mark, 0, lowering.zeros, lowering.arena_floats, lowering.constant_floats,
         lowering.live_floats, lowering.kept_bytes // 4, channels, height, width, lowering.features,
-        sum(buffer.floats for buffer in lowering.boundary), len(lowering.boundary), len(lowering.kept), 0, len(steps),
-        len(lowering.prefix), len(lowering.suffix), len(lowering.backward), *offsets, 0, 0, 0, 0,
+        sum(buffer.floats for buffer in lowering.boundary), len(lowering.boundary), len(lowering.kept),
+        lowering.sum_floats, len(steps), len(lowering.prefix), len(lowering.suffix), len(lowering.backward), *offsets,
+        0, 0, 0, 0,
     )  # fmt: skip
     body = b"".join([rest, *sections])
     return struct.pack("<4I", MAGIC, VERSION, HEADER_BYTES, zlib.crc32(body)) + body

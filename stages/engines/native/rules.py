@@ -119,9 +119,9 @@ def _refuses_tokens(op: Op) -> str:
 # ---------------------------------------------------------------------------------------------------------- activations
 
 
-def _flat(op: Op, shape: Sequence[int] | None = None) -> dict[str, int | Ref]:
+def flat(shape: Sequence[int]) -> dict[str, int | Ref]:
     """The words of a step over all values of a map."""
-    size = map_of(tuple(shape or op.shape))
+    size = map_of(tuple(shape))
     return {
         "hi": size.height, "wi": size.width, "ho": size.height, "wo": size.width, "ci": size.channels,
         "co": size.channels, "ldx": size.channels, "ldy": size.channels,
@@ -145,13 +145,13 @@ def float_word(value: float) -> int:
 
 
 def _activation(builder: Builder, node: Node, into: list[Step]) -> None:
-    builder.emit(into, "unary", **_flat(node.op), **_function(node.op), x=node.inputs[0][0], y=node.y[0])
+    builder.emit(into, "unary", **flat(node.op.shape), **_function(node.op), x=node.inputs[0][0], y=node.y[0])
 
 
 def _activation_back(
     builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]
 ) -> Buffer:
-    words = _flat(node.op) | _function(node.op)
+    words = flat(node.op.shape) | _function(node.op)
     return _elementwise(builder, node, "unary_dx", words, node.inputs[0], g, add, into)
 
 
@@ -168,11 +168,11 @@ def _elementwise(
 
 def _softmax(builder: Builder, node: Node, into: list[Step]) -> None:
     logarithm = int(node.op.kind == "log_softmax")
-    builder.emit(into, "softmax", **_flat(node.op), x=node.inputs[0][0], y=node.y[0], n=logarithm)
+    builder.emit(into, "softmax", **flat(node.op.shape), x=node.inputs[0][0], y=node.y[0], n=logarithm)
 
 
 def _softmax_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
-    words = _flat(node.op) | {"n": int(node.op.kind == "log_softmax")}
+    words = flat(node.op.shape) | {"n": int(node.op.kind == "log_softmax")}
     return _elementwise(builder, node, "softmax_dx", words, node.y, g, add, into)
 
 
@@ -185,7 +185,7 @@ def _refuses_axis(op: Op) -> str:
 
 def _norm_words(op: Op) -> dict[str, int | Ref]:
     groups = 1 if op.kind == "layernorm" else op["groups"]
-    return _flat(op) | {"n": groups, "a0": float_word(op["eps"])}
+    return flat(op.shape) | {"n": groups, "a0": float_word(op["eps"])}
 
 
 def _norm(builder: Builder, node: Node, into: list[Step]) -> None:
@@ -218,14 +218,14 @@ def _factors(op: Op) -> tuple[int, int]:
 
 def _multiply(builder: Builder, node: Node, into: list[Step]) -> None:
     whole, other = _factors(node.op)
-    sizes = _flat(node.op)
+    sizes = flat(node.op.shape)
     apart = 0 if _is_vector(node.op.in_shapes[other], node.op.shape) else sizes["ldx"]
     x, r = node.inputs[whole], node.inputs[other]
     builder.emit(into, "multiply", **sizes, x=x[0], r=r[0], ldr=apart, y=node.y[0])
 
 
 def _multiply_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
-    op, other, sizes = node.op, node.inputs[1 - which], _flat(node.op)
+    op, other, sizes = node.op, node.inputs[1 - which], flat(node.op.shape)
     dx = builder.buffer(f"gradient {op.inputs[which]}", prod(op.in_shapes[which]), over=add)
     more = None if add is None else add[0]
     if _is_vector(op.in_shapes[which], op.shape):
@@ -255,24 +255,16 @@ def plus(builder: Builder, name: str, shape: Sequence[int], g: Buffer, add: Buff
     if add is None:
         return g
     total = builder.buffer(f"gradient {name}", g.floats, over=add)
-    sizes = _flat_of(shape)
+    sizes = flat(shape)
     builder.emit(into, "add", **sizes, x=g[0], r=add[0], y=total[0], ldr=sizes["ldx"])
     return total
-
-
-def _flat_of(shape: Sequence[int]) -> dict[str, int | Ref]:
-    size = map_of(tuple(shape))
-    return {
-        "hi": size.height, "wi": size.width, "ho": size.height, "wo": size.width, "ci": size.channels,
-        "co": size.channels, "ldx": size.channels, "ldy": size.channels,
-    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ additions and copies
 
 
 def _sum(builder: Builder, node: Node, into: list[Step]) -> None:
-    op, sizes = node.op, _flat(node.op)
+    op, sizes = node.op, flat(node.op.shape)
     whole, other = _factors(op) if op.kind == "add" else (0, 1)
     x, r = node.inputs[whole], node.inputs[other]
     apart = 0 if _is_vector(op.in_shapes[other], op.shape) else sizes["ldx"]
@@ -293,13 +285,13 @@ def _over_pixels(builder: Builder, op: Op, g: Buffer, into: list[Step]) -> Buffe
     channels = op.shape[0]
     total = builder.buffer(f"gradient of a channel of {op.name}", channels)
     ones = builder.constant(lambda tensors: np.ones(channels, np.float32), channels)
-    builder.emit(into, "dot", **_flat(op), x=g[0], r=ones, y=total[0])
+    builder.emit(into, "dot", **flat(op.shape), x=g[0], r=ones, y=total[0])
     return total
 
 
 def _less(builder: Builder, op: Op, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
     """add - g."""
-    sizes = _flat_of(op.in_shapes[1])
+    sizes = flat(op.in_shapes[1])
     total = builder.buffer(f"gradient {op.inputs[1]}", g.floats, over=add)
     if add is None:
         builder.emit(into, "fill", **sizes, y=total[0])
@@ -324,7 +316,7 @@ def _copy(
     builder: Builder, into: list[Step], source: Ref, target: Ref, shape: Sequence[int], ldx: int, ldy: int
 ) -> None:
     """Copy the channels of a map, from pixels of ldx floats to pixels of ldy."""
-    sizes = _flat_of(shape) | {"ldx": ldx, "ldy": ldy}
+    sizes = flat(shape) | {"ldx": ldx, "ldy": ldy}
     builder.emit(into, "copy", **sizes, x=source, y=target)
 
 
@@ -344,7 +336,7 @@ def _concat_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffe
     if add is None:
         _copy(builder, into, g[at], own[0], shapes[which], op.shape[0], shapes[which][0])
         return own
-    sizes = _flat_of(shapes[which])
+    sizes = flat(shapes[which])
     builder.emit(into, "add", **(sizes | {"ldx": op.shape[0]}), x=g[at], r=add[0], y=own[0], ldr=sizes["ldy"])
     return own
 
@@ -378,14 +370,14 @@ def _take(builder: Builder, node: Node, into: list[Step]) -> None:
 
 
 def _take_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
-    op, sizes = node.op, _flat_of(node.op.in_shape)
+    op, sizes = node.op, flat(node.op.in_shape)
     dx = builder.buffer(f"gradient {op.inputs[0]}", prod(op.in_shape), over=add)
     if add is None:
         builder.emit(into, "fill", **sizes, y=dx[0])
     else:
         builder.emit(into, "copy", **sizes, x=add[0], y=dx[0])
     for at, first, count in _ranges(_chosen(op)):
-        own = _flat_of((count, *op.shape[1:])) | {"ldx": op.shape[0], "ldy": sizes["ldx"], "ldr": sizes["ldx"]}
+        own = flat((count, *op.shape[1:])) | {"ldx": op.shape[0], "ldy": sizes["ldx"], "ldr": sizes["ldx"]}
         builder.emit(into, "add", **own, x=g[at], r=dx[first], y=dx[first])
     return dx
 
@@ -432,7 +424,7 @@ def _refuses_reshape(op: Op) -> str:
 
 
 def _flatten(builder: Builder, node: Node, into: list[Step]) -> None:
-    sizes = _flat_of(node.op.in_shape)
+    sizes = flat(node.op.in_shape)
     if not _turns(node.op):
         builder.emit(into, "copy", **sizes, x=node.inputs[0][0], y=node.y[0])
         return
@@ -444,7 +436,7 @@ def _flatten_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buff
     if not _turns(op):
         return plus(builder, op.inputs[0], op.in_shape, g, add, into)
     dx = builder.buffer(f"gradient {op.inputs[0]}", prod(op.in_shape), over=add)
-    sizes = _flat_of(op.in_shape)
+    sizes = flat(op.in_shape)
     more = None if add is None else add[0]
     builder.emit(into, "transpose", **sizes, x=g[0], y=dx[0], r=more, ldr=sizes["ldx"], n=1)
     return dx
@@ -540,19 +532,19 @@ def _refuses_max_pool(op: Op) -> str:
 
 
 def _mean(builder: Builder, node: Node, into: list[Step]) -> None:
-    builder.emit(into, "mean", **_flat_of(node.op.in_shape), x=node.inputs[0][0], y=node.y[0])
+    builder.emit(into, "mean", **flat(node.op.in_shape), x=node.inputs[0][0], y=node.y[0])
 
 
 def _mean_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
     dx = builder.buffer(f"gradient {node.op.inputs[0]}", prod(node.op.in_shape), over=add)
-    sizes = _flat_of(node.op.in_shape)
+    sizes = flat(node.op.in_shape)
     more = None if add is None else add[0]
     builder.emit(into, "mean_dx", **sizes, x=g[0], y=dx[0], r=more, ldr=sizes["ldx"])
     return dx
 
 
 def _input(builder: Builder, node: Node, into: list[Step]) -> None:
-    builder.emit(into, "input", **_flat(node.op), y=node.y[0])
+    builder.emit(into, "input", **flat(node.op.shape), y=node.y[0])
 
 
 def _no_gradient(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:

@@ -24,29 +24,31 @@ class Unit:
     act2: str = ""
 
 
-def units_of(graph: Graph, names: Collection[str], keep: Collection[str]) -> tuple[Unit, ...]:
+def units_of(
+    graph: Graph, names: Collection[str], keep: Collection[str], *, residuals: bool = True
+) -> tuple[Unit, ...]:
     """The operators `names` in execution order, fused where nothing else reads what lies between.
 
-    Values named in `keep` are made as they are.
+    Values named in `keep` are made as they are; without `residuals` no addition is fused.
     """
     gone: set[str] = set()
     units = []
     for op in graph.ops:
         if op.name not in names or op.name in gone:
             continue
-        unit = _fused(graph, op, names, keep) if op.is_layer else Unit(op, op.name)
+        unit = _fused(graph, op, names, keep, residuals) if op.is_layer else Unit(op, op.name)
         gone |= _between(graph, unit)
         units.append(unit)
     return tuple(units)
 
 
-def _fused(graph: Graph, op: Op, names: Collection[str], keep: Collection[str]) -> Unit:
+def _fused(graph: Graph, op: Op, names: Collection[str], keep: Collection[str], residuals: bool) -> Unit:
     reader = _only_reader(graph, op.name, names, keep)
     if reader is None:
         return Unit(op, op.name)
     if reader.kind in BITS:
         return Unit(op, reader.name, act=reader.kind)
-    if reader.kind != "add" or op.is_depthwise:
+    if reader.kind != "add" or op.is_depthwise or not residuals:
         return Unit(op, op.name)
     (other,) = [name for name in reader.inputs if name != op.name]
     if graph.position[other] > graph.position[op.name] or graph[other].shape != op.shape:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts.records import LayerUpdate
+from stages.artifacts.records import Array, LayerUpdate
 from stages.engines.torch.live import live_layers
 from stages.engines.torch.program import Program, channels_last_is_faster, in_chunks
 from stages.engines.torch.suffix import Attached, Suffix
@@ -38,7 +39,8 @@ class SparseNet:
         self, backbone: Backbone, updates: Sequence[LayerUpdate], *, channels_last: bool | None = None
     ) -> None:
         self._graph = graph = backbone.graph
-        self._tensors = dict(backbone.tensors)
+        self.device = backbone.engine.device
+        self._tensors = {name: _tensor(value, self.device) for name, value in backbone.tensors.items()}
         for update in updates:
             if not update.trains:
                 continue
@@ -87,6 +89,11 @@ class SparseNet:
         """The live slices, in execution order."""
         return list(self._parameters().values())
 
+    @property
+    def live_names(self) -> tuple[str, ...]:
+        """The tensors of which something trains."""
+        return tuple(self._parameters())
+
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for live in self._live.values() for name, parameter in live.parameters().items()}
 
@@ -129,6 +136,10 @@ class SparseNet:
     def tensors(self) -> dict[str, Tensor]:
         """The whole backbone's tensors with the live values merged in, copied where they may still change."""
         return {**self._tensors, **{name: tensor.clone() for name, tensor in self.changed_tensors().items()}}
+
+
+def _tensor(value: Array, device: str) -> Tensor:
+    return torch.from_numpy(np.require(value, requirements=("C", "W"))).to(device)
 
 
 def _tensor_names(layer: str, tensors: Mapping[str, Tensor]) -> list[str]:

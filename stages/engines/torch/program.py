@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -155,8 +156,17 @@ def in_chunks(
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
-    """x with its elements in the program's order; the tensor itself where they already are."""
-    return x.contiguous(memory_format=torch.channels_last if channels_last and x.ndim == 4 else torch.contiguous_format)
+    """x with its elements in the program's order; its own memory where they already are.
+
+    Strides along axes of length 1 say nothing, and arrays bring any, but torch chooses kernels by them: they become
+    the usual ones.
+    """
+    order = (0, 2, 3, 1) if channels_last and x.ndim == 4 else tuple(range(x.ndim))
+    dense = x.permute(order).contiguous()
+    usual = [prod(dense.shape[axis + 1 :]) for axis in range(x.ndim)]
+    if 0 not in x.shape:
+        dense = dense.as_strided(dense.shape, usual)
+    return dense.permute([order.index(axis) for axis in range(x.ndim)])
 
 
 def channels_last_is_faster(tensor: Tensor) -> bool:

@@ -42,6 +42,21 @@ def passes(activation: str, output: torch.Tensor) -> torch.Tensor:
     return rule(op, (), output.detach())
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(1, 4, 1, 4), (3, 1, 2, 5), (2, 3, 1, 1), (1, 1, 1, 1), (0, 2, 3, 4), (2, 5)])
+def test_strides_say_what_the_layout_is(shape, channels_last):
+    """Arrays bring any along axes of length 1, and torch chooses kernels, and so last bits, by them."""
+    plain = torch.arange(float(np.prod(shape))).reshape(shape)
+    odd = plain.as_strided(shape, [77 if size == 1 else step for size, step in zip(shape, plain.stride(), strict=True)])
+    layout = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
+    usual = torch.empty(shape).to(memory_format=layout)
+    for value in (plain, odd):
+        found = program.laid_out(value, channels_last)
+        assert torch.equal(found, plain)
+        assert found.stride() == usual.stride() or not found.numel()
+    assert program.laid_out(found, channels_last).data_ptr() == found.data_ptr()
+
+
 @FEW
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=4), st.booleans(), st.sampled_from(["relu", "relu6"]))
 def test_bits_say_where_gradients_pass(shape, channels_last, activation):

@@ -122,7 +122,7 @@ static int check(const struct limits *l, const struct et_header *h, const float 
         break;
     case ET_DOT:
         fits = within(l, s->x, extent(in, ldx, ci), READ) && within(l, s->r, extent(in, ldr, ci), READ) &&
-               within(l, s->y, ci, WRITE) && maybe(l, s->w, ci, READ);
+               (within(l, s->y, ci, WRITE) || within(l, s->y, ci, SUMS)) && maybe(l, s->w, ci, READ);
         break;
     case ET_FILL:
         fits = within(l, s->y, extent(in, ldy, ci), WRITE);
@@ -222,7 +222,7 @@ static int check_chain(const struct et_step *s, int n) {
 static int whole(const struct et_step *s) { return s->xr == s->hi && s->yr == s->ho; }
 
 int et_check_steps(const struct et_header *h, const struct et_step *steps, const float *constants) {
-    const struct limits l = {{h->arena, h->constants, h->live, h->live}};
+    const struct limits l = {{h->arena, h->constants, h->live, (uint64_t)h->live + h->sums}};
     const uint32_t ends[3] = {h->prefix, h->prefix + h->suffix, h->steps};
     uint32_t i = 0;
     for (int part = 0; part < 3; part++)

@@ -54,7 +54,7 @@ enum et_code {
 /* What an image asks for. Lengths are in floats where the name does not say bytes. */
 struct et_sizes {
     uint64_t context_bytes, arena_bytes, kept_bytes, constant_bytes, image_bytes;
-    uint32_t input, boundary, features, live, steps, plan;
+    uint32_t input, boundary, features, live, steps, plan, sums;
 };
 
 enum et_input { /* how samples lie in memory */
@@ -73,7 +73,7 @@ ET_API const char *et_message(int code);
 
 /* Checks the whole image: nothing that et_open accepts can make a later call leave its buffers. */
 ET_API int et_inspect(const void *image, uint64_t bytes, struct et_sizes *sizes);
-/* width: 0 for the widest. live and gradient hold sizes.live floats each; gradient may be 0 for a net that only
+/* width: 0 for the widest. live holds sizes.live floats; gradient sizes.live + sizes.sums, or is 0 for a net that only
  * computes features. The image must stay in place. */
 ET_API int et_open(struct et_net **net, const void *image, uint64_t bytes, void *context, uint64_t context_bytes,
                    void *arena, uint64_t arena_bytes, float *live, float *gradient, int width);
@@ -87,7 +87,8 @@ ET_API int et_prefix(struct et_net *net, const void *sample, float *boundary);
 /* The trained part. boundary 0: what et_prefix left in the arena. et_forward keeps what et_backward needs. */
 ET_API int et_suffix(struct et_net *net, const float *boundary, float *features);
 ET_API int et_forward(struct et_net *net, const float *boundary, float *features);
-/* From the gradient at the features, after et_forward of the same sample: adds to the live values' gradients. */
+/* From the gradient at the features, after et_forward of the same sample: adds to the live values' gradients, and sets
+ * the sizes.sums floats behind them where the image asks for sums over channels. */
 ET_API int et_backward(struct et_net *net, const float *gradient);
 /* What et_forward kept (sizes.kept_bytes), taken out and put back, so that one arena serves a batch. */
 ET_API void et_keep(struct et_net *net, void *kept);

@@ -41,7 +41,8 @@ static int parts_fit(const struct et_header *h, const struct et_part *parts) {
 static int header_fits(const struct et_header *h) {
     const uint64_t most = (uint64_t)1 << 30;
     if (h->header_bytes != sizeof *h || h->flags) return h->flags ? ET_UNSUPPORTED : ET_BAD_HEADER;
-    if (h->arena > most || h->constants > most || h->live > most || h->kept > most || h->zeros > h->constants)
+    if (h->arena > most || h->constants > most || h->live > most || h->sums > most || h->kept > most ||
+        h->zeros > h->constants)
         return ET_BAD_HEADER;
     if (!h->input_channels || !h->input_height || !h->input_width || !h->features) return ET_BAD_HEADER;
     if (h->input_channels > most || h->input_height > most || h->input_width > most) return ET_BAD_HEADER;
@@ -75,6 +76,7 @@ int et_inspect(const void *image, uint64_t bytes, struct et_sizes *sizes) {
         sizes->image_bytes = h->image_bytes;
         sizes->input = h->input_channels * h->input_height * h->input_width, sizes->boundary = h->boundary;
         sizes->features = h->features, sizes->live = h->live, sizes->steps = h->steps, sizes->plan = h->plan;
+        sizes->sums = h->sums;
     }
     return ET_OK;
 }

@@ -45,7 +45,7 @@ struct et_header {
     uint32_t image_bytes, plan, flags, zeros;        /* zeros: floats that are 0 at the start of the constants */
     uint32_t arena, constants, live, kept;           /* floats */
     uint32_t input_channels, input_height, input_width, features;
-    uint32_t boundary, boundaries, kept_parts, reserved0;
+    uint32_t boundary, boundaries, kept_parts, sums; /* sums: floats behind the live values' gradients */
     uint32_t steps, prefix, suffix, backward;        /* number of steps, and of each part, in this order */
     uint32_t steps_at, constants_at, live_at, parts_at; /* bytes from the image's start */
     uint32_t reserved[4];

@@ -186,7 +186,7 @@ int et_suffix(struct et_net *net, const float *boundary, float *features) { retu
 int et_forward(struct et_net *net, const float *boundary, float *features) { return suffix(net, boundary, features, 1); }
 
 int et_backward(struct et_net *net, const float *gradient) {
-    if (!gradient || (net->header->live && !net->space[ET_GRADIENT])) return ET_BAD_ARGUMENT;
+    if (!gradient || ((net->header->live || net->header->sums) && !net->space[ET_GRADIENT])) return ET_BAD_ARGUMENT;
     net->gradient = gradient, net->saving = 1;
     run(net, net->header->prefix + net->header->suffix, net->header->backward);
     return ET_OK;

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,22 @@ SHORTEST = 1e-12
 """A vector is divided by its length or by this, whichever is more: torch's `normalize`, and so a zero vector's cosine
 is 0 to everything."""
 
-quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
-"""Where training diverges, NaN and infinity pass without a warning: the step refuses them with a message."""
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def quiet(function: Callable[P, R]) -> Callable[P, R]:
+    """Where training diverges, NaN and infinity pass without a warning: the step refuses them with a message.
+
+    An `errstate` of its own for every call: one that decorates functions which call each other never ends in numpy 1.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return function(*args, **kwargs)
+
+    return call
 
 
 @quiet
@@ -45,7 +60,7 @@ def log_softmax(scores: NDArray[Any]) -> Doubles:
 
 def softmax(scores: NDArray[Any]) -> Doubles:
     """Probabilities (N, C) of scores (N, C), float64."""
-    return np.exp(log_softmax(scores))
+    return np.asarray(np.exp(log_softmax(scores)))
 
 
 @quiet
