@@ -29,12 +29,12 @@ from stages.fsl.meta_training import BatchUnits, DataSet, EpisodeUnits, Inputs, 
 from stages.fsl.schedule import WarmCosine
 from stages.fsl.team import ALONE, Team
 from stages.fsl.trainer import Phase, Progress, Rhythm, Trainer
+from stages.losses import Floats
 from stages.models.deploy import Backbone, deploy, with_graph
 from stages.models.inputs import adapt_block
 from stages.models.modules import Net, trainable
 from stages.randomness import generator, torch_generator
 from stages.settings.pretraining import Pretraining as Pretraining
-from stages.losses import Floats
 
 STAGE = "pretrain-fsl"
 """Name of the metrics' table in the run record."""

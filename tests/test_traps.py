@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from stages.artifacts.records import InputSpec, Model
-from stages.cost.training import whole_update
 from stages.engines.choice import make_net
 from stages.errors import UsageError
 from stages.exporting import export
 from stages.graphs.capture import capture
+from stages.graphs.updates import whole_update
 from stages.importing import Imported, Importing, Weights, import_noting
 from stages.models.deploy import deploy, store
 

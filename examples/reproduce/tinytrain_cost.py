@@ -23,11 +23,11 @@ from stages.cost.training import (
     memory_bytes,
     plan_backward_macs,
     saved_activation_bytes,
-    whole_update,
 )
 from stages.graphs.capture import capture
 from stages.graphs.folding import fold
 from stages.graphs.graph import Graph
+from stages.graphs.updates import whole_update
 from stages.models.registry import build, input_spec
 from stages.planning.baselines import SCHEMES, named_plan
 

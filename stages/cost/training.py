@@ -240,9 +240,3 @@ def with_head(graph: Graph, classes: int) -> Graph:
 def without_head(graph: Graph) -> Graph:
     """The graph that `with_head` was given; any other graph is left as it is."""
     return replace(graph, ops=graph.ops[:-1]) if graph.output == HEAD else graph
-
-
-def whole_update(op: Op, *, bias: bool = True) -> LayerUpdate:
-    """The update that trains all of a layer: every output channel, and every bias if it has them."""
-    channels = tuple(range(op.out_channels))
-    return LayerUpdate(op.name, "output", channels, op.out_channels, channels if bias and op.bias else ())

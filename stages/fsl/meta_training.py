@@ -28,8 +28,8 @@ from stages.fsl.intervals import half_width
 from stages.fsl.protonet import accuracy, cosine_logits, episode_loss, prototypes
 from stages.fsl.schedule import WarmCosine
 from stages.fsl.team import Team
-from stages.randomness import generator
 from stages.losses import Floats
+from stages.randomness import generator
 
 Inputs = Callable[[Array], Floats]
 """Positions in a data set -> model inputs (n, *input)."""

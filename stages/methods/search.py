@@ -14,9 +14,10 @@ import numpy as np
 from stages.artifacts.records import Block, Head, LayerUpdate, Profile, Scores
 from stages.cost.latency import Durations, durations
 from stages.cost.model import full_backward_macs
-from stages.cost.training import check_memory_model, whole_update, with_head
+from stages.cost.training import check_memory_model, with_head
 from stages.engines.choice import make_inspector
 from stages.graphs.graph import Graph
+from stages.graphs.updates import whole_update
 from stages.importance.fisher import Fisher, fisher_pass
 from stages.importance.tasks import build_task
 from stages.methods.layer_scores import Search, candidates, detached, scores_of

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stages.artifacts.records import Array, LayerUpdate
-from stages.cost.training import whole_update
 from stages.errors import DataError, UsageError, require
 from stages.graphs.graph import Graph
+from stages.graphs.updates import whole_update
 from stages.operators import Op
 from stages.planning.channels import ChannelEvidence, axis_of, l2, make_update
 

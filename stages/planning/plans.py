@@ -30,10 +30,11 @@ from dataclasses import replace
 from typing import Any
 
 from stages.artifacts.records import Array, LayerUpdate, Plan
-from stages.cost.training import ARENA, HEAD, covers, memory_bytes, native_memory, plan_backward_macs, whole_update
+from stages.cost.training import ARENA, HEAD, covers, memory_bytes, native_memory, plan_backward_macs
 from stages.errors import DataError
 from stages.graphs.checking import AXES, check_updates
 from stages.graphs.graph import Graph
+from stages.graphs.updates import whole_update
 from stages.operators import Op
 from stages.planning.channels import axis_of, make_update
 

@@ -10,10 +10,10 @@ from math import prod
 import numpy as np
 
 from stages.artifacts.records import Array, Block, LayerUpdate
-from stages.cost.training import whole_update
 from stages.engines.choice import TrainedNet, make_net
 from stages.engines.parameter import Boundary, Floats
 from stages.errors import DataError, require
+from stages.graphs.updates import whole_update
 from stages.models.deploy import Backbone
 from stages.models.inputs import adapt_block
 from stages.training.updates import PrefixCache, boundary_of

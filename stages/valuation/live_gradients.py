@@ -9,26 +9,11 @@ import numpy as np
 from stages.artifacts.records import Array, Head, LayerUpdate
 from stages.engines.choice import make_net
 from stages.engines.parameter import Floats
-from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
 from stages.models.heads import cross_entropy
 
 CHUNK_VALUES = 1 << 16
 """Gradients whose products are summed together, in float64."""
-
-
-def every_layer(graph: Graph) -> tuple[LayerUpdate, ...]:
-    """Updates that make all weights and biases of the backbone live."""
-    return tuple(
-        LayerUpdate(
-            op.name,
-            "output",
-            tuple(range(op.out_channels)),
-            op.out_channels,
-            bias=tuple(range(op.out_channels)) if op.bias else (),
-        )
-        for op in graph.layers
-    )
 
 
 def live_products(

@@ -11,13 +11,14 @@ from stages.artifacts.live import Version
 from stages.artifacts.records import Array, Block, Head, LayerUpdate
 from stages.engines.parameter import Floats
 from stages.errors import DataError
+from stages.graphs.updates import every_layer
 from stages.models import heads
 from stages.models.deploy import Backbone
 from stages.models.inputs import adapt_block
 from stages.valuation.costs import Times
 from stages.valuation.fine import GradientView
 from stages.valuation.gradients import Gradients, Kernel, LastLayer
-from stages.valuation.live_gradients import every_layer, live_products
+from stages.valuation.live_gradients import live_products
 
 CHUNK = 32
 """Candidates per forward pass: bounds memory; fixed, because results depend on it in the last bit."""

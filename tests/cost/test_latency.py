@@ -5,8 +5,8 @@ import pytest
 
 from stages.artifacts.records import LayerUpdate, Profile
 from stages.cost.latency import durations, predicted_latency_ns
-from stages.cost.training import whole_update
 from stages.errors import DataError
+from stages.graphs.updates import whole_update
 from tests.cost.nets import inverted_residual
 
 LAYERS = ("stem", "b.expand", "b.depthwise", "b.project")

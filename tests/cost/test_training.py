@@ -17,13 +17,13 @@ from stages.cost.training import (
     plan_backward_macs,
     saved_activation_bytes,
     weight_gradient_macs,
-    whole_update,
     with_head,
 )
 from stages.engines.torch.net import SparseNet
 from stages.errors import UsageError
 from stages.graphs.graph import Graph
 from stages.graphs.keeping import layer_holds, slice_bytes, value_bytes
+from stages.graphs.updates import whole_update
 from stages.models.deploy import Backbone
 from tests.cost.nets import HAND_MADE, backbone, classifier, conv, fire, inverted_residual, op_input
 from tests.cost.test_model import net

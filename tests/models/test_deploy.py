@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from stages.artifacts.codec import to_tree
 from stages.artifacts.hdf5 import decode, encode, encode_tree
 from stages.artifacts.records import Head, InputSpec, Model, Plan, Run, Step
-from stages.cost.training import whole_update
 from stages.engines.choice import Engine, choose, make_net
 from stages.engines.parameter import Floats
 from stages.engines.torch.program import FROZEN_CHUNK
@@ -24,6 +23,7 @@ from stages.engines.torch.reference import run
 from stages.errors import DataError, UsageError
 from stages.graphs.graph import Graph
 from stages.graphs.record import graph_tree
+from stages.graphs.updates import whole_update
 from stages.models.deploy import Backbone, deploy, open_graph, store, with_graph
 from stages.models.modules import state, trainable
 from stages.models.registry import build, input_spec

@@ -250,7 +250,7 @@ def allocated(net: NativeNet, x: np.ndarray) -> int:
 
 
 def owner_of(array: np.ndarray) -> np.ndarray:
-    """The array whose memory this one looks at; `aligned` ones are slices of bytes with a margin, and own themselves."""
+    """The array whose memory this one looks at; one that `aligned` made, a slice of bytes with a margin, is its own."""
     base = array.base
     return base if isinstance(base, np.ndarray) and base.dtype == array.dtype and base.ndim == 2 else array
 

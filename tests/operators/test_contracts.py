@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.artifacts.records import InputSpec, LayerUpdate
-from stages.cost.training import plan_backward_macs, saved_activation_bytes, whole_update
+from stages.cost.training import plan_backward_macs, saved_activation_bytes
 from stages.engines.torch import reference
 from stages.engines.torch.masks import pack
 from stages.engines.torch.net import SparseNet
@@ -26,6 +26,7 @@ from stages.graphs.graph import Graph
 from stages.graphs.keeping import held_bytes, holding
 from stages.graphs.onnx_writer import onnx_model
 from stages.graphs.record import graph_tree, read_graph
+from stages.graphs.updates import whole_update
 from stages.models.deploy import Backbone
 from stages.operators import TABLE, Op
 from stages.operators.op import Flow, Kept

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from stages.artifacts.records import detached_layers
 from stages.cost.model import full_backward_macs
-from stages.cost.training import MEMORY_MODELS, memory_bytes, saved_activation_bytes, whole_update
+from stages.cost.training import MEMORY_MODELS, memory_bytes, saved_activation_bytes
 from stages.engines.torch.inspector import Inspector
 from stages.engines.torch.net import SparseNet
 from stages.graphs.graph import Graph
 from stages.graphs.record import graph_tree, read_graph
+from stages.graphs.updates import whole_update
 from stages.importance.fisher import fisher_pass
 from stages.losses import cross_entropy
 from stages.operators import TABLE, Op

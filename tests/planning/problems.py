@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from stages.artifacts.records import LayerUpdate, Scores
 from stages.cost.latency import Durations
 from stages.cost.model import full_backward_macs
-from stages.cost.training import MEMORY_MODELS, OPTIMIZER_STATE, memory_bytes, plan_backward_macs, whole_update
+from stages.cost.training import MEMORY_MODELS, OPTIMIZER_STATE, memory_bytes, plan_backward_macs
 from stages.graphs.graph import Graph
+from stages.graphs.updates import whole_update
 from stages.planning.budget import Budget
 from stages.planning.problem import Channels, Evidence, Problem, pose
 from tests.cost.nets import HAND_MADE, conv, op_input, unary

@@ -5,8 +5,9 @@ import pytest
 
 from stages.artifacts.records import LayerUpdate, Model
 from stages.cost.model import block_entries, last_blocks
-from stages.cost.training import plan_backward_macs, reached, saved_activation_bytes, whole_update
+from stages.cost.training import plan_backward_macs, reached, saved_activation_bytes
 from stages.graphs.graph import Graph
+from stages.graphs.updates import whole_update
 from stages.models import registry
 from stages.models.deploy import deploy
 from stages.models.modules import state

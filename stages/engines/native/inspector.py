@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.engines.native import layers
-from stages.engines.native.library import aligned, inspect, library
+from stages.engines.native.library import aligned, aligned_bytes, inspect, library
 from stages.engines.native.lowering import Lowerer, check_covered
 from stages.engines.native.net import Worker, available_processors
 from stages.engines.native.program import ACTIVATIONS, Buffer, Floats, Lowering, Ref, encode
@@ -140,9 +140,7 @@ class Inspector:
     ) -> None:
         self.graph, self.window = graph, frozenset(window)
         self._inspection = lower_inspection(graph, self.window) if inspection is None else inspection
-        image = encode(self._inspection.lowering, tensors)
-        self.image: NDArray[np.uint8] = aligned(len(image), np.uint8)
-        self.image[:] = np.frombuffer(image, np.uint8)
+        self.image = aligned_bytes(encode(self._inspection.lowering, tensors))
         self.sizes = inspect(self.image, same_bits)
         self._library = library(same_bits)
         nothing = aligned(0)

@@ -32,6 +32,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "et_suffix": (_INT, (_POINTER, _POINTER, _POINTER)),
     "et_forward": (_INT, (_POINTER, _POINTER, _POINTER)),
     "et_backward": (_INT, (_POINTER, _POINTER)),
+    "et_run": (_INT, (_POINTER, _U32, _U32)),
     "et_keep": (None, (_POINTER, _POINTER)),
     "et_restore": (None, (_POINTER, _POINTER)),
     "et_sgd": (None, (_POINTER, _POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, _FLOAT, _INT)),
@@ -102,3 +103,10 @@ def aligned(count: int, dtype: type = np.float32) -> NDArray[Any]:
     raw = np.zeros(bytes_wanted + ALIGN, np.uint8)
     start = -raw.ctypes.data % ALIGN
     return raw[start : start + bytes_wanted].view(dtype)[:count]
+
+
+def aligned_bytes(data: bytes) -> NDArray[np.uint8]:
+    """A copy of these bytes in an array as `aligned` makes it."""
+    copy: NDArray[np.uint8] = aligned(len(data), np.uint8)
+    copy[:] = np.frombuffer(data, np.uint8)
+    return copy

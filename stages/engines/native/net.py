@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.artifacts.records import LayerUpdate
-from stages.engines.native.library import Sizes, aligned, check, inspect, library
+from stages.engines.native.library import Sizes, aligned, aligned_bytes, check, inspect, library
 from stages.engines.native.lowering import lower
 from stages.engines.native.program import Lowering, encode
 from stages.engines.parameter import Boundary, Floats, Parameter
@@ -75,7 +75,7 @@ class NativeNet:
         self.graph = graph
         self.lowering = lower(graph, updates) if lowering is None else lowering
         self._tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
-        self.image = _aligned_copy(encode(self.lowering, self._tensors))
+        self.image = aligned_bytes(encode(self.lowering, self._tensors))
         self.sizes = inspect(self.image, same_bits)
         self._library = library(same_bits)
         self.live: Floats = aligned(self.sizes.live)
@@ -355,12 +355,6 @@ def _rows(array: NDArray[Any]) -> range:
     """The address of each sample's row."""
     start, step = array.ctypes.data, array.strides[0]
     return range(start, start + step * len(array), step) if step else range(start, start + len(array))
-
-
-def _aligned_copy(data: bytes) -> NDArray[np.uint8]:
-    image: NDArray[np.uint8] = aligned(len(data), np.uint8)
-    image[:] = np.frombuffer(data, np.uint8)
-    return image
 
 
 def available_processors() -> int:

@@ -93,6 +93,11 @@ class Step:
     """Name of the operator that it belongs to."""
     time: int = -1
 
+    @property
+    def saves(self) -> bool:
+        """Whether it runs only where a backward pass follows."""
+        return bool(int(self.words.get("flags", 0)) & SAVING)  # type: ignore[arg-type]
+
     def refs(self) -> list[Ref]:
         return [word for word in self.words.values() if isinstance(word, Ref)]
 

@@ -90,6 +90,9 @@ ET_API int et_forward(struct et_net *net, const float *boundary, float *features
 /* From the gradient at the features, after et_forward of the same sample: adds to the live values' gradients, and sets
  * the sizes.sums floats behind them where the image asks for sums over channels. */
 ET_API int et_backward(struct et_net *net, const float *gradient);
+/* Steps first to first + count of the table again, on what the calls above left in the arena and with the sample,
+ * features and gradient of them: to see how long each takes. first must not lie within a chain. */
+ET_API int et_run(struct et_net *net, uint32_t first, uint32_t count);
 /* What et_forward kept (sizes.kept_bytes), taken out and put back, so that one arena serves a batch. */
 ET_API void et_keep(struct et_net *net, void *kept);
 ET_API void et_restore(struct et_net *net, const void *kept);

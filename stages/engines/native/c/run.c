@@ -191,3 +191,14 @@ int et_backward(struct et_net *net, const float *gradient) {
     run(net, net->header->prefix + net->header->suffix, net->header->backward);
     return ET_OK;
 }
+
+int et_run(struct et_net *net, uint32_t first, uint32_t count) {
+    const uint32_t steps = net->header->prefix + net->header->suffix + net->header->backward;
+    uint32_t at = 0;
+    while (at < first && at < steps) at += net->steps[at].kind == ET_CHAIN ? 1 + (uint32_t)net->steps[at].n : 1;
+    if (!net->sample || !net->features || !net->gradient || at != first || count > steps - first)
+        return ET_BAD_ARGUMENT;
+    net->saving = 1;
+    run(net, first, count);
+    return ET_OK;
+}
