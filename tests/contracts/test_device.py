@@ -55,7 +55,7 @@ def edgetrain(folder: Path, *words: str, stdin: bytes = b"", code: int = 0) -> s
 def folder(tmp_path_factory):
     """A run record of a small CNN and blocks of little pictures in three classes."""
     folder = tmp_path_factory.mktemp("device")
-    args = {"width": 0.25, "size": 28}
+    args = {"width": 16, "size": 28}
     model = Model("cnn4", args, registry.input_spec("cnn4", args), "batchnorm", state(registry.build("cnn4", args)))
     from stages.models.deploy import with_graph
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "graphs": {"errors", "artifacts", "operators", "engines.torch.reference"},
     "engines": {"errors", "artifacts", "graphs", "operators", "models.deploy"},
     "models": {"errors", "artifacts", "engines", "graphs", "losses", "operators"},
-    "cost": {"errors", "artifacts", "graphs", "operators"},
+    "cost": {"errors", "artifacts", "graphs", "operators", "engines.native.lowering", "engines.native.memory"},
     "planning": {"errors", "artifacts", "cost", "graphs", "operators"},
     "data": {"errors", "artifacts", "randomness"},
     "fsl": {"errors", "artifacts", "data", "losses", "models", "randomness"},

@@ -22,14 +22,14 @@ from stages.models.deploy import Backbone
 from stages.operators import Op
 from tests.engines import random_graphs as dense
 from tests.native import random_graphs as everything
-from tests.native.test_net import FEW, large, pull, rounding, small
+from tests.native.test_net import FEW, in_single, large, pull, rounding, small
 from tests.operators import random_graphs as table_graphs
 
 pytestmark = pytest.mark.skipif(not library.is_built(), reason="the native library is not built: make setup")
 
 
 def native(backbone: Backbone, window, **options) -> Inspector:
-    return Inspector(backbone.graph, {k: v.float().numpy() for k, v in backbone.tensors.items()}, window, **options)
+    return Inspector(backbone.graph, in_single(backbone).tensors, window, **options)
 
 
 def look(inspector, x: np.ndarray) -> dict[str, np.ndarray]:
@@ -44,12 +44,13 @@ def look(inspector, x: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def on_tape(backbone: Backbone, window, x: torch.Tensor) -> dict[str, np.ndarray]:
-    return look(tape.Inspector(backbone.graph, {k: v.numpy() for k, v in backbone.tensors.items()}, window), x.numpy())
+    return look(tape.Inspector(backbone.graph, backbone.tensors, window), x.numpy())
 
 
 def sizes_on_tape(backbone: Backbone, window, x: torch.Tensor) -> float:
     """The largest |a| |g| of any layer's ends: what bounds every sum of a g (Cauchy and Schwarz)."""
-    graph, tensors, start = backbone.graph, backbone.tensors, frozenset(window)
+    graph, start = backbone.graph, frozenset(window)
+    tensors = {name: torch.from_numpy(value) for name, value in backbone.tensors.items()}
     features, kept = tape.forward(graph, tensors, x, frozenset(tape.kept_names(graph, start)))
     seen = tape.backward(graph, tensors, kept, start, torch.from_numpy(pull(features.numpy())))
     pairs = [p for s in seen for p in ((s.output, s.output_gradient), (s.input, s.input_gradient))]
@@ -58,8 +59,7 @@ def sizes_on_tape(backbone: Backbone, window, x: torch.Tensor) -> float:
 
 def check(backbone: Backbone, window, x: torch.Tensor, **options) -> None:
     """No further from double precision than rounding goes, by the measure of `test_net`."""
-    single = Backbone(backbone.graph, {k: v.float() for k, v in backbone.tensors.items()}, backbone.input)
-    exact, theirs = on_tape(backbone, window, x), on_tape(single, window, x.float())
+    exact, theirs = on_tape(backbone, window, x), on_tape(in_single(backbone), window, x.float())
     mine = look(native(backbone, window, **options), x.float().numpy())
     assert mine.keys() == exact.keys()
     scale = sizes_on_tape(backbone, window, x)
@@ -144,7 +144,7 @@ def test_potentials_are_torchs():
         return [(x[i : i + size], np.zeros(len(x[i : i + size]), np.int64)) for i in range(0, len(x), size)]
 
     mine = fisher_pass(native(backbone, window, threads=2), batches(4), loss)
-    tensors = {name: value.double().numpy() for name, value in backbone.tensors.items()}
+    tensors = {name: value.astype(np.float64) for name, value in backbone.tensors.items()}
     double = [(pixels.astype(np.float64), targets) for pixels, targets in batches(3)]
     theirs = fisher_pass(tape.Inspector(backbone.graph, tensors, window), double, loss)
     assert mine.layers == theirs.layers == tuple(op.name for op in inspected_layers(backbone.graph, window))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stages.artifacts.records import LayerUpdate
-from stages.cost.training import live_values, memory_bytes, plan_backward_macs
+from stages.cost.training import live_values, memory_bytes, native_memory, plan_backward_macs
 from stages.errors import DataError, UsageError
 from stages.graphs.graph import Graph
 from stages.operators import Op
@@ -125,7 +125,16 @@ def test_make_plan_sorts_costs_and_keeps_facts():
     assert plan.layers == ("b.expand", "b.depthwise", "b.project")
     assert plan.memory_bytes == memory_bytes(graph, updates, model="saved", batch=2, optimizer="sgd")
     assert plan.backward_macs == plan_backward_macs(graph, updates)
-    assert plan.facts == {"batch": 2, "optimizer": "sgd", "score": 1.5}
+    native = native_memory(graph, plan.updates)
+    assert plan.facts == {
+        "batch": 2,
+        "optimizer": "sgd",
+        "score": 1.5,
+        "workers": 1,
+        "arena_bytes": native.arena,
+        "image_bytes": native.image,
+        "arena_training_bytes": memory_bytes(graph, updates, model="arena", batch=2, optimizer="sgd"),
+    }
     check_plan(plan, graph)
 
 

@@ -34,7 +34,7 @@ def time_layers(
 ) -> dict[str, LayerTimes]:
     """Times of every layer for one sample x (1, *graph.input_shape), `repeats` runs of each step.
 
-    `on_step` gets the number of operators done.
+    `on_step` gets the share of the steps that is done, in operators.
     """
     lowering = lower(graph, every_layer(graph), chains=False)
     image = aligned_bytes(encode(lowering, tensors))
@@ -51,14 +51,13 @@ def time_layers(
     layer_of, layer = {}, graph.layers[0].name
     for op in graph.ops:
         layer = layer_of[op.name] = op.name if op.is_layer else layer
-    done: set[str] = set()
     turn = len(lowering.prefix) + len(lowering.suffix)
-    for number, step in enumerate((*lowering.prefix, *lowering.suffix, *lowering.backward)):
+    steps = (*lowering.prefix, *lowering.suffix, *lowering.backward)
+    for number, step in enumerate(steps):
         seconds = repeat(partial(native.et_run, worker.handle, number, 1), repeats, clock)
         total_of_part = getattr(total[layer_of[step.op]], _part(step, back=number >= turn))
         total_of_part += seconds
-        done.add(step.op)
-        on_step(len(done))
+        on_step((number + 1) * (len(graph.ops) - 1) // len(steps))
     return total
 
 
