@@ -133,7 +133,7 @@ def test_make_plan_sorts_costs_and_keeps_facts():
         "workers": 1,
         "arena_bytes": native.arena,
         "image_bytes": native.image,
-        "arena_training_bytes": memory_bytes(graph, updates, model="arena", batch=2, optimizer="sgd"),
+        "arena_training_bytes": memory_bytes(graph, plan.updates, model="arena", batch=2, optimizer="sgd"),
     }
     check_plan(plan, graph)
 
