@@ -114,6 +114,7 @@ def guarded(command: str, body: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(body)
     def run(*args: Any, **arguments: Any) -> None:
         keep_freed_memory()
+        import_numpy()
         signals.clear()
         try:
             body(*args, **arguments)
@@ -127,6 +128,21 @@ def guarded(command: str, body: Callable[..., None]) -> Callable[..., None]:
             explain(command, error)
 
     return run
+
+
+def import_numpy() -> None:
+    """numpy, whose BLAS starts no threads: products are small here, and threads spin while they wait for the next.
+
+    Whatever else reads the variable, PyTorch's BLAS on Arm or a process started from here, finds it as it was.
+    """
+    variable = "OPENBLAS_NUM_THREADS"
+    if variable in os.environ:
+        return
+    os.environ[variable] = "1"
+    try:
+        importlib.import_module("numpy")
+    finally:
+        del os.environ[variable]
 
 
 def explain(command: str, error: BaseException) -> None:

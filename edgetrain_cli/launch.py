@@ -1,7 +1,7 @@
-"""`edgetrain run`: the stages of a pipeline as forks of one process that has imported torch once.
+"""`edgetrain run`: the stages of a pipeline as forks of one process that has imported the libraries once.
 
-Nothing touches a tensor before the fork, so the children share the libraries' memory and start no thread pool they
-would not use. They are connected by real pipes and write the same artifacts as the shell's pipeline.
+Nothing is computed before the fork, so the children share the libraries' memory and start no thread pool they would
+not use. They are connected by real pipes and write the same artifacts as the shell's pipeline.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from stages.errors import UsageError
 
@@ -27,6 +28,7 @@ PRELOADED = (
     "edgetrain_cli.demand",
     "edgetrain_cli.status",
     "stages.artifacts.stream",
+    "stages.engines.native.net",
     "stages.filtering",
     "stages.planning.budget",
     "stages.selection",
@@ -74,7 +76,7 @@ def run_pipeline(stages: Sequence[Sequence[str]], run_stage: Callable[[Sequence[
 
     The code is that of the stage that failed first, a stage that merely lost its reader (SIGPIPE) not counted.
     """
-    preload()
+    preload(torch=any("torch" in word or "cuda" in word for words in stages for word in words))
     live = None
     way_back = {"select", "train-sparse"} <= {words[0] for words in stages}
     if way_back and LIVE_VARIABLE not in os.environ and not any("--live" in words for words in stages):
@@ -88,9 +90,12 @@ def run_pipeline(stages: Sequence[Sequence[str]], run_stage: Callable[[Sequence[
             shutil.rmtree(live, ignore_errors=True)
 
 
-def preload() -> None:
-    """Import what the stages share, once, and keep the garbage collector from touching it after the fork."""
-    for module in PRELOADED:
+def preload(*, torch: bool = False) -> None:
+    """Import what the stages share, once, and keep the garbage collector from touching it after the fork.
+
+    `torch`: with PyTorch, where it is installed, because a stage asks for it.
+    """
+    for module in (*PRELOADED, *(["torch"] if torch and find_spec("torch") else [])):
         importlib.import_module(module)
     gc.collect()
     gc.freeze()

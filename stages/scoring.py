@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from stages.artifacts.records import Array, Block, LayerUpdate, Plan, Run
-from stages.cost.model import full_backward_macs, inference_peak_bytes
+from stages.cost.model import full_backward_macs
 from stages.cost.training import live_values
 from stages.engines.choice import fisher_bytes
 from stages.errors import BudgetError, UsageError
 from stages.graphs.graph import Graph
 from stages.importance.fisher import Fisher
+from stages.measurement.need import to_inspect
 from stages.measurement.room import Fit, fit
 from stages.methods.search import FisherPass, Wish, costs_of, inspect_task, search
 from stages.models.deploy import Backbone, deploy
@@ -64,8 +65,7 @@ class _Job:
 
     def micro_batch(self, graph: Graph, window: Sequence[str]) -> int:
         """Samples of the Fisher pass looked at together: as many as fit this machine's memory, or as it was told."""
-        kept = fisher_bytes(self.backbone.engine, graph, window, 1)
-        held = fit(kept, inference_peak_bytes(graph), MICRO_BATCH, wanted=self.config.micro_batch)
+        held = fit(to_inspect(self.backbone, window), MICRO_BATCH, wanted=self.config.micro_batch)
         self.on_fit(held)
         return held.samples
 

@@ -17,16 +17,15 @@ import numpy as np
 
 from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate, Model, Preparation, Run, check_labelled
-from stages.cost.model import inference_peak_bytes
-from stages.cost.training import saved_activation_bytes
 from stages.data.blocks import check_prepared
 from stages.engines.choice import TrainedNet
 from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
 from stages.graphs.graph import Graph
 from stages.graphs.keeping import value_bytes
+from stages.measurement.need import to_train
 from stages.measurement.room import Fit, fit
 from stages.models import heads
-from stages.models.deploy import deploy, store
+from stages.models.deploy import Backbone, deploy, store
 from stages.models.inputs import adapt_block as model_input
 from stages.planning.baselines import named_plan
 from stages.planning.plans import check_plan
@@ -180,7 +179,8 @@ def train_support(
     x = model_input(support, backbone.input)
     labels, ways = np.unique(support.y, return_inverse=True)
     inputs = adaptation_inputs(len(support), views=config.adapting.views) - len(support)  # which are there already
-    held = _fit(backbone.graph, updates, None if config.fitting else config.adapting.micro_batch, inputs)
+    wanted = None if config.fitting else config.adapting.micro_batch
+    held = _fit(backbone, updates, config.adapting.optimizing, wanted, inputs)
     on_fit(held)
     how = replace(config.adapting, scale=heads.cosine_scale(run.model.head, config.adapting.scale))
     how = replace(how, micro_batch=held.samples) if config.fitting else how
@@ -202,11 +202,13 @@ def _prepared(model: Model, prepared: Preparation | None) -> Model:
     return replace(model, input=replace(model.input, prepared=prepared))
 
 
-def _fit(graph: Graph, updates: Sequence[LayerUpdate], wanted: int | None, inputs: int = 0) -> Fit:
+def _fit(
+    backbone: Backbone, updates: Sequence[LayerUpdate], how: Optimizing, wanted: int | None, inputs: int = 0
+) -> Fit:
     """How many samples fit beside this many inputs."""
-    kept, other = saved_activation_bytes(graph, updates), value_bytes(graph, graph.ops[0].name, inputs)
+    other = value_bytes(backbone.graph, backbone.graph.ops[0].name, inputs)
     most = max(MICRO_BATCH, wanted or 0)
-    return fit(kept, inference_peak_bytes(graph), most, other_bytes=other, wanted=wanted)
+    return fit(to_train(backbone, updates, how.state_values), most, other_bytes=other, wanted=wanted)
 
 
 def planned_updates(run: Run, graph: Graph, plan: str | None) -> tuple[LayerUpdate, ...]:
@@ -311,7 +313,7 @@ class _Trainer:
             self.base.model, allow=allow, engine=config.engine, device=config.device, on_note=on_note
         )
         updates = planned_updates(run, self.backbone.graph, config.plan)
-        self.held = _fit(self.backbone.graph, updates, config.micro_batch)
+        self.held = _fit(self.backbone, updates, config.optimizing, config.micro_batch)
         self.learner = StreamLearner(
             self.backbone,
             updates,

@@ -6,11 +6,12 @@ import torch
 
 from stages.artifacts.records import Block, Head, Model, Preparation, Run
 from stages.errors import BudgetError, DataError, UsageError
-from stages.evaluation import Tasks, evaluate, evaluate_tasks, identity
+from stages.evaluation import evaluate
 from stages.methods.registry import METHODS
 from stages.methods.results import header_line, merge_results, read_results, row_line, summarise
 from stages.models.modules import state
 from stages.models.registry import build, input_spec
+from stages.task_evaluation import Tasks, evaluate_tasks, identity
 from tests.rounding import gamma
 from tests.test_pretraining import random_run, squares
 
@@ -135,7 +136,7 @@ def test_what_rows_say(engine):
 
 
 def test_a_task_list_gives_the_tasks():
-    from stages.evaluation import draw_tasks
+    from stages.task_evaluation import draw_tasks
 
     run, data = random_run(), squares(classes=5)
     drawn = list(draw_tasks(data, QUICK, 4))

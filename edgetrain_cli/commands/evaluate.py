@@ -185,8 +185,8 @@ def _on_tasks(
     from pathlib import Path
 
     from stages.errors import require
-    from stages.evaluation import evaluate_tasks, identity
     from stages.methods.results import results_file
+    from stages.task_evaluation import evaluate_tasks, identity
 
     listed = write_tasks is not None or read_tasks is not None
     require(not listed or len(sets) == 1, "--write-tasks, --read-tasks", f"{len(sets)} data sets", "one")
@@ -233,8 +233,8 @@ def _task_list(
     from stages.artifacts.files import atomic_write
     from stages.artifacts.hdf5 import encode_tree, read_tree
     from stages.errors import DataError
-    from stages.evaluation import draw_tasks
     from stages.fsl.episode_list import data_hash, from_tree, to_tree
+    from stages.task_evaluation import draw_tasks
 
     if read_tasks is not None:
         with io.named(read_tasks).open("rb") as file:

@@ -42,12 +42,12 @@ from stages.artifacts.stream import open_records
 from stages.cost.model import paper_peak_bytes
 from stages.data.synthetic import Glyphs, glyphs
 from stages.errors import EdgeTrainError, PartMissing
-from stages.evaluation import Tasks, evaluate_tasks, identity
 from stages.fsl.schedule import WarmCosine
 from stages.importing import Importing, import_model, read_weights
 from stages.methods.results import MethodSummary, Row, merge_results, read_results, results_file, summarise
 from stages.models.deploy import deploy
 from stages.pretraining import Pretraining, pretrain
+from stages.task_evaluation import Tasks, evaluate_tasks, identity
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("EDGETRAIN_DATA") or ROOT.parent / "shared")

@@ -6,14 +6,10 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
-FIRST_PASS_BYTES = 100 << 20
-"""What torch takes besides the samples when it first runs a net forward and backward: compiled kernels, their
-workspace, pools of its allocator. Measured for MobileNetV2 at 224 x 224."""
+from stages.measurement.need import Need
+
 SHARE = 0.8
 """Of the room, that is planned with."""
-PEAKS = 2.5
-"""Peaks of inference that a sample takes on its way through torch: operands, workspace, and the copy that is freed
-late. Measured as above: 2.5 with a backward pass, 1.5 without."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Fit:
     @property
     def bytes(self) -> int:
         """All that is held."""
-        return self.samples * self.sample_bytes + self.other_bytes + FIRST_PASS_BYTES
+        return self.samples * self.sample_bytes + self.other_bytes
 
     @property
     def tight(self) -> bool:
@@ -49,33 +45,23 @@ def _size(count: int) -> str:
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.3g} GiB"
 
 
-def fit(
-    kept_bytes: int,
-    peak_bytes: int,
-    most: int,
-    *,
-    other_bytes: int = 0,
-    wanted: int | None = None,
-    machine: Path = Path("/"),
-) -> Fit:
+def fit(need: Need, most: int, *, other_bytes: int = 0, wanted: int | None = None, machine: Path = Path("/")) -> Fit:
     """The samples that are in memory at once: as many as are wanted, or as fit, at least 1 and at most `most`.
 
     Args:
-        kept_bytes: what a sample keeps for the backward pass.
-        peak_bytes: what a sample holds at the peak of inference.
-        other_bytes: what is held beside them, however few: a task's inputs.
-        wanted: a number that somebody has chosen; None takes what fits.
+        need: what the engine takes.
+        other_bytes: what is held besides, however few samples there are: a task's inputs.
+        wanted: a number that somebody has chosen, 0 for `most`; None takes what fits.
         machine: where the kernel's files are found.
     """
-    each = max(1, kept_bytes + int(PEAKS * peak_bytes))
-    free = room(machine)
+    each, other, free = max(1, need.sample), need.fixed + other_bytes, room(machine)
     if wanted is not None:
         samples = min(wanted, most) if wanted else most
     elif free is None:
         samples = most
     else:
-        samples = max(1, min(most, int((SHARE * free - FIRST_PASS_BYTES - other_bytes) // each)))
-    return Fit(samples, each, free, other_bytes)
+        samples = max(1, min(most, int((SHARE * free - other) // each)))
+    return Fit(samples, each, free, other)
 
 
 def room(machine: Path = Path("/")) -> int | None:

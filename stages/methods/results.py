@@ -49,7 +49,7 @@ class Row:
 
 
 def header_line(identity: Mapping[str, object]) -> str:
-    """The first line of a file of results; `identity` says of what evaluation (`stages.evaluation.identity`)."""
+    """The first line of a file of results; `identity` says of what evaluation (`stages.task_evaluation.identity`)."""
     return json.dumps({"edgetrain": KIND, "schema": VERSION, **identity}, sort_keys=True) + "\n"
 
 

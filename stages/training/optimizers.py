@@ -43,6 +43,11 @@ class Optimizing:
     clip_norm: float = 0.0
     """Gradients of larger Euclidean norm (over all parameters) are scaled down to it; 0 leaves them alone."""
 
+    @property
+    def state_values(self) -> int:
+        """Values that the rule keeps for each that it moves."""
+        return (1 if self.momentum else 0) if self.optimizer == "sgd" else 2
+
     def __post_init__(self) -> None:
         where = "optimiser"
         require(self.optimizer in OPTIMIZERS, where, f"{self.optimizer!r}", "one of " + ", ".join(OPTIMIZERS))

@@ -11,7 +11,6 @@ from torch.nn import functional
 from stages.artifacts.records import InputSpec, Model
 from stages.engines.torch.face import ArrayNet
 from stages.errors import UsageError
-from stages.evaluation import Tasks, evaluate_tasks
 from stages.fsl.episodes import FixedShape, draw_episodes, pool_of
 from stages.graphs.graph import Graph
 from stages.methods.lite_residual import find_places, with_modules
@@ -24,6 +23,7 @@ from stages.models.modules import state
 from stages.models.registry import build, input_spec
 from stages.operators import Op
 from stages.randomness import generator
+from stages.task_evaluation import Tasks, evaluate_tasks
 from stages.training.adaptation import Adapting, adapt_net
 from stages.training.updates import cache_prefix, features_of, gradient_update
 from tests.engines.protocol import closed
