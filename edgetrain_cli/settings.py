@@ -167,13 +167,13 @@ def _option(owner: Any, field: Field[Any], known: Setting) -> Parameter:
     kind, several = _plain(_hints(owner)[field.name], known)
     default = known.text if known.parse else None if several else field.default
     numbers = int in get_args(kind) or kind is int or float in get_args(kind) or kind is float
-    limits = {"min": known.least, "max": known.most} if numbers and not known.parse else {}
+    limits: dict[str, Any] = {"min": known.least, "max": known.most} if numbers and not known.parse else {}
     metavar: str | None = known.metavar or "|".join(known.choices) or ("N" if numbers else "TEXT")
-    complete = {"autocompletion": _completing(known.choices)} if known.choices else {}
+    complete: dict[str, Any] = {"autocompletion": _completing(known.choices)} if known.choices else {}
     if kind is bool:
         metavar = None
     names = known.flag or known.option(field.name)
-    option = typer.Option(names, help=known.help, metavar=metavar, **limits, **complete)  # type: ignore[arg-type]
+    option = typer.Option(names, help=known.help, metavar=metavar, **limits, **complete)
     return Parameter(field.name, Annotated[kind, option], inspect.Parameter.empty if default is MISSING else default)
 
 

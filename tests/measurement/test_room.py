@@ -4,7 +4,8 @@ import resource
 
 import pytest
 
-from stages.measurement.room import FIRST_PASS_BYTES, PEAKS, SHARE, fit, room
+from stages.measurement.need import Need
+from stages.measurement.room import SHARE, fit, room
 
 MIB = 2**20
 
@@ -53,27 +54,27 @@ def test_a_limit_of_the_address_space(machine, monkeypatch):
 
 
 def test_as_many_samples_as_fit_but_one_at_least_and_no_more_than_are_useful(machine):
-    each = 2 * MIB + int(PEAKS * 4 * MIB)
-    exact = int((SHARE * 1024 * MIB - FIRST_PASS_BYTES) // each)
-    assert fit(2 * MIB, 4 * MIB, 1000, machine=machine).samples == exact
-    assert fit(2 * MIB, 4 * MIB, 16, machine=machine).samples == 16
-    crowded = fit(200 * MIB, 400 * MIB, 16, machine=machine)
+    need = Need(sample=12 * MIB, fixed=100 * MIB)
+    exact = int((SHARE * 1024 - 100) // 12)
+    assert fit(need, 1000, machine=machine).samples == exact
+    assert fit(need, 16, machine=machine).samples == 16
+    crowded = fit(Need(1200 * MIB, 0), 16, machine=machine)
     assert (crowded.samples, crowded.tight) == (1, True)
 
 
 def test_who_chooses_a_number_gets_it(machine):
-    assert fit(0, MIB, 64, wanted=7, machine=machine).samples == 7
-    assert fit(0, MIB, 64, wanted=0, machine=machine).samples == 64
+    assert fit(Need(MIB, 0), 64, wanted=7, machine=machine).samples == 7
+    assert fit(Need(MIB, 0), 64, wanted=0, machine=machine).samples == 64
 
 
 def test_what_is_held_is_said_in_one_line(machine):
-    assert str(fit(0, 4 * MIB, 2, machine=machine)) == "holds up to 120 MiB (1 GiB free), 2 samples at once"
+    held = fit(Need(10 * MIB, 100 * MIB), 2, machine=machine)
+    assert str(held) == "holds up to 120 MiB (1 GiB free), 2 samples at once"
 
 
 def test_what_is_held_beside_the_samples_leaves_them_less_room(machine):
-    each = 2 * MIB + int(PEAKS * 4 * MIB)
-    exact = int((SHARE * 1024 * MIB - FIRST_PASS_BYTES - 500 * MIB) // each)
-    beside = fit(2 * MIB, 4 * MIB, 1000, other_bytes=500 * MIB, machine=machine)
+    exact = int((SHARE * 1024 - 100 - 500) // 12)
+    beside = fit(Need(12 * MIB, 100 * MIB), 1000, other_bytes=500 * MIB, machine=machine)
     assert beside.samples == exact
-    assert beside.bytes == exact * each + 500 * MIB + FIRST_PASS_BYTES
-    assert fit(0, MIB, 64, other_bytes=1024 * MIB, machine=machine).tight
+    assert beside.bytes == (exact * 12 + 500 + 100) * MIB
+    assert fit(Need(MIB, 0), 64, other_bytes=1024 * MIB, machine=machine).tight
