@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "randomness",
     },
     "training": {"errors", "artifacts", "engines", "fsl", "graphs", "losses", "models", "operators", "randomness"},
-    "measurement": {"errors", "artifacts", "engines", "graphs", "operators"},
+    "measurement": {"errors", "artifacts", "cost", "engines", "graphs", "models", "operators"},
     "methods": {
         "errors",
         "artifacts",

@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,15 @@ from stages.graphs.graph import Graph
 
 LOT = 8
 """Samples whose gradients are summed before they join the others'."""
+
+
+def lot_of(number: int, samples: int) -> range:
+    """The samples of a lot.
+
+    >>> lot_of(1, 19), lot_of(2, 19)
+    (range(8, 16), range(16, 19))
+    """
+    return range(number * LOT, min((number + 1) * LOT, samples))
 
 
 class Worker:
@@ -262,43 +272,43 @@ class NativeNet:
 
     def _each(self, one: Callable[[Worker, int], None], samples: int) -> None:
         """Every sample on any worker."""
-        self._in_arena = None
-        lots = [range(start, min(start + LOT, samples)) for start in range(0, samples, LOT)]
 
-        def work(worker: Worker, lot: range) -> None:
-            for sample in lot:
+        def work(worker: Worker, lot: int) -> None:
+            for sample in lot_of(lot, samples):
                 one(worker, sample)
 
-        self._share(lots, work)
+        self._share(work, samples)
 
     def _summed(self, one: Callable[[Worker, int], None], samples: int) -> None:
-        """Every sample on any worker; the lots' gradients added in their order."""
-        self._in_arena = None
-        lots = [range(start, min(start + LOT, samples)) for start in range(0, samples, LOT)]
+        """Every sample on any worker; the lots' gradients added in their order, each as soon as its turn comes."""
+        added = [Event() for _ in range(-(-samples // LOT))]
 
-        def work(worker: Worker, lot: range) -> None:
-            worker.gradient[:] = 0
-            for sample in lot:
-                one(worker, sample)
-
-        for first in range(0, len(lots), len(self._workers)):
-            wave = lots[first : first + len(self._workers)]
-            self._share(wave, work)
-            for worker, _ in zip(self._workers, wave, strict=False):
+        def work(worker: Worker, lot: int) -> None:
+            try:
+                worker.gradient[:] = 0
+                for sample in lot_of(lot, samples):
+                    one(worker, sample)
+                if lot:
+                    added[lot - 1].wait()
                 self.gradient += worker.gradient
+            finally:
+                added[lot].set()
 
-    def _share(self, lots: Sequence[range], work: Callable[[Worker, range], Any]) -> None:
-        """Give the lots to the workers in turn."""
-        if self._pool is None or len(lots) == 1:
-            for lot in lots:
-                work(self._workers[0], lot)
-            return
+        self._share(work, samples)
 
-        def all_of(number: int) -> None:
-            for lot in lots[number :: len(self._workers)]:
-                work(self._workers[number], lot)
+    def _share(self, work: Callable[[Worker, int], None], samples: int) -> None:
+        """Give each worker that is free the next lot: one whose processor is busy elsewhere gets fewer."""
+        self._in_arena = None
+        lots = iter(range(-(-samples // LOT)))
 
-        list(self._pool.map(all_of, range(len(self._workers))))
+        def some_of(worker: Worker) -> None:
+            for lot in lots:  # one iterator for all: the interpreter's lock gives each number once
+                work(worker, lot)
+
+        if self._pool is None or samples <= LOT:
+            some_of(self._workers[0])
+        else:
+            list(self._pool.map(some_of, self._workers))
 
     # ----------------------------------------------------------------------------------------------------- values
 
