@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stages.settings.declared import DEVICE, ENGINE
+from stages.settings.declared import DEVICE, ENGINE, SAME_BITS
 
 STDIO = "-"
 
@@ -61,6 +61,7 @@ Arch = Annotated[
 MaxRecord = Annotated[
     str, typer.Option("--max-record", metavar="SIZE", help="Largest record accepted from a pipe; larger is refused.")
 ]
+SameBits = Annotated[bool, typer.Option("--same-bits", help=SAME_BITS)]
 Engine = Annotated[str, typer.Option("--engine", metavar="auto|native|torch", help=ENGINE)]
 Device = Annotated[str, typer.Option("--device", metavar="cpu|cuda", help=DEVICE)]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]

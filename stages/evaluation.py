@@ -71,11 +71,12 @@ def evaluate(
     allow: str | None = None,
     engine: str = "auto",
     device: str = "cpu",
+    same_bits: bool = False,
 ) -> Accuracy:
     """Accuracy on labelled samples, `chunk` of them in memory at a time (None: as many as fit).
 
     `on_step` gets the number done, `on_fit` how many are in memory at once; `engine` runs the backbone on
-    `device`; `on_note` hears where it is another one than a user would expect.
+    `device` (with `same_bits` as on any machine); `on_note` hears where it is another one than a user would expect.
 
     With `support` its class means answer, instead of the record's head.
 
@@ -83,7 +84,7 @@ def evaluate(
         DataError: no samples, samples that the model cannot read, or a class that the head does not know.
         UsageError: no head and no support.
     """
-    backbone = deploy(run.model, allow=allow, engine=engine, device=device, on_note=on_note)
+    backbone = deploy(run.model, allow=allow, engine=engine, device=device, same_bits=same_bits, on_note=on_note)
     held = fit(to_infer(backbone), chunk or CHUNK, wanted=chunk)
     on_fit(held)
     chunk = held.samples

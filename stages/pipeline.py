@@ -57,7 +57,8 @@ def simulate(
     Raises:
         What the stages raise.
     """
-    backbone = deploy(run.model, allow=allow, engine=pipeline.selection.engine, device=pipeline.selection.device)
+    how = pipeline.selection
+    backbone = deploy(run.model, allow=allow, engine=how.engine, device=how.device, same_bits=how.same_bits)
     start = Weights(backbone, run.model.head)
     versions: dict[int, Version] = {}
 

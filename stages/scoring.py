@@ -97,7 +97,14 @@ def score_layers(
     Raises `DataError` for a support that says nothing (empty, one class, not finite) or a plan of another model,
     `UsageError` for settings that do not fit the model, `BudgetError` when nothing fits.
     """
-    backbone = deploy(run.model, allow=allow, engine=config.engine, device=config.device, on_note=on_note)
+    backbone = deploy(
+        run.model,
+        allow=allow,
+        engine=config.engine,
+        device=config.device,
+        same_bits=config.same_bits,
+        on_note=on_note,
+    )
     job = _Job(run, support, config, rng, on_step, on_fit, backbone)
     return _given(job) if config.given else _searched(job)
 

@@ -57,6 +57,8 @@ class SupportTraining:
     """What runs and differentiates the graph: one of `engines.choice.ENGINES`."""
     device: str = "cpu"
     """Of torch's engine: one of `engines.choice.DEVICES`."""
+    same_bits: bool = False
+    """Of the native engine: features and gradients that do not depend on the machine."""
     fitting: bool = False
     """Take as many samples at a time as fit into memory, at most `MICRO_BATCH`, instead of `adapting.micro_batch`."""
 
@@ -83,6 +85,8 @@ class StreamTraining:
     """What runs and differentiates the graph: one of `engines.choice.ENGINES`."""
     device: str = "cpu"
     """Of torch's engine: one of `engines.choice.DEVICES`."""
+    same_bits: bool = False
+    """Of the native engine: features and gradients that do not depend on the machine."""
 
     def __post_init__(self) -> None:
         require((self.micro_batch or 0) >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
@@ -174,7 +178,14 @@ def train_support(
     if not len(support):
         raise DataError("support", "no samples", "at least one per class")
     check_labelled(support.y, "support")
-    backbone = deploy(run.model, allow=allow, engine=config.engine, device=config.device, on_note=on_note)
+    backbone = deploy(
+        run.model,
+        allow=allow,
+        engine=config.engine,
+        device=config.device,
+        same_bits=config.same_bits,
+        on_note=on_note,
+    )
     updates = planned_updates(run, backbone.graph, config.plan)
     x = model_input(support, backbone.input)
     labels, ways = np.unique(support.y, return_inverse=True)
@@ -310,7 +321,12 @@ class _Trainer:
         self.blocks = 0 if state is None else state.blocks
         self.first_version = run.model.version
         self.backbone = deploy(
-            self.base.model, allow=allow, engine=config.engine, device=config.device, on_note=on_note
+            self.base.model,
+            allow=allow,
+            engine=config.engine,
+            device=config.device,
+            same_bits=config.same_bits,
+            on_note=on_note,
         )
         updates = planned_updates(run, self.backbone.graph, config.plan)
         self.held = _fit(self.backbone, updates, config.optimizing, config.micro_batch)

@@ -60,7 +60,14 @@ def evaluate_tasks(
         UsageError: a method that this backbone cannot be adapted with.
         BudgetError: a method's budget that nothing fits.
     """
-    backbone = deploy(run.model, allow=allow, engine=config.engine, device=config.device, on_note=on_note)
+    backbone = deploy(
+        run.model,
+        allow=allow,
+        engine=config.engine,
+        device=config.device,
+        same_bits=config.same_bits,
+        on_note=on_note,
+    )
     scale = heads.cosine_scale(run.model.head)
     sizes = [config.shape.most] if episodes is None else [(len(each.support), len(each.query)) for each in episodes]
     inputs = max((adaptation_inputs(min(s, len(block)), min(q, len(block))) for s, q in sizes), default=0)

@@ -158,6 +158,7 @@ def _on_samples(
         allow=arch,
         engine=settings.engine,
         device=settings.device,
+        same_bits=settings.same_bits,
     )
     io.did(f"{result.samples:,} samples", f"{result.interval.value:.1%} right", f"loss {result.loss:.4g}")
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetrain_cli.options import STDIO, Arch, Device, Engine, In, Out, RunFile
+from edgetrain_cli.options import STDIO, Arch, Device, Engine, In, Out, RunFile, SameBits
 from edgetrain_cli.settings import command
 from edgetrain_cli.streams import Stage
 
@@ -48,6 +48,7 @@ def predict(
         int, typer.Option("--micro-batch", metavar="N", min=1, help="Samples computed at once.")
     ] = 64,
     engine: Engine = "auto",
+    same_bits: SameBits = False,
     device: Device = "cpu",
     arch: Arch = None,
     run_file: RunFile = None,
@@ -73,7 +74,7 @@ def predict(
         run = predicting.known(run)
     else:
         run, blocks = io.read_run(source, run_file), iter(())
-    backbone = deploy(run.model, allow=arch, engine=engine, device=device, on_note=io.note)
+    backbone = deploy(run.model, allow=arch, engine=engine, device=device, same_bits=same_bits, on_note=io.note)
     shown = None if support is None else block_of(io, support, run)
     learnt = run.model.input.prepared if shown is None else shown.prepared
     head = predicting.head_for(run.model, backbone, shown, micro_batch)

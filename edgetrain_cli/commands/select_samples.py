@@ -105,7 +105,14 @@ def select_samples(
             writer.write(run)
         view = Scorer()
         if run is not None and (settings.needs_model or settings.send_features):
-            backbone = deploy(run.model, allow=arch, engine=settings.engine, device=settings.device, on_note=io.note)
+            backbone = deploy(
+                run.model,
+                allow=arch,
+                engine=settings.engine,
+                device=settings.device,
+                same_bits=settings.same_bits,
+                on_note=io.note,
+            )
             view = _scorer(io, run, backbone, live, lag, passed, resume is not None, until_ready)
         del run  # its tensors are in `view`
         status = Status(io, metrics, "choosing batches")

@@ -32,6 +32,8 @@ class Engine:
     """Of torch: `cpu`, `cuda` or `cuda:1`."""
     note: str = ""
     """Why it is not the one that a user would expect."""
+    same_bits: bool = False
+    """Of native: products and sums are rounded one by one, so that every machine gives the same bits; slower."""
 
 
 class TrainedNet(Protocol):
@@ -87,8 +89,8 @@ class Inspector(Protocol):
         gradient, per sample and channel: at its output (n, C_out), and at its input through it alone (n, C_in)."""
 
 
-def choose(wanted: str, graph: Graph, device: str = "cpu") -> Engine:
-    """The engine that runs this graph.
+def choose(wanted: str, graph: Graph, device: str = "cpu", *, same_bits: bool = False) -> Engine:
+    """The engine that runs this graph; `same_bits` only the native one gives.
 
     Raises:
         UsageError: no such engine or device, or `native` with an operator that it has no kernel for (`NotCovered`).
@@ -98,6 +100,10 @@ def choose(wanted: str, graph: Graph, device: str = "cpu") -> Engine:
     kind = device.partition(":")[0]
     require(kind in DEVICES, "--device", repr(device), "one of " + ", ".join(DEVICES))
     require(wanted != "native" or kind == "cpu", "--device", f"{device} with --engine native", "--engine torch")
+    if same_bits:
+        require(wanted != "torch", "--same-bits", "with --engine torch", "--engine native")
+        require(kind == "cpu", "--same-bits", f"with --device {device}", "--device cpu")
+        wanted = "native"
     if wanted == "torch" or kind != "cpu":
         return _torch(device)
     from stages.engines.native.library import library
@@ -105,8 +111,8 @@ def choose(wanted: str, graph: Graph, device: str = "cpu") -> Engine:
 
     if wanted == "native":
         check_covered(graph)
-        library()
-        return Engine("native")
+        library(same_bits)
+        return Engine("native", same_bits=same_bits)
     reason = uncovered(graph)
     if not reason:
         try:
@@ -154,7 +160,7 @@ def make_net(backbone: Backbone, updates: Sequence[LayerUpdate] = ()) -> Trained
         return TorchNet(SparseNet(backbone, updates))
     from stages.engines.native.net import NativeNet
 
-    return NativeNet(backbone.graph, backbone.tensors, updates)
+    return NativeNet(backbone.graph, backbone.tensors, updates, same_bits=backbone.engine.same_bits)
 
 
 def make_inspector(backbone: Backbone, window: Collection[str]) -> Inspector:
@@ -165,7 +171,7 @@ def make_inspector(backbone: Backbone, window: Collection[str]) -> Inspector:
         return ByTorch(backbone.graph, backbone.tensors, window, device=backbone.engine.device)
     from stages.engines.native.inspector import Inspector as Native
 
-    return Native(backbone.graph, backbone.tensors, window)
+    return Native(backbone.graph, backbone.tensors, window, same_bits=backbone.engine.same_bits)
 
 
 def fisher_bytes(engine: Engine, graph: Graph, window: Collection[str], batch: int) -> int:

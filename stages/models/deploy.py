@@ -45,6 +45,7 @@ def deploy(
     allow: str | None = None,
     engine: str = "auto",
     device: str = "cpu",
+    same_bits: bool = False,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Backbone:
     """The record's backbone in deploy form, from either form, and the engine that runs it.
@@ -61,7 +62,7 @@ def deploy(
         graph, tensors = fold(graph, tensors)
     elif any(op.operator.statistics for op in graph.ops):
         raise DataError("/model/graph", "a BatchNorm in deploy form", "form batchnorm, or a folded graph")
-    chosen = choose(engine, graph, device)
+    chosen = choose(engine, graph, device, same_bits=same_bits)
     if chosen.note:
         on_note(chosen.note)
     return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input, chosen)

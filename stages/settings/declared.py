@@ -116,6 +116,14 @@ def engine_setting() -> str:
     return setting("auto", ENGINE, metavar="auto|native|torch", choices=ENGINES)
 
 
+SAME_BITS = "The same features and gradients on every machine; slower. Native alone has this."
+
+
+def same_bits_setting() -> bool:
+    """The field `same_bits` of a stage that computes."""
+    return setting(False, SAME_BITS)
+
+
 def device_setting() -> str:
     """The field `device` of a stage that computes."""
     return setting("cpu", DEVICE, metavar="cpu|cuda")

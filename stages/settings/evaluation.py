@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.errors import UsageError, require
-from stages.settings.declared import MICRO_BATCH, check, device_setting, engine_setting, micro_batch, setting
+from stages.settings.declared import (
+    MICRO_BATCH,
+    check,
+    device_setting,
+    engine_setting,
+    micro_batch,
+    same_bits_setting,
+    setting,
+)
 
 if TYPE_CHECKING:
     from stages.fsl.episodes import Shape
@@ -55,6 +63,7 @@ class Tasks:
     detach_prototypes: bool = setting(False, "No gradient through prototypes.")
     engine: str = engine_setting()
     device: str = device_setting()
+    same_bits: bool = same_bits_setting()
     shard: tuple[int, int] = setting(
         (0, 1), "Only tasks I, I+N, I+2N, ...; join them with --merge.", metavar="I/N", parse=shard, text="0/1"
     )

@@ -6,7 +6,15 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from stages.errors import require
-from stages.settings.declared import MICRO_BATCH, check, device_setting, engine_setting, micro_batch, setting
+from stages.settings.declared import (
+    MICRO_BATCH,
+    check,
+    device_setting,
+    engine_setting,
+    micro_batch,
+    same_bits_setting,
+    setting,
+)
 
 if TYPE_CHECKING:
     from stages.methods.layer_scores import Search
@@ -57,6 +65,7 @@ class Scoring:
     optimizer: str = setting("adam", "Whose state --memory counts: adam, adamw, momentum, sgd.", metavar="NAME")
     engine: str = engine_setting()
     device: str = device_setting()
+    same_bits: bool = same_bits_setting()
     workers: int = setting(
         1, "Threads of the native engine, each with an arena that --memory-model arena counts.", least=1
     )

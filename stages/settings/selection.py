@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stages.errors import require
-from stages.settings.declared import check, device_setting, engine_setting, setting
+from stages.settings.declared import check, device_setting, engine_setting, same_bits_setting, setting
 
 AUTO = "auto"
 STRATEGIES = (
@@ -54,6 +54,7 @@ class Selection:
     )
     engine: str = engine_setting()
     device: str = device_setting()
+    same_bits: bool = same_bits_setting()
 
     def __post_init__(self) -> None:
         check(self)

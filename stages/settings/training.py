@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stages.errors import require
-from stages.settings.declared import MICRO_BATCH, check, device_setting, engine_setting, micro_batch, setting
+from stages.settings.declared import (
+    MICRO_BATCH,
+    check,
+    device_setting,
+    engine_setting,
+    micro_batch,
+    same_bits_setting,
+    setting,
+)
 
 if TYPE_CHECKING:
     from stages.sparse_training import StreamTraining, SupportTraining
@@ -27,6 +35,7 @@ class Training:
     )
     engine: str = engine_setting()
     device: str = device_setting()
+    same_bits: bool = same_bits_setting()
     optimizer: str | None = setting(
         None, "Default: sgd for streams, adam for supports.", metavar="sgd|adam|adamw", choices=OPTIMIZERS
     )
@@ -74,6 +83,7 @@ class Training:
             micro_batch=self.micro_batch,
             engine=self.engine,
             device=self.device,
+            same_bits=self.same_bits,
         )
 
     def on_support(self, scale: float) -> SupportTraining:
@@ -95,7 +105,12 @@ class Training:
         )
         fitting = self.micro_batch is None
         return SupportTraining(
-            plan=self.plan, adapting=adapting, fitting=fitting, engine=self.engine, device=self.device
+            plan=self.plan,
+            adapting=adapting,
+            fitting=fitting,
+            engine=self.engine,
+            device=self.device,
+            same_bits=self.same_bits,
         )
 
     def _optimizing(self, optimizer: str, rate: float, clip: float, updates: int) -> Optimizing:

@@ -15,7 +15,7 @@ from stages.engines import choice
 from stages.engines.choice import DEVICES, ENGINES, Engine, TrainedNet, choose, make_net, threads_of
 from stages.engines.native import library
 from stages.engines.native.lowering import NotCovered
-from stages.engines.native.net import available_processors
+from stages.engines.native.net import NativeNet, available_processors
 from stages.engines.parameter import Floats
 from stages.errors import PartMissing, UsageError
 from stages.graphs.graph import Graph
@@ -213,3 +213,16 @@ def test_a_stream_trains_by_either_engine_alike() -> None:
         losses[engine] = result.metrics["train-sparse"]["loss"]
     assert np.array_equal(losses["auto"], losses["native"])
     np.testing.assert_allclose(losses["native"], losses["torch"], rtol=1e-3)
+
+
+@needs_native
+def test_the_same_bits_are_the_native_engines():
+    arch = "cnn4"
+    base = deploy(model(arch), same_bits=True)
+    assert base.engine == Engine("native", same_bits=True)
+    x = np.random.default_rng(0).standard_normal((3, *base.graph.input_shape), dtype=np.float32)
+    plain = NativeNet(base.graph, base.tensors, (), same_bits=True, width=1)
+    assert np.array_equal(base.features(x), plain.features(x))
+    for wrong in ({"engine": "torch"}, {"device": "cuda"}):
+        with pytest.raises(UsageError, match="--same-bits"):
+            deploy(model(arch), same_bits=True, **wrong)
