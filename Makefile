@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 LIBRARY := stages/engines/native/libedgetrain.so
 
-.PHONY: setup demo test test-all test-isa mutants check docs native native-test bench bench-engine bench-native \
+.PHONY: setup demo test test-all test-isa mutants check docs native native-test native-arm bench bench-engine bench-native \
         bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
@@ -26,7 +26,7 @@ demo: $(READY)   ## the whole toolkit on real data, in about three minutes
 test: check native native-test  ## format, types and tests, with ten architectures of the zoo
 	$(BIN)/python -m pytest -q
 
-test-all: check native native-test  ## the same with all architectures of the zoo
+test-all: check native native-test native-arm  ## the same with all architectures of the zoo, and the native engine on Arm
 	$(BIN)/python -m pytest -q -m ""
 
 # What torch and oneDNN take their kernels from; a processor that lacks one falls back to what it has.
@@ -52,6 +52,9 @@ $(LIBRARY): $(wildcard stages/engines/native/c/*) | $(READY)
 
 native-test: $(READY)  ## the C library alone: sanitizers, one buffer per value, damaged images
 	PATH="$(abspath $(BIN)):$$PATH" sh tests/native/run.sh build/native-test
+
+native-arm: native-test  ## the same bits on Arm, in an emulator; skipped where there is none
+	sh tests/native/arm.sh build/native-test
 
 check: $(READY)  ## format and types
 	$(BIN)/ruff check .

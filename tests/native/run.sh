@@ -17,6 +17,9 @@ for bits in "-ffp-contract=fast" "-ffp-contract=off -DET_SAME_BITS"; do
         -fsanitize=address,undefined -fno-sanitize-recover=all -I$source tests/native/driver.c \
         $source/width_*.c $source/check.c $source/image.c $source/run.c $source/optimiser.c $source/heads.c -o "$driver"
     "$driver" run "$folder"/*.image
+    if [ "$bits" != "-ffp-contract=fast" ]; then
+        sh tests/native/golden.sh "$driver" "$folder"
+    fi
     for shared in "$folder"/*.shared.image; do
         "$driver" same "$shared" "${shared%.shared.image}.separate.image"
     done
