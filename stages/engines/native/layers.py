@@ -53,8 +53,6 @@ class Layer:
         self.by_input = update is not None and update.axis == "input" and not op.is_depthwise
         channels = builder.channels
         self.rows, self.columns = channels.of[op.name], channels.of[op.inputs[0]]
-        self.ids = np.arange(op.weights).reshape(op.weight_shape)
-        self.place = np.full(op.weights, -1, np.int64)
         self.parts = [self._part(*block) for block in self._blocks()]
         self.bias = self._bias() if op.bias else None
         self.live_bias = self._live_bias()
@@ -80,14 +78,20 @@ class Layer:
         def cut(weight: Array) -> Array:
             return self._packed(weight, i0, i1, o0, o1, 0)
 
-        name = f"{self.op.name}.weight"
-        ids = self._packed(self.ids, i0, i1, o0, o1, -1).astype(np.int64).reshape(-1)
-        if not on:
-            return Part(i0, i1, o0, o1, on, self.builder.constant(lambda tensors: cut(tensors[name]), ids.size))
-        weight = self.builder.live(lambda tensors: cut(tensors[name]), ids.size)
-        mine: NDArray[np.bool_] = np.greater_equal(ids, 0)
-        self.place[ids[mine]] = weight.offset + np.flatnonzero(mine)
-        return Part(i0, i1, o0, o1, on, weight)
+        name, taken = f"{self.op.name}.weight", prod(self.op.kernel)
+        floats = taken * (o1 - o0) if self.op.is_depthwise else taken * (i1 - i0) * padded(o1 - o0)
+        put = self.builder.live if on else self.builder.constant
+        return Part(i0, i1, o0, o1, on, put(lambda tensors: cut(tensors[name]), floats))
+
+    def _places(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where among the live values each weight lies, -1 for the frozen; `ids` numbers the whole weight."""
+        places = np.full(ids.size, -1, np.int64)
+        for part in self.parts:
+            if part.live:
+                packed = self._packed(ids, part.i0, part.i1, part.o0, part.o1, -1).reshape(-1)
+                mine: NDArray[np.bool_] = np.greater_equal(packed, 0)
+                places[packed[mine].astype(np.int64)] = part.weight.offset + np.flatnonzero(mine)
+        return places
 
     def _packed(self, weight: Array, i0: int, i1: int, o0: int, o1: int, fill: int) -> Array:
         """A block of the whole weight in the kernels' layout."""
@@ -129,8 +133,9 @@ class Layer:
     def _parameters(self, update: LayerUpdate) -> list[Parameter]:
         name, found = self.op.name, []
         if update.channels:
-            ids = live_window(self.op, update, self.ids)
-            found.append(Parameter(f"{name}.weight", self.place[ids], ids))
+            whole = np.arange(self.op.weights).reshape(self.op.weight_shape)
+            ids = live_window(self.op, update, whole)
+            found.append(Parameter(f"{name}.weight", self._places(whole)[ids], ids))
         if self.live_bias is not None:
             at = self.live_bias[0].offset
             chosen = np.array(update.bias, np.int64)
