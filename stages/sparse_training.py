@@ -189,7 +189,7 @@ def train_support(
     updates = planned_updates(run, backbone.graph, config.plan)
     x = model_input(support, backbone.input)
     labels, ways = np.unique(support.y, return_inverse=True)
-    inputs = adaptation_inputs(len(support), views=config.adapting.views) - len(support)  # which are there already
+    inputs = adaptation_inputs(config.adapting, len(support)) - len(support)  # which are there already
     wanted = None if config.fitting else config.adapting.micro_batch
     held = _fit(backbone, updates, config.adapting.optimizing, wanted, inputs)
     on_fit(held)

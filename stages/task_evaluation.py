@@ -28,7 +28,7 @@ from stages.models import heads
 from stages.models.deploy import deploy
 from stages.randomness import generator
 from stages.settings.evaluation import Tasks as Tasks
-from stages.training.adaptation import Adapting, adaptation_inputs
+from stages.training.adaptation import adaptation_inputs
 
 MICRO_BATCH = 100
 """Most samples of a task that are in memory at once, unless told otherwise."""
@@ -68,14 +68,14 @@ def evaluate_tasks(
         same_bits=config.same_bits,
         on_note=on_note,
     )
-    scale = heads.cosine_scale(run.model.head)
+    how = config.adapting(heads.cosine_scale(run.model.head), 0)
     sizes = [config.shape.most] if episodes is None else [(len(each.support), len(each.query)) for each in episodes]
-    inputs = max((adaptation_inputs(min(s, len(block)), min(q, len(block))) for s, q in sizes), default=0)
+    inputs = max((adaptation_inputs(how, min(s, len(block)), min(q, len(block))) for s, q in sizes), default=0)
     other = value_bytes(backbone.graph, backbone.graph.ops[0].name, inputs)
-    need = to_train(backbone, every_layer(backbone.graph), Adapting().optimizing.state_values)
+    need = to_train(backbone, every_layer(backbone.graph), how.optimizing.state_values)
     held = fit(need, MICRO_BATCH, other_bytes=other, wanted=config.micro_batch)
     on_fit(held)
-    adapting = config.adapting(scale, held.samples)
+    adapting = replace(how, micro_batch=held.samples)
     methods = {name: find_method(name) for name in config.methods}
     drawn = draw_tasks(block, config, seed) if episodes is None else (episodes[i] for i in config.numbers)
     have = {(row.task, row.method): row for row in known if row.dataset == dataset}

@@ -81,13 +81,14 @@ class Adapting:
         require(self.micro_batch >= 0, where, f"micro-batch {self.micro_batch}", "at least 0")
 
 
-def adaptation_inputs(support: int, query: int = 0, *, views: int = 0) -> int:
+def adaptation_inputs(how: Adapting, support: int, query: int = 0) -> int:
     """How many model inputs are in memory at once while a backbone adapts, beside those of a micro-batch.
 
     The support, the outputs of its frozen layers (taken for as large as the inputs), a view or all that are drawn
     beforehand, and of both the rows that train while a rate is chosen; and the query.
     """
-    return support * (4 + max(views, 1)) + query
+    chosen = 2 if len(how.learning_rates) > 1 else 0
+    return support * (2 + max(how.views, 1) + chosen) + query
 
 
 class Adaptation(NamedTuple, Generic[N]):
@@ -219,6 +220,11 @@ def _leave_out(
 # ------------------------------------------------------------------------------------------------------ the training
 
 
+def _rows_of(source: Source, rows: NDArray[np.int64]) -> Source:
+    """Some of the samples, ascending; all of them are not copied."""
+    return source if len(rows) == len(source) else source[rows]
+
+
 class _Task(Generic[N]):
     """A support set with its augmented views, on any subset of which a fresh net can be trained.
 
@@ -267,7 +273,7 @@ class _Task(Generic[N]):
 
     def prototypes(self, net: N, rows: NDArray[np.int64]) -> Floats:
         """Class means (C, D) of these rows of the support, without gradients."""
-        features = features_of(net, self.support[rows], micro_batch=self.how.micro_batch)
+        features = features_of(net, _rows_of(self.support, rows), micro_batch=self.how.micro_batch)
         return prototypes(features, self.labels[rows], self.ways)
 
     def score(self, net: N, rest: NDArray[np.int64], left_out: NDArray[np.int64]) -> tuple[int, float]:
@@ -281,7 +287,7 @@ class _Task(Generic[N]):
     def _gradients(self, net: N, rows: NDArray[np.int64], iteration: int) -> float:
         """Gradients of one iteration's loss in the net's parameters; the loss."""
         view = self.views[iteration % len(self.views)] if self.views else self._draw(iteration)
-        support, query, labels = self.support[rows], view[rows], self.labels[rows]
+        support, query, labels = _rows_of(self.support, rows), _rows_of(view, rows), self.labels[rows]
         size = self.how.micro_batch
         if self.how.detach_prototypes:
             means = self.prototypes(net, rows)

@@ -290,7 +290,8 @@ class NativeNet:
                     one(worker, sample)
                 if lot:
                     added[lot - 1].wait()
-                self.gradient += worker.gradient
+                with np.errstate(over="ignore", invalid="ignore"):  # a step that diverges is found by its numbers
+                    self.gradient += worker.gradient
             finally:
                 added[lot].set()
 
