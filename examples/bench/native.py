@@ -1,4 +1,4 @@
-"""The native engine beside the sparse engine in PyTorch: a training step and a forward pass, and the arena's bytes.
+"""The native engine beside the one in PyTorch: a training step and a forward pass, and the arena's bytes.
 
     python examples/bench/native.py             # three nets, one and two threads, a few minutes
     python examples/bench/native.py --quick     # one net, few repeats; nothing is written
@@ -23,12 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from engine import NETS, ROOT, load, task, tinytrain
+from engine import NETS, ROOT, inputs_of, load, mean_square, task, tinytrain
 
 from stages.cost.model import paper_peak_bytes
 from stages.cost.training import saved_activation_bytes
 from stages.engines.native.library import library
 from stages.engines.native.net import NativeNet
+from stages.engines.parameter import Floats
+from stages.engines.torch.face import TorchNet
 from stages.engines.torch.net import SparseNet
 from stages.training.updates import gradient_update
 
@@ -38,27 +40,23 @@ LIMITS = {("step", 1): 0.2, ("step", 32): 0.7, ("forward", 1): 0.2, ("forward", 
 WIDTHS = {16: "AVX-512", 8: "AVX2", 4: "SSE2 or NEON", 1: "scalar"}
 
 
-def bodies(sparse: SparseNet, net: NativeNet, batch: int) -> dict[str, Callable[[], object]]:
+def bodies(theirs: TorchNet, ours: NativeNet, x: Floats) -> dict[str, Callable[[], object]]:
     """What is measured, by `engine what`."""
-    x = torch.rand(batch, *net.graph.input_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    arrays = x.numpy()
+    loss = mean_square().ours
 
-    def torch_step() -> None:
-        gradient_update(sparse, x, lambda features: features.square().mean())
-        for parameter in sparse.parameters():
-            parameter.grad = None
+    def step(net: TorchNet | NativeNet) -> Callable[[], None]:
+        def body() -> None:
+            gradient_update(net, x, loss)
+            for parameter in net.parameters():
+                parameter.gradient[...] = 0
 
-    def native_step() -> None:
-        features, kept = net.forward(net.prefix(arrays))
-        net.backward(kept, 2 * features / features.size)
-        net.gradients()
-        net.clear_gradients()
+        return body
 
     return {
-        "torch step": torch_step,
-        "native step": native_step,
-        "torch forward": lambda: sparse.features(x),
-        "native forward": lambda: net.features(arrays),
+        "torch step": step(theirs),
+        "native step": step(ours),
+        "torch forward": lambda: theirs.features(x),
+        "native forward": lambda: ours.features(x),
     }
 
 
@@ -83,19 +81,19 @@ def job(net_name: str, threads: int, repeats: int) -> None:
     clock = time.process_time if threads == 1 else time.perf_counter
     backbone = load(net_name)
     updates = tinytrain(backbone, task(backbone, 25))
-    tensors = {name: value.numpy() for name, value in backbone.tensors.items()}
-    sparse = SparseNet(backbone, updates)
+    theirs = TorchNet(SparseNet(backbone, updates))
     widths = [0] if threads > 1 else [w for w in (16, 8, 4) if w <= library().et_width()]
     figures = {}
     for width in widths:
-        net = NativeNet(backbone.graph, tensors, updates, threads=threads, width=width)
+        net = NativeNet(backbone.graph, backbone.tensors, updates, threads=threads, width=width)
         for batch in BATCHES:
-            named = {f"{name} {batch}": body for name, body in bodies(sparse, net, batch).items()}
+            x = inputs_of(backbone, batch)
+            named = {f"{name} {batch}": body for name, body in bodies(theirs, net, x).items()}
             seconds = turns(named, clock, repeats)
             for what in ("step", "forward"):
-                mine, theirs = seconds[f"native {what} {batch}"], seconds[f"torch {what} {batch}"]
+                mine, torchs = seconds[f"native {what} {batch}"], seconds[f"torch {what} {batch}"]
                 figures[f"{width or library().et_width()} {what} {batch}"] = [
-                    1e3 * float(np.median(theirs)), 1e3 * float(np.median(mine)), float(np.median(mine / theirs)),
+                    1e3 * float(np.median(torchs)), 1e3 * float(np.median(mine)), float(np.median(mine / torchs)),
                 ]  # fmt: skip
     program = net.lowering
     figures["bytes"] = [
@@ -113,7 +111,7 @@ def measured(net: str, threads: int, repeats: int) -> dict[str, list[float]]:
 
 
 def report(nets: list[str], repeats: int) -> Iterator[str]:
-    yield "# The native engine beside the sparse engine in PyTorch"
+    yield "# The native engine beside the one in PyTorch"
     yield ""
     yield f"`python examples/bench/native.py`, {repeats} repeats; ratios below 1: native is faster. When it began,"
     yield f"the load average was {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores: where others run too, PyTorch's"

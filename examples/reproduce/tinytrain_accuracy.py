@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import multiprocessing.queues
 import os
 import re
 import sys
@@ -31,7 +32,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from edgetrain_cli.plots.methods import plot_methods
 from edgetrain_cli.plots.picture import check_plot
@@ -126,6 +126,11 @@ def arguments() -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
+def one_processor(processors: multiprocessing.queues.SimpleQueue[int]) -> None:
+    """Give a job a processor to itself, and with it one thread."""
+    os.sched_setaffinity(0, {processors.get()})
+
+
 def measure_all(names: Sequence[str], options: argparse.Namespace) -> None:
     """Every method on every backbone, the slowest first."""
     chosen = (
@@ -141,7 +146,10 @@ def measure_all(names: Sequence[str], options: argparse.Namespace) -> None:
     ]
     # no fork: this process may have trained with several threads
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
+    processors, usable = context.SimpleQueue(), sorted(os.sched_getaffinity(0))
+    for number in range(options.jobs):
+        processors.put(usable[number % len(usable)])
+    with ProcessPoolExecutor(options.jobs, context, one_processor, (processors,)) as pool:
         for number, done in enumerate(as_completed([pool.submit(measure, *job) for job in jobs]), start=1):
             print(f"{number} of {len(jobs)}: {' '.join(done.result())}", file=sys.stderr)
 

@@ -168,7 +168,7 @@ def sound(path: Path | None) -> Task | None:
         return None
     x, y, _ = load(path)
     args = {"width": 8, "frames": 49, "mel": 40, "sample_rate": 8000}
-    energies = adapt(x, "NT", registry.input_spec("ds-cnn", args)).numpy()[:, 0]
+    energies = adapt(x, "NT", registry.input_spec("ds-cnn", args))[:, 0]
     low, high = energies.min(), energies.max()
     pictures = np.rint((energies - low) * 255 / (high - low)).astype(np.uint8)
     return split(pictures, y, "NHW", "cnn4", {"width": 16}, "spoken digits")
@@ -451,7 +451,6 @@ def run_one(trial: Trial) -> None:
     try:
         os.sched_setaffinity(0, {processor})
         keep_freed_memory()  # as the commands do
-        torch.set_num_threads(1)
         result = perform(trial, TASKS[trial.modality])
     finally:
         PROCESSORS.put(processor)
