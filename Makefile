@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 LIBRARY := stages/engines/native/libedgetrain.so
 
-.PHONY: setup demo test test-all test-isa mutants check docs native native-test native-arm bench bench-engine bench-native \
+.PHONY: setup demo test test-all test-isa mutants check docs native native-test native-arm bench bench-engine bench-device bench-native \
         bench-selection bench-pipeline bench-faults \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
@@ -68,14 +68,15 @@ format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-engine bench-native bench-selection bench-pipeline bench-faults  ## all benchmarks, written to docs/results
+bench: bench-device bench-engine bench-native bench-selection bench-pipeline bench-faults  ## all benchmarks, written to docs/results
 
+bench-device:    ## what the commands of a device hold and take
 bench-engine:    ## what the sparse engine saves
 bench-native:    ## the native engine beside the sparse engine in PyTorch
 bench-selection: ## what choosing samples brings
 bench-pipeline:  ## what choosing beside training costs: throughput, transport, memory
 bench-faults:    ## 300 random faults in a live pipeline
-bench-engine bench-native bench-selection bench-pipeline bench-faults: bench-%: $(READY)
+bench-device bench-engine bench-native bench-selection bench-pipeline bench-faults: bench-%: $(READY)
 	$(BIN)/python examples/bench/$*.py
 
 reproduce-tinytrain-cost: $(READY)      ## every cell of TinyTrain's cost tables
