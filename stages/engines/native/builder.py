@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.engines.native import arena
-from stages.engines.native.channels import Channels
+from stages.engines.native.channels import Channels, Map, map_of
 from stages.engines.native.program import (
     ARENA,
     CONSTANT,
@@ -27,34 +27,7 @@ from stages.engines.native.program import (
 )
 from stages.engines.native.program import PANEL as LANES
 from stages.graphs.graph import Graph
-from stages.operators import Op, Shape
-
-
-@dataclass(frozen=True, slots=True)
-class Map:
-    """A value as the engine holds it: pixels of channels."""
-
-    height: int
-    width: int
-    channels: int
-
-    @property
-    def pixels(self) -> int:
-        return self.height * self.width
-
-    @property
-    def floats(self) -> int:
-        return self.pixels * self.channels
-
-
-def map_of(shape: Shape) -> Map:
-    """(C, H, W), (C, T) or (D,) as a map; a line of time is a map of one row.
-
-    >>> map_of((3, 8, 9)), map_of((2, 5)), map_of((7,))
-    (Map(height=8, width=9, channels=3), Map(height=1, width=5, channels=2), Map(height=1, width=1, channels=7))
-    """
-    sizes = (1, 1, *shape[1:])[-2:]
-    return Map(sizes[0], sizes[1], shape[0])
+from stages.operators import Op
 
 
 def geometry(op: Op) -> dict[str, int | Ref]:

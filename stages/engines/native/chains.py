@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from stages.engines.native.builder import geometry, map_of
 from stages.engines.native.layers import macs_of
 from stages.engines.native.program import MOST_STAGES
-from stages.engines.native.rules import RULES
+from stages.engines.native.rules import lowered
 from stages.engines.native.units import Unit
 from stages.graphs.graph import Graph
 from stages.operators import Op
@@ -128,7 +128,7 @@ def sources(unit: Unit) -> tuple[str, ...]:
 
 def is_rows(unit: Unit) -> bool:
     """Whether a unit is one step that can run row by row."""
-    return RULES[unit.op.kind].rows and (unit.op.groups == 1 or unit.op.is_depthwise)
+    return lowered(unit.op).rows and (unit.op.groups == 1 or unit.op.is_depthwise)
 
 
 def ring_rows(unit: Unit, reader: Unit) -> int:

@@ -8,14 +8,46 @@ operator needs the graph's own order (groups, flattening) its spaces keep it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 
 from stages.artifacts.records import LayerUpdate
 from stages.engines.native.program import Integers
 from stages.graphs.graph import Graph
-from stages.operators import Op
+from stages.operators import Op, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """A value as the engine holds it: pixels of channels."""
+
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def floats(self) -> int:
+        return self.pixels * self.channels
+
+
+def map_of(shape: Shape) -> Map:
+    """(C, H, W), (C, T) or (D,) as a map; a line of time is a map of one row, a value of more axes or of none a vector.
+
+    >>> map_of((3, 8, 9)), map_of((2, 5)), map_of((7,))
+    (Map(height=8, width=9, channels=3), Map(height=1, width=5, channels=2), Map(height=1, width=1, channels=7))
+    """
+    if not 1 <= len(shape) <= 3:
+        return Map(1, 1, prod(shape))
+    sizes = (1, 1, *shape[1:])[-2:]
+    return Map(sizes[0], sizes[1], shape[0])
+
 
 Run = tuple[int, int, bool]
 """First channel, end, whether they are live."""
@@ -75,7 +107,7 @@ class Channels:
     def _order(self, op: Op, known: dict[str, Integers]) -> Integers:
         root = self._root(op.name)
         if root not in known:
-            known[root] = self._order_of(root, op.shape[0], known)
+            known[root] = self._order_of(root, map_of(op.shape).channels, known)
         return known[root]
 
     def _order_of(self, root: str, count: int, known: dict[str, Integers]) -> Integers:

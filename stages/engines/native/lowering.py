@@ -16,7 +16,7 @@ from stages.engines.native.builder import Builder, map_of, mark_of
 from stages.engines.native.chains import Chain, Cuts, ring_rows
 from stages.engines.native.channels import Channels
 from stages.engines.native.program import Buffer, Lowering, Step
-from stages.engines.native.rules import RULES, Node, apply_bits, in_place, keep_bits, plus
+from stages.engines.native.rules import Node, apply_bits, keep_bits, lowered, plus, refused, rule_of
 from stages.engines.native.units import BITS, Unit, units_of
 from stages.errors import UsageError
 from stages.graphs.checking import check_updates
@@ -30,14 +30,10 @@ class NotCovered(UsageError):
 def uncovered(graph: Graph) -> str:
     """Why the native engine cannot run a graph: the first operator that it lacks, in words; empty where it can."""
     for op in graph.ops:
-        if op.kind not in RULES:
+        rule = rule_of(op)
+        if rule is None:
             return f"operator {op.name}: kind {op.kind!r}"
-        if op.shares:
-            reason = "tensors shared with another operator"
-        elif not 1 <= len(op.shape) <= 3:
-            reason = f"values of {len(op.shape)} axes"
-        else:
-            reason = RULES[op.kind].refuses(op)
+        reason = "tensors shared with another operator" if op.shares else refused(rule, op)
         if reason:
             return f"operator {op.name}: {op.kind} with {reason}"
     return ""
@@ -80,7 +76,7 @@ class Lowerer:
         self.live = {update.layer: update for update in updates if update.trains}
         self.detached = detached_layers(updates)
         start = start | set(self.live)
-        self.builder = Builder(graph, Channels(graph, self.live.values(), lambda op: RULES[op.kind].channels(op)))
+        self.builder = Builder(graph, Channels(graph, self.live.values(), lambda op: lowered(op).channels(op)))
         self.trained = graph.downstream(start) & graph.upstream([graph.output])
         self.flow = graph.gradient_flow(start, self.detached)
         self.output = graph.output
@@ -127,12 +123,12 @@ class Lowerer:
         return nodes
 
     def _node(self, unit: Unit, into: list[Step]) -> Node:
-        op, rule = unit.op, RULES[unit.op.kind]
+        op, rule = unit.op, lowered(unit.op)
         self.builder.owner = op.name
         inputs = [self.values[name] for name in op.inputs]
         layer = layers.Layer(self.builder, op, self.live.get(op.name)) if op.is_layer else None
         residual = self.values.get(unit.residual)
-        y = self._value(unit.out, over=inputs[0] if in_place(op) else residual)
+        y = self._value(unit.out, over=inputs[0] if lowered(op).in_place(op) else residual)
         node = Node(unit, inputs, y, layer, residual)
         node.pulls = unit.out in self.flow and op.name not in self.detached and not self.flow.isdisjoint(op.inputs)
         rule.forward(self.builder, node, into)
@@ -211,7 +207,7 @@ class Lowerer:
             return
         for which, name in enumerate(op.inputs):
             if name in self.flow:
-                rule = RULES[op.kind]
+                rule = lowered(op)
                 pending[name] = rule.backward(self.builder, node, which, g, pending.get(name), into)
 
     # -------------------------------------------------------------------------------------------------------- prefix
@@ -237,13 +233,13 @@ class Lowerer:
             if last and len(units) > 1:
                 y = self._made(unit.out, over=source if over else None, chained=True)
             elif last:
-                y = self._made(unit.out, over=inputs[0] if in_place(unit.op) else None)
+                y = self._made(unit.out, over=inputs[0] if lowered(unit.op).in_place(unit.op) else None)
             else:
                 held = ring_rows(unit, units[number + 1])
                 shape = map_of(self.graph[unit.out].shape)
                 y = builder.buffer(f"ring {unit.out}", held * shape.width * shape.channels)
             layer = layers.Layer(builder, unit.op, None) if unit.op.is_layer else None
-            RULES[unit.op.kind].forward(builder, Node(unit, inputs, y, layer, self.values.get(unit.residual)), into)
+            lowered(unit.op).forward(builder, Node(unit, inputs, y, layer, self.values.get(unit.residual)), into)
             if rows:
                 into[-1].words["xr"] = rows
             rows = 0 if last else ring_rows(unit, units[number + 1])

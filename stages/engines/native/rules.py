@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-from stages.engines.native import layers
+from stages.engines.native import layers, moves
 from stages.engines.native.builder import Builder, geometry, map_of
 from stages.engines.native.program import (
     ACTIVATIONS,
@@ -20,6 +20,7 @@ from stages.engines.native.program import (
     Ref,
     Step,
     Tensors,
+    float_word,
 )
 from stages.engines.native.units import BITS, Unit
 from stages.operators import Op
@@ -38,6 +39,8 @@ class Node:
     """A gradient flows through it into at least one input: what that needs must be kept."""
     kept: Buffer | None = None
     """What `forward` kept for `backward`, where it keeps anything of its own."""
+    table: moves.Table | None = None
+    """What `forward` moved values by."""
 
     @property
     def op(self) -> Op:
@@ -83,6 +86,8 @@ class Rule:
     """Whether its output may take the place of its first input."""
     refuses: Callable[[Op], str] = lambda op: ""
     """Why this operator cannot be lowered; empty where it can."""
+    any_axes: bool = False
+    """It treats values of more than three axes, or of none, as vectors, or does not care."""
 
 
 # -------------------------------------------------------------------------------------------------------------- layers
@@ -139,11 +144,6 @@ def _function(op: Op) -> dict[str, int | Ref]:
     return {"act": ACTIVATIONS[kind], **dict(zip(("a0", "a1"), numbers, strict=False))}
 
 
-def float_word(value: float) -> int:
-    """A number as the word of a step."""
-    return int(np.float32(value).view(np.int32))
-
-
 def _activation(builder: Builder, node: Node, into: list[Step]) -> None:
     builder.emit(into, "unary", **flat(node.op.shape), **_function(node.op), x=node.inputs[0][0], y=node.y[0])
 
@@ -164,6 +164,34 @@ def _elementwise(
     more = None if add is None else add[0]
     builder.emit(into, kind, **words, x=kept[0], w=g[0], r=more, ldr=words["ldx"], y=dx[0])
     return dx
+
+
+def _prelu(builder: Builder, node: Node, into: list[Step]) -> None:
+    """max(x, 0) + slope min(x, 0)."""
+    op, sizes, x = node.op, flat(node.op.shape), node.inputs[0][0]
+    below = builder.buffer(f"{op.name} below 0", op.elements)
+    builder.emit(into, "unary", **sizes, **BELOW, x=x, y=below[0])
+    builder.emit(into, "unary", **sizes, act=ACTIVATIONS["relu"], x=x, y=node.y[0])
+    builder.emit(into, "multiply", **sizes, x=below[0], r=_slopes(builder, op), ldr=0, w=node.y[0], y=node.y[0])
+
+
+def _prelu_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    op, sizes, x = node.op, flat(node.op.shape), node.inputs[0][0]
+    below = builder.buffer(f"gradient below 0 of {op.name}", op.elements)
+    builder.emit(into, "unary_dx", **sizes, **BELOW, x=x, w=g[0], y=below[0])
+    dx = _elementwise(builder, node, "unary_dx", sizes | {"act": ACTIVATIONS["relu"]}, node.inputs[0], g, add, into)
+    builder.emit(into, "multiply", **sizes, x=below[0], r=_slopes(builder, op), ldr=0, w=dx[0], y=dx[0])
+    return dx
+
+
+def _slopes(builder: Builder, op: Op) -> Ref:
+    """A slope for each channel, in their order."""
+    name, order = f"{op.owner}.weight", builder.channels.of[op.name]
+    return builder.constant(lambda tensors: np.broadcast_to(tensors[name], len(order))[order], len(order))
+
+
+BELOW: dict[str, int | Ref] = {"act": ACTIVATIONS["clamp"], "a0": float_word(-np.inf), "a1": float_word(0)}
+"""min(x, 0); its slope at 0 is 1, and that of ReLU is 0, as PReLU's are."""
 
 
 def _softmax(builder: Builder, node: Node, into: list[Step]) -> None:
@@ -208,41 +236,92 @@ def _refuses_layernorm(op: Op) -> str:
 
 def _is_vector(shape: Sequence[int], whole: Sequence[int]) -> bool:
     """One value per channel, to be repeated over the pixels of the other value."""
-    return len(shape) == len(whole) and shape[0] == whole[0] and prod(shape[1:]) == 1 < prod(whole[1:])
+    alike = len(shape) == len(whole) <= 3 and shape[:1] == whole[:1]
+    return alike and prod(shape[1:]) == 1 < prod(whole[1:])
 
 
-def _factors(op: Op) -> tuple[int, int]:
-    """Which input is the whole map, and which the other."""
-    return (1, 0) if _is_vector(op.in_shapes[0], op.shape) else (0, 1)
+def _of_equals(op: Op) -> str:
+    """Channel by channel, unless something has to be repeated along them."""
+    plain = all(shape == op.shape or _is_vector(shape, op.shape) for shape in op.in_shapes)
+    return "same" if plain else "fixed"
 
 
-def _multiply(builder: Builder, node: Node, into: list[Step]) -> None:
-    whole, other = _factors(node.op)
-    sizes = flat(node.op.shape)
-    apart = 0 if _is_vector(node.op.in_shapes[other], node.op.shape) else sizes["ldx"]
-    x, r = node.inputs[whole], node.inputs[other]
-    builder.emit(into, "multiply", **sizes, x=x[0], r=r[0], ldr=apart, y=node.y[0])
+def _first_is_whole(op: Op) -> bool:
+    return op.in_shapes[0] == op.shape
 
 
-def _multiply_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
-    op, other, sizes = node.op, node.inputs[1 - which], flat(node.op.shape)
-    dx = builder.buffer(f"gradient {op.inputs[which]}", prod(op.in_shapes[which]), over=add)
-    more = None if add is None else add[0]
+def _operand(builder: Builder, node: Node, which: int, into: list[Step], *, spread: bool = False) -> tuple[Ref, int]:
+    """One input of a product or sum: where it lies, and how far its pixels lie apart: 0 for a value per channel (where
+    it may be one: `spread`). What has another shape is repeated to the whole first."""
+    op, x = node.op, node.inputs[which]
+    if op.in_shapes[which] == op.shape:
+        return x[0], map_of(op.shape).channels
+    if spread and _is_vector(op.in_shapes[which], op.shape):
+        return x[0], 0
+    whole = builder.buffer(f"{op.inputs[which]} repeated", op.elements)
+    moves.repeated(builder, op.in_shapes[which], op.shape).gather(x[0], whole[0], into)
+    return whole[0], map_of(op.shape).channels
+
+
+def _operands(builder: Builder, node: Node, into: list[Step], *, either: bool) -> dict[str, int | Ref]:
+    """Both inputs as the words of a step; `either` may come first."""
+    first = 1 if either and _is_vector(node.op.in_shapes[0], node.op.shape) else 0
+    x, _ = _operand(builder, node, first, into)
+    r, apart = _operand(builder, node, 1 - first, into, spread=True)
+    return {"x": x, "r": r, "ldr": apart}
+
+
+def _own_gradient(
+    builder: Builder, node: Node, which: int, whole: Buffer, add: Buffer | None, into: list[Step]
+) -> Buffer:
+    """An input's gradient from that of the input repeated to the whole."""
+    op = node.op
+    if op.in_shapes[which] == op.shape:
+        return plus(builder, op.inputs[which], op.shape, whole, add, into)
     if _is_vector(op.in_shapes[which], op.shape):
-        builder.emit(into, "dot", **sizes, x=g[0], r=other[0], ldr=sizes["ldx"], w=more, y=dx[0])
-    else:
-        apart = 0 if _is_vector(op.in_shapes[1 - which], op.shape) else sizes["ldx"]
-        builder.emit(into, "multiply", **sizes, x=g[0], r=other[0], ldr=apart, w=more, y=dx[0])
+        return plus(builder, op.inputs[which], op.in_shapes[which], _over_pixels(builder, op, whole, into), add, into)
+    dx = builder.buffer(f"gradient {op.inputs[which]}", prod(op.in_shapes[which]))
+    table = moves.repeated(builder, op.in_shapes[which], op.shape)
+    table.scatter(whole[0], dx[0], into, add=None if add is None else add[0])
     return dx
 
 
-def _refuses_multiply(op: Op) -> str:
-    fits = all(shape == op.shape or _is_vector(shape, op.shape) for shape in op.in_shapes)
-    return "" if fits and op.shape in op.in_shapes else f"shapes {op.in_shapes}"
+def _multiply(builder: Builder, node: Node, into: list[Step]) -> None:
+    op = node.op
+    words = flat(op.shape) | _operands(builder, node, into, either=op.kind == "multiply")
+    builder.emit(into, "multiply", **words, y=node.y[0], n=int(op.kind == "divide"))
 
 
-def _refuses_subtract(op: Op) -> str:
-    return _refuses_multiply(op) or ("" if op.in_shapes[0] == op.shape else f"shapes {op.in_shapes}")
+def _multiply_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    op, sizes = node.op, flat(node.op.shape)
+    divides = int(op.kind == "divide")
+    r, apart = _operand(builder, node, 1 - which, into, spread=True)
+    if op.in_shapes[which] == op.shape:
+        dx = builder.buffer(f"gradient {op.inputs[which]}", op.elements, over=add)
+        more = None if add is None else add[0]
+        builder.emit(into, "multiply", **sizes, x=g[0], r=r, ldr=apart, w=more, y=dx[0], n=divides)
+        return dx
+    if _is_vector(op.in_shapes[which], op.shape) and not divides:
+        dx = builder.buffer(f"gradient {op.inputs[which]}", prod(op.in_shapes[which]), over=add)
+        more = None if add is None else add[0]
+        builder.emit(into, "dot", **sizes, x=g[0], r=r, ldr=apart, w=more, y=dx[0])
+        return dx
+    whole = builder.buffer(f"gradient {op.inputs[which]} repeated", op.elements)
+    builder.emit(into, "multiply", **sizes, x=g[0], r=r, ldr=apart, y=whole[0], n=divides)
+    return _own_gradient(builder, node, which, whole, add, into)
+
+
+def _divide_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    """Of x / r: g / r, and - g (x / r) / r."""
+    if which == 0:
+        return _multiply_back(builder, node, which, g, add, into)
+    op, sizes = node.op, flat(node.op.shape)
+    r, apart = _operand(builder, node, 1, into, spread=True)
+    parts = builder.buffer(f"gradient {op.name} times it", op.elements)
+    builder.emit(into, "multiply", **sizes, x=g[0], r=node.y[0], ldr=sizes["ldx"], y=parts[0])
+    whole = builder.buffer(f"gradient {op.inputs[1]} repeated", op.elements, over=parts)
+    builder.emit(into, "multiply", **sizes, x=parts[0], r=r, ldr=apart, y=whole[0], n=1)
+    return _less(builder, op, _own_gradient(builder, node, 1, whole, None, into), add, into)
 
 
 def _bits_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
@@ -264,20 +343,16 @@ def plus(builder: Builder, name: str, shape: Sequence[int], g: Buffer, add: Buff
 
 
 def _sum(builder: Builder, node: Node, into: list[Step]) -> None:
-    op, sizes = node.op, flat(node.op.shape)
-    whole, other = _factors(op) if op.kind == "add" else (0, 1)
-    x, r = node.inputs[whole], node.inputs[other]
-    apart = 0 if _is_vector(op.in_shapes[other], op.shape) else sizes["ldx"]
-    builder.emit(into, "add", **sizes, x=x[0], r=r[0], y=node.y[0], ldr=apart, n=int(op.kind == "subtract"))
+    op = node.op
+    words = flat(op.shape) | _operands(builder, node, into, either=op.kind == "add")
+    builder.emit(into, "add", **words, y=node.y[0], n=int(op.kind == "subtract"))
 
 
 def _sum_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
     op = node.op
-    if _is_vector(op.in_shapes[which], op.shape):
-        g = _over_pixels(builder, op, g, into)
     if op.kind == "subtract" and which == 1:
-        return _less(builder, op, g, add, into)
-    return plus(builder, op.inputs[which], op.in_shapes[which], g, add, into)
+        return _less(builder, op, _own_gradient(builder, node, which, g, None, into), add, into)
+    return _own_gradient(builder, node, which, g, add, into)
 
 
 def _over_pixels(builder: Builder, op: Op, g: Buffer, into: list[Step]) -> Buffer:
@@ -303,13 +378,12 @@ def _less(builder: Builder, op: Op, g: Buffer, add: Buffer | None, into: list[St
 def _constant(builder: Builder, node: Node, into: list[Step]) -> None:
     """Copied into the arena, where its readers look for it."""
     op = node.op
-    name = f"{op.name}.value"
+    name, size = f"{op.name}.value", map_of(op.shape)
 
     def pixels(tensors: Tensors) -> Floats:
-        size = map_of(op.shape)
         return tensors[name].reshape(size.channels, size.pixels).T
 
-    _copy(builder, into, builder.constant(pixels, op.elements), node.y[0], op.shape, op.shape[0], op.shape[0])
+    _copy(builder, into, builder.constant(pixels, op.elements), node.y[0], op.shape, size.channels, size.channels)
 
 
 def _copy(
@@ -463,6 +537,29 @@ def map_sizes(shape: Sequence[int]) -> tuple[int, int]:
     return size.height, size.width
 
 
+def _adaptive_max(builder: Builder, node: Node, into: list[Step]) -> None:
+    if node.pulls:
+        node.kept = builder.buffer(f"index {node.op.name}", -(-node.op.elements // 4))
+    index = None if node.kept is None else node.kept[0]
+    builder.emit(into, "max_pool", **_adaptive(node.op), x=node.inputs[0][0], y=node.y[0], m=index)
+
+
+def _adaptive_max_back(
+    builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]
+) -> Buffer:
+    assert node.kept is not None
+    dx = builder.buffer(f"gradient {node.op.inputs[0]}", prod(node.op.in_shape), over=add)
+    more = None if add is None else add[0]
+    builder.emit(into, "max_pool_dx", **_adaptive(node.op), x=g[0], r=more, y=dx[0], m=node.kept[0])
+    return dx
+
+
+def _refuses_adaptive_max(op: Op) -> str:
+    words = _adaptive(op)
+    taps = int(words["kh"]) * int(words["kw"])  # type: ignore[arg-type]
+    return f"bins of {taps} positions" if taps > 256 else _refuses_adaptive(op)
+
+
 def _adaptive_pool(builder: Builder, node: Node, into: list[Step]) -> None:
     builder.emit(into, "avg_pool", **_adaptive(node.op), x=node.inputs[0][0], y=node.y[0])
 
@@ -543,6 +640,18 @@ def _mean_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer 
     return dx
 
 
+def _amax(builder: Builder, node: Node, into: list[Step]) -> None:
+    builder.emit(into, "amax", **flat(node.op.in_shape), x=node.inputs[0][0], y=node.y[0])
+
+
+def _amax_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
+    """Shared evenly among all that are the largest."""
+    dx = builder.buffer(f"gradient {node.op.inputs[0]}", prod(node.op.in_shape), over=add)
+    words = flat(node.op.in_shape) | {"r": None if add is None else add[0]}
+    builder.emit(into, "amax_dx", **words, x=node.inputs[0][0], b=node.y[0], w=g[0], ldr=words["ldx"], y=dx[0])
+    return dx
+
+
 def _input(builder: Builder, node: Node, into: list[Step]) -> None:
     builder.emit(into, "input", **flat(node.op.shape), y=node.y[0])
 
@@ -556,9 +665,9 @@ RULES: dict[str, Rule] = {
     "conv": Rule(_layer_channels, _layer, _layer_back, rows=True, refuses=_refuses_layer),
     "linear": Rule(_layer_channels, _layer, _layer_back, refuses=_refuses_tokens),
     "scale": Rule(same, _layer, _layer_back, rows=True, refuses=_refuses_tokens),
-    **{kind: Rule(same, _activation, _bits_back, rows=True, in_place=always) for kind in BITS},
+    **{kind: Rule(same, _activation, _bits_back, rows=True, in_place=always, any_axes=True) for kind in BITS},
     **{
-        kind: Rule(same, _activation, _activation_back, rows=True, in_place=always)
+        kind: Rule(same, _activation, _activation_back, rows=True, in_place=always, any_axes=True)
         for kind in (
             "leaky_relu", "elu", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "clamp", "exp",
             "softplus", "mish", "abs",
@@ -567,13 +676,14 @@ RULES: dict[str, Rule] = {
     **{kind: Rule(same, _softmax, _softmax_back, refuses=_refuses_axis) for kind in ("softmax", "log_softmax")},
     "layernorm": Rule(fixed, _norm, _norm_back, refuses=_refuses_layernorm),
     "groupnorm": Rule(fixed, _norm, _norm_back),
-    "add": Rule(same, _sum, _sum_back, refuses=_refuses_multiply, in_place=lambda op: op.in_shapes[0] == op.shape),
-    "subtract": Rule(same, _sum, _sum_back, refuses=_refuses_subtract, in_place=always),
-    "multiply": Rule(same, _multiply, _multiply_back, refuses=_refuses_multiply),
+    "add": Rule(_of_equals, _sum, _sum_back, in_place=_first_is_whole, any_axes=True),
+    "subtract": Rule(_of_equals, _sum, _sum_back, in_place=_first_is_whole, any_axes=True),
+    "multiply": Rule(_of_equals, _multiply, _multiply_back, any_axes=True),
+    "divide": Rule(_of_equals, _multiply, _divide_back, any_axes=True),
     "concat": Rule(joined, _concat, _concat_back, refuses=_refuses_axis),
     **{kind: Rule(fixed, _take, _take_back, refuses=_refuses_axis) for kind in ("slice", "take")},
     "pad": Rule(same, _pad, _pad_back, refuses=_refuses_pad),
-    "constant": Rule(fixed, _constant, _no_gradient),
+    "constant": Rule(fixed, _constant, _no_gradient, any_axes=True),
     "flatten": Rule(_flatten_channels, _flatten, _flatten_back, in_place=lambda op: not _turns(op)),
     "reshape": Rule(
         _flatten_channels, _flatten, _flatten_back, refuses=_refuses_reshape, in_place=lambda op: not _turns(op)
@@ -584,13 +694,43 @@ RULES: dict[str, Rule] = {
     "global_pool": Rule(same, _mean, _mean_back),
     "mean": Rule(same, _mean, _mean_back, refuses=_refuses_mean),
     "upsample": Rule(same, _nearest, _nearest_back, refuses=_refuses_upsample),
+    "adaptive_max_pool": Rule(same, _adaptive_max, _adaptive_max_back, refuses=_refuses_adaptive_max),
+    "amax": Rule(same, _amax, _amax_back, refuses=_refuses_mean),
+    "prelu": Rule(same, _prelu, _prelu_back),
 }  # fmt: skip
-"""One row per kind."""
+"""One row per kind: the cheapest way."""
+
+MOVED = Rule(fixed, moves.move, moves.move_back, refuses=moves.refuses_move, any_axes=True)
+REDUCED = Rule(fixed, moves.reduce, moves.reduce_back, refuses=moves.refuses_move, any_axes=True)
+GENERAL: dict[str, Rule] = {
+    **dict.fromkeys(("reshape", "flatten", "permute", "expand", "roll", "slice", "take", "pad", "upsample"), MOVED),
+    **dict.fromkeys(("sum", "mean"), REDUCED),
+    "concat": Rule(fixed, moves.join, moves.join_back, refuses=moves.refuses_move, any_axes=True),
+}
+"""What else runs by tables, whatever its axes."""
 
 
-def in_place(op: Op) -> bool:
-    """Whether an operator's output may take the place of its first input."""
-    return RULES[op.kind].in_place(op)
+def rule_of(op: Op) -> Rule | None:
+    """How an operator is lowered; None where its kind has no kernel."""
+    rule, general = RULES.get(op.kind), GENERAL.get(op.kind)
+    if general is not None and (rule is None or refused(rule, op)):
+        return general
+    return rule
+
+
+def refused(rule: Rule, op: Op) -> str:
+    """Why a rule cannot lower an operator; empty where it can."""
+    usual = all(1 <= len(shape) <= 3 for shape in (op.shape, *op.in_shapes))
+    if not (usual or rule.any_axes):
+        return f"values of {sorted({len(shape) for shape in (op.shape, *op.in_shapes)})} axes"
+    return rule.refuses(op)
+
+
+def lowered(op: Op) -> Rule:
+    """The rule of an operator that has one."""
+    rule = rule_of(op)
+    assert rule is not None
+    return rule
 
 
 def apply_bits(builder: Builder, activation: str, out: str, kept: Buffer, g: Buffer, into: list[Step]) -> Buffer:

@@ -36,6 +36,18 @@ static int indices(const struct limits *l, const float *constants, uint32_t refe
     return 1;
 }
 
+/* A table of places below a number, or -1. */
+static int numbers(const struct limits *l, const float *constants, uint32_t reference, uint64_t count, int32_t below) {
+    if (count > MOST || !within(l, reference, count, FIXED)) return 0;
+    const float *at = constants + (reference & 0x3fffffffu);
+    for (uint64_t i = 0; i < count; i++) {
+        int32_t place;
+        memcpy(&place, at + i, sizeof place);
+        if (place < -1 || place >= below) return 0;
+    }
+    return 1;
+}
+
 static int between(int32_t value, int32_t low, int32_t high) { return value >= low && value <= high; }
 
 static int sane(const struct et_step *s) {
@@ -117,12 +129,27 @@ static int check(const struct limits *l, const struct et_header *h, const float 
                (s->kind == ET_MASK || within(l, s->y, n, WRITE));
         break;
     case ET_MULTIPLY:
-        fits = plain(s) && within(l, s->x, extent(in, ldx, ci), READ) && within(l, s->r, extent(in, ldr, ci), READ) &&
-               within(l, s->y, extent(in, ldy, ci), WRITE) && maybe(l, s->w, extent(in, ldy, ci), READ);
+        fits = plain(s) && between(s->n, 0, 1) && within(l, s->x, extent(in, ldx, ci), READ) &&
+               within(l, s->r, extent(in, ldr, ci), READ) && within(l, s->y, extent(in, ldy, ci), WRITE) &&
+               maybe(l, s->w, extent(in, ldy, ci), READ);
         break;
     case ET_DOT:
         fits = within(l, s->x, extent(in, ldx, ci), READ) && within(l, s->r, extent(in, ldr, ci), READ) &&
                (within(l, s->y, ci, WRITE) || within(l, s->y, ci, SUMS)) && maybe(l, s->w, ci, READ);
+        break;
+    case ET_GATHER:
+    case ET_SCATTER: {
+        const uint64_t places = times(n, co), read = s->kind == ET_GATHER ? ci : n, made = s->kind == ET_GATHER ? n : ci;
+        fits = s->n >= 1 && within(l, s->x, read, READ) && within(l, s->y, made, WRITE) && maybe(l, s->r, made, READ) &&
+               maybe(l, s->w, places, FIXED) && numbers(l, constants, s->m, places, s->ci);
+        break;
+    }
+    case ET_AMAX:
+        fits = within(l, s->x, extent(in, ldx, ci), READ) && within(l, s->y, ci, WRITE);
+        break;
+    case ET_AMAX_DX:
+        fits = within(l, s->x, extent(in, ldx, ci), READ) && within(l, s->b, ci, READ) && within(l, s->w, ci, READ) &&
+               within(l, s->y, extent(in, ldy, ci), WRITE) && maybe(l, s->r, extent(in, ldr, ci), READ);
         break;
     case ET_FILL:
         fits = within(l, s->y, extent(in, ldy, ci), WRITE);

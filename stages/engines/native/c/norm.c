@@ -1,13 +1,13 @@
 /* Products, softmax, normalisation by a sample's own statistics, and resizing. */
 #include "vector.h"
 
-/* y = x * r + add, pixels of ci values; ldr 0: r is one pixel, the same for all. add has ldy floats a pixel. */
+/* y = x * r + add, or x / r + add where n is 1, pixels of ci values; ldr 0: r is one pixel, the same for all. add has ldy floats a pixel. */
 KERNEL multiply(const struct et_step *s, const float *x, const float *r, const float *add, float *y) {
     const int pixels = s->hi * s->wi;
     for (int p = 0; p < pixels; p++, x += s->ldx, r += s->ldr, y += s->ldy, add = add ? add + s->ldy : 0)
         for (int c = 0; c < s->ci; c += VL) {
             const int n = MIN(VL, s->ci - c);
-            const vf product = get(x + c, n) * get(r + c, n);
+            const vf a = get(x + c, n), b = get(r + c, n), product = s->n ? a / b : a * b;
             put(y + c, n, add ? product + get(add + c, n) : product);
         }
 }

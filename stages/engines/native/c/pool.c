@@ -1,17 +1,23 @@
 /* Pooling of windows and of whole maps, and its gradients. */
 #include "vector.h"
 
+/* Where the window of output o begins along one axis. */
+INL int first_of(const struct et_step *s, int o, int step, int pad, int in, int out) {
+    return s->flags & ET_ADAPTIVE ? (int)((int64_t)o * in / out) : o * step - pad;
+}
+
 /* One output row of maxima; index (may be 0) gets the position of each inside its window, the first where several are
  * equal. */
 KERNEL max_pool_row(const struct et_step *s, et_rows rows, float *y, uint8_t *index) {
     for (int ox = 0; ox < s->wo; ox++, y += s->ldy) {
-        const int left = ox * s->sw - s->pw;
+        const int left = first_of(s, ox, s->sw, s->pw, s->wi, s->wo);
+        const int end = s->flags & ET_ADAPTIVE ? (int)(((int64_t)(ox + 1) * s->wi + s->wo - 1) / s->wo) : s->wi;
         int seen = 0;
         for (int ky = 0; ky < s->kh; ky++)
             if (rows[ky])
                 for (int kx = 0; kx < s->kw; kx++) {
                     const int ix = left + kx * s->dw, at = ky * s->kw + kx;
-                    if (ix < 0 || ix >= s->wi) continue;
+                    if (ix < 0 || ix >= end) continue;
                     const float *xp = rows[ky] + (ptrdiff_t)ix * s->ldx;
                     if (!seen) {
                         memmove(y, xp, sizeof(float) * (size_t)s->ci);
@@ -42,8 +48,9 @@ KERNEL max_pool_dx(const struct et_step *s, const float *g, const uint8_t *index
     for (int oy = 0; oy < s->ho; oy++)
         for (int ox = 0; ox < s->wo; ox++, g += s->ldy)
             for (int c = 0; c < s->ci; c++) {
-                const int at = *index++, iy = oy * s->sh - s->ph + at / s->kw * s->dh;
-                const int ix = ox * s->sw - s->pw + at % s->kw * s->dw;
+                const int at = *index++;
+                const int iy = first_of(s, oy, s->sh, s->ph, s->hi, s->ho) + at / s->kw * s->dh;
+                const int ix = first_of(s, ox, s->sw, s->pw, s->wi, s->wo) + at % s->kw * s->dw;
                 if (iy >= 0 && iy < s->hi && ix >= 0 && ix < s->wi) /* also where the index is not this step's */
                     dx[((ptrdiff_t)iy * s->wi + ix) * s->ldx + c] += g[c];
             }
@@ -106,4 +113,27 @@ KERNEL mean_dx(const struct et_step *s, const float *g, const float *add, float 
     for (int p = 0; p < pixels; p++)
         for (int c = 0; c < s->ci; c++)
             dx[(ptrdiff_t)p * s->ldx + c] = g[c] / (float)pixels + (add ? add[(ptrdiff_t)p * s->ldr + c] : 0.0f);
+}
+
+/* The largest over all positions: (hi * wi, ci) -> (ci). */
+KERNEL amax(const struct et_step *s, const float *x, float *y) {
+    const ptrdiff_t pixels = (ptrdiff_t)s->hi * s->wi;
+    memmove(y, x, sizeof(float) * (size_t)s->ci);
+    for (ptrdiff_t p = 1; p < pixels; p++)
+        for (int c = 0; c < s->ci; c++) {
+            const float v = x[p * s->ldx + c];
+            y[c] = !(v <= y[c]) && y[c] == y[c] ? v : y[c];
+        }
+}
+/* All that equal the largest share its gradient evenly. */
+KERNEL amax_dx(const struct et_step *s, const float *x, const float *y, const float *g, const float *add, float *dx) {
+    const ptrdiff_t pixels = (ptrdiff_t)s->hi * s->wi;
+    for (int c = 0; c < s->ci; c++) {
+        int count = 0;
+        for (ptrdiff_t p = 0; p < pixels; p++) count += x[p * s->ldx + c] == y[c];
+        for (ptrdiff_t p = 0; p < pixels; p++) {
+            const float d = x[p * s->ldx + c] == y[c] ? g[c] / (float)count : 0.0f;
+            dx[p * s->ldy + c] = add ? d + add[p * s->ldr + c] : d;
+        }
+    }
 }

@@ -43,6 +43,9 @@ static void run_row(const struct et_net *net, const struct et_step *s, int oy) {
         break;
     case ET_DEPTHWISE: k->depthwise_row(s, rows, w, b, y); break;
     case ET_MAX_POOL: {
+        const int end = s->flags & ET_ADAPTIVE ? (int)(((int64_t)(oy + 1) * s->hi + s->ho - 1) / s->ho) : s->hi;
+        for (int i = 0; i < s->kh; i++)
+            if (first + i * s->dh >= end) rows[i] = 0;
         uint8_t *index = (uint8_t *)et_at(net, s->m);
         if (index && net->saving) index += (ptrdiff_t)oy * s->wo * s->ci;
         else index = 0;
@@ -130,6 +133,10 @@ static void run_step(const struct et_net *net, const struct et_step *s) {
     case ET_NORM: k->norm(s, x, y, m); break;
     case ET_NORM_DX: k->norm_dx(s, x, w, r, y, m); break;
     case ET_NEAREST: k->nearest(s, x, y); break;
+    case ET_GATHER: k->gather(s, x, index, w, r, y); break;
+    case ET_SCATTER: k->scatter(s, x, index, w, r, y); break;
+    case ET_AMAX: k->amax(s, x, y); break;
+    case ET_AMAX_DX: k->amax_dx(s, x, b, w, r, y); break;
     case ET_NEAREST_DX: k->nearest_dx(s, x, r, y); break;
     case ET_FEATURES: for (int i = 0; i < s->n; i++) net->features[i] = x[index[i]]; break;
     case ET_GRADIENT_IN: for (int i = 0; i < s->n; i++) y[index[i]] = net->gradient[i]; break;
