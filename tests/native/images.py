@@ -106,7 +106,8 @@ def cases() -> Iterator[tuple[str, Graph, list[LayerUpdate]]]:
     from tests.native.test_kinds import CASES, plan
 
     for name in ("mish", "softmax", "groupnorm", "multiply by a gate", "subtract a value per channel", "take", "pad",
-                 "adaptive_avg_pool", "upsample", "constant"):  # fmt: skip
+                 "adaptive_avg_pool", "upsample", "constant", "divide by a gate", "prelu", "amax", "adaptive_max_pool",
+                 "shuffle", "bicubic False", "concat of rows", "sum"):  # fmt: skip
         yield name.replace(" ", "_"), CASES[name], plan(CASES[name])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.engines.native.rules import refused, rule_of
 from stages.operators import FAMILIES, TABLE, Operator
 
 PAGE = Path(__file__).parents[2] / "docs" / "operators.md"
@@ -24,7 +25,9 @@ turns the ATen calls of a model into these; anything else is refused by name. Ho
   channels, the live channels for input channels, depthwise layers and scales; biases nothing). A whole value is kept
   once, however many operators need it; constants and views are not kept.
 * **Layer**: its weights may train by a plan, by output or input channels.
-* **Engine**: all kinds run and train in the torch engine. The ONNX column says what `export` writes (opset 17).
+* **Native**: the native engine has it. A part: not along every axis, of every mode or for tokens (values whose features
+  are the last axis); the note of `--engine auto` names what it lacks. All kinds run and train in the torch engine.
+* The ONNX column says what `export` writes (opset 17).
 """
 
 
@@ -69,11 +72,23 @@ def onnx(operator: Operator) -> str:
     return ", ".join(dict.fromkeys(recorder.found)) or "an initialiser"
 
 
+def native(operator: Operator) -> str:
+    """Whether the native engine runs all examples of a kind."""
+    from tests.operators.examples import EXAMPLES
+
+    refusals = []
+    for example in EXAMPLES:
+        if example.op.kind == operator.kind:
+            rule = rule_of(example.op)
+            refusals.append(rule is None or bool(refused(rule, example.op)))
+    return "-" if all(refusals) else "a part" if any(refusals) else "yes"
+
+
 def row(operator: Operator) -> str:
     calls = ", ".join(sorted({name.partition(".")[0] for name in operator.aten})) or "-"
     kept = first_sentence(inspect.getdoc(operator.keeps))
     layer = "layer" if operator.trains else ""
-    cells = (f"`{operator.kind}`", operator.doc, macs(operator), kept, layer, onnx(operator), calls)
+    cells = (f"`{operator.kind}`", operator.doc, macs(operator), kept, layer, native(operator), onnx(operator), calls)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -83,8 +98,8 @@ def page() -> str:
         name = module.__name__.rpartition(".")[2]
         source = inspect.getsource(module)
         kinds = [operator for operator in TABLE.values() if registers(source, operator.kind)]
-        lines += [f"## {name.capitalize()}", "", "| kind | computes | MACs | kept | plan | ONNX | from ATen |"]
-        lines += ["|---|---|---|---|---|---|---|", *map(row, kinds), ""]
+        lines += [f"## {name.capitalize()}", "", "| kind | computes | MACs | kept | plan | native | ONNX | from ATen |"]
+        lines += ["|---|---|---|---|---|---|---|---|", *map(row, kinds), ""]
     return "\n".join(lines)
 
 
