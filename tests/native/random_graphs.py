@@ -74,7 +74,33 @@ def resized(grow: Growing, x: Op) -> Op:
     return grow.add(kind, x, **args) if x.elements < 300 else x
 
 
-STEPS = (layer, layer, layer, activation, activation, normalised, joined, joined, channels, resized)
+def moved(grow: Growing, x: Op) -> Op:
+    """What goes through tables: views of four axes, axes in another order, borders that copy, broadcasting."""
+    channels, height, width = x.shape
+    kind = grow.pick("shuffle", "permute", "roll", "slice", "pad", "upsample", "sum", "concat", "plane", "share")
+    if kind == "shuffle":
+        apart = grow.add("reshape", x, to=(channels, height, 1, width))
+        return grow.add("reshape", grow.add("permute", apart, order=(3, 2, 1, 0)), to=(width, height, channels))
+    if kind == "concat":
+        return grow.add("concat", x, grow.like(x), axis=grow.pick(1, 2)) if x.elements < 300 else x
+    if kind in ("plane", "share"):
+        plane = grow.add("sigmoid", grow.add("mean", x, axes=(grow.pick(0, 1, 2),), keepdim=True))
+        pair = (x, plane) if kind == "share" or grow.flag() else (plane, x)
+        return grow.add("divide" if kind == "share" else grow.pick("multiply", "add", "subtract"), *pair)
+    if kind == "upsample" and x.elements >= 300:
+        return x
+    args = {
+        "permute": {"order": grow.pick((1, 0, 2), (2, 1, 0), (1, 2, 0))},
+        "roll": {"shifts": (1, -1), "axes": (0, 2)},
+        "slice": {"axis": 1, "start": 1, "stop": height, "step": grow.pick(1, 2)},
+        "pad": {"before": (0, 1, 0), "after": (0, 1, 1), "mode": grow.pick("replicate", "circular"), "value": 0.0},
+        "upsample": {"size": (height + 1, 2 * width), "mode": grow.pick("bilinear", "bicubic"), "align_corners": False},
+        "sum": {"axes": (grow.pick(0, 1, 2),), "keepdim": True},
+    }[kind]
+    return x if kind == "slice" and height < 2 else grow.add(kind, x, **args)
+
+
+STEPS = (layer, layer, layer, activation, activation, normalised, joined, joined, channels, resized, moved, moved)
 
 
 @st.composite
