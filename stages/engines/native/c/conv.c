@@ -25,6 +25,21 @@
         RS(CONV_PUT_R)                                                                                                 \
     }
 
+#if VL == ET_PANEL
+/* Two panels at a time: a pixel's value is loaded once for both, and twice as many sums grow at once. */
+#define PAIR_V(F, r) F(r, 0) F(r, 1)
+#define PAIR_INIT_R(r) const int q##r = MIN(p + r, last); PAIR_V(CONV_INIT, r)
+#define PAIR_LOAD(r, v) vf WGT(v) = vld(w + v * panel + c * ET_PANEL);
+#define PAIR_MAC_R(r) const float s##r = x##r[c]; PAIR_V(CONV_MAC, r)
+#define PAIR_PUT_R(r) PAIR_V(CONV_PUT, r)
+#define PAIRS(RS)                                                                                                      \
+    {                                                                                                                  \
+        RS(PAIR_INIT_R) RS(PIXEL_R)                                                                                    \
+        for (int c = 0; c < s->ci; c++) { PAIR_V(PAIR_LOAD, 0) RS(PAIR_MAC_R) }                                        \
+        RS(PAIR_PUT_R)                                                                                                 \
+    }
+#endif
+
 #if VL > 1
 /* One pixel: four panels side by side, so that four sums grow at once. */
 INL int one_pixel(const struct et_step *s, const float *x, const float *w, const float *b, float *y,
@@ -65,6 +80,14 @@ KERNEL pointwise(const struct et_step *s, const float *x, const float *w, const 
 #if VL > 1
     if (pixels == 1) j = one_pixel(s, x, w, b, y, res);
     w += (ptrdiff_t)j * s->ci;
+#endif
+#if VL == ET_PANEL
+    const ptrdiff_t panel = (ptrdiff_t)s->ci * ET_PANEL;
+    for (const int l = 0; j + ET_PANEL < s->co; j += 2 * ET_PANEL, w += 2 * panel) {
+        int p = 0;
+        for (; p + HR < pixels; p += MR) PAIRS(FOR_R)
+        for (; p < pixels; p += HR) PAIRS(FOR_H)
+    }
 #endif
     for (; j < s->co; j += ET_PANEL, w += (ptrdiff_t)s->ci * ET_PANEL)
         for (int l = 0; l < ET_PANEL && j + l < s->co; l += TW) {

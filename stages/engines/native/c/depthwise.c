@@ -42,11 +42,13 @@ KERNEL depthwise_pixel(const struct et_step *s, et_rows rows, const float *w, co
         put(o + c, n, vact(a, s->act));)
 }
 
-/* The pixels of a tile that are summed at once. */
+/* The pixels of a tile that are summed at once: a whole one, or half. */
 #define TILE 8
+#define HALF 4
 #define FOR_TILE(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7)
+#define FOR_HALF(F) F(0) F(1) F(2) F(3)
 
-/* Output pixels lo..hi, a multiple of TILE, all of whose columns are inside. */
+/* Output pixels lo..hi, at least HALF, all of whose columns are inside; the last tile overlaps the one before. */
 INL void depthwise_inside(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, int lo,
                           int hi, const int K, const int S, const int flip) {
     const int C = s->ci;
@@ -55,27 +57,32 @@ INL void depthwise_inside(const struct et_step *s, et_rows rows, const float *w,
 #define TILE_AT(r) const ptrdiff_t at##r = (r) * S * L; /* computed once: addresses cost as much as the sums */
 #define TILE_MAC(r) a##r += LOAD(xp + at##r) * wv;
 #define TILE_PUT(r) STORE(o + (ptrdiff_t)(r) * s->ldy, vact(a##r, s->act));
-#define TILES                                                                                                          \
-    for (int ox = lo; ox < hi; ox += TILE) {                                                                           \
+#define TILES(FOR, N)                                                                                                  \
+    for (int next = lo; next < hi; next += N) {                                                                        \
+        const int ox = MIN(next, hi - N);                                                                              \
         const vf start = b ? LOAD(b + c) : vset(0);                                                                    \
-        FOR_TILE(TILE_INIT)                                                                                            \
+        FOR(TILE_INIT)                                                                                                 \
         for (int ky = 0; ky < s->kh; ky++)                                                                             \
             if (rows[ky]) {                                                                                            \
                 const float *xp = rows[ky] + (ptrdiff_t)(ox * S - s->pw) * L + c, *wp = w + (ptrdiff_t)ky * K * C + c; \
                 UNROLL for (int kx = 0; kx < K; kx++, xp += L) {                                                       \
                     const vf wv = LOAD(wp + (flip ? K - 1 - kx : kx) * C);                                             \
-                    FOR_TILE(TILE_MAC)                                                                                 \
+                    FOR(TILE_MAC)                                                                                      \
                 }                                                                                                      \
             }                                                                                                          \
         float *o = y + (ptrdiff_t)ox * s->ldy + c;                                                                     \
-        FOR_TILE(TILE_PUT)                                                                                             \
+        FOR(TILE_PUT)                                                                                                  \
     }
 #define UNROLL _Pragma("GCC unroll 8")
     FOR_TILE(TILE_AT)
+    const int whole = hi - lo >= TILE;
     int c = 0;
 #define LOAD vld
 #define STORE vst
-    for (; c + VL <= C; c += VL) TILES
+    if (whole)
+        for (; c + VL <= C; c += VL) TILES(FOR_TILE, TILE)
+    else
+        for (; c + VL <= C; c += VL) TILES(FOR_HALF, HALF)
 #undef LOAD
 #undef STORE
 #undef UNROLL
@@ -85,7 +92,8 @@ INL void depthwise_inside(const struct et_step *s, et_rows rows, const float *w,
 #define UNROLL
 #define LOAD(p) get(p, n)
 #define STORE(p, v) put(p, n, v)
-    TILES
+    if (whole) TILES(FOR_TILE, TILE)
+    else TILES(FOR_HALF, HALF)
 #undef LOAD
 #undef STORE
 #undef UNROLL
@@ -128,13 +136,13 @@ INL void depthwise_line(const struct et_step *s, et_rows rows, const float *w, c
                         const int S, const int flip) {
     int lo = MIN((s->pw + S - 1) / S, s->wo), hi = s->wi - K + s->pw < 0 ? 0 : (s->wi - K + s->pw) / S + 1;
     hi = MIN(MAX(hi, lo), s->wo);
-    const int tiled = lo + (hi - lo) / TILE * TILE;
-    if (tiled > lo) {
-        depthwise_borders(s, rows, w, b, y, 0, lo, flip);
-        depthwise_borders(s, rows, w, b, y, tiled, s->wo, flip);
-    } else
+    if (hi - lo < HALF) {
         depthwise_borders(s, rows, w, b, y, 0, s->wo, flip);
-    if (tiled > lo) depthwise_inside(s, rows, w, b, y, lo, tiled, K, S, flip);
+        return;
+    }
+    depthwise_borders(s, rows, w, b, y, 0, lo, flip);
+    depthwise_borders(s, rows, w, b, y, hi, s->wo, flip);
+    depthwise_inside(s, rows, w, b, y, lo, hi, K, S, flip);
 }
 
 /* One output row: y[ox][c] = act(b[c] + sum over taps of x[tap's pixel][c] w[tap][c]). */
