@@ -113,14 +113,21 @@ def _emptied(pieces: list[Block]) -> Block:
     return joined
 
 
-def model_features(model: Model, config: Filtering, *, allow: str | None = None) -> Features | None:
+def model_features(
+    model: Model,
+    config: Filtering,
+    *,
+    allow: str | None = None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Features | None:
     """The shallow features that the strategy looks at, of a model; None for a strategy that needs none.
 
-    `allow` names user code that may be imported. Torch is imported only where features are needed.
+    `allow` names user code that may be imported; `on_note` gets a line where another engine computes than a user would
+    expect. An engine is imported only where features are needed.
     """
     if not config.needs_model:
         return None
     from stages.models.deploy import deploy
     from stages.valuation.shallow import shallow_features
 
-    return shallow_features(deploy(model, allow=allow), config.blocks)
+    return shallow_features(deploy(model, allow=allow, engine=config.engine, on_note=on_note), config.blocks)

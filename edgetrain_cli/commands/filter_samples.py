@@ -64,7 +64,7 @@ def filter_samples(
         features = None
         if run is not None:
             writer.write(run)
-            features = model_features(run.model, settings, allow=arch)
+            features = model_features(run.model, settings, allow=arch, on_note=io.note)
         del run  # a stream may be endless, and its tensors are large
         if pace == "demand":
             demand = filter_on_demand(settings, features=features, seed=seed, on_note=io.note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stages.errors import require
-from stages.settings.declared import check, setting
+from stages.settings.declared import check, engine_setting, setting
 
 STRATEGIES = ("quota", "priority", "rep", "div", "rep-div", "ocs", "random", "camel")
 """The names of `stages.valuation.coarse.FILTERS`."""
@@ -26,6 +26,7 @@ class Filtering:
         own=True,
     )
     blocks: int = setting(1, "Feature strategies: depth of the features, in model blocks.", least=1)
+    engine: str = engine_setting()
     decay: float = setting(0.99, "Feature strategies: how fast a class's statistics forget; 1 never.")
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from stages.errors import require
 from stages.graphs.graph import Graph
 from stages.models.deploy import Backbone
 from stages.models.inputs import adapt_block
+from stages.operators import Op
 from stages.valuation.buffer import Features
 
 CHUNK = 16
@@ -26,7 +27,10 @@ def shallow_features(backbone: Backbone, depth: int) -> Features:
     there = len(graph.blocks)
     require(1 <= depth <= there, "--blocks", f"{depth}", f"1 to {there}, the model's blocks")
     last = max(graph.position[op.name] for op in graph.ops if op.block == depth - 1)
-    shallow = replace(backbone, graph=Graph(graph.ops[: last + 1], graph.blocks[:depth]))
+    ops = graph.ops[: last + 1]
+    if len(ops[-1].shape) > 1:
+        ops = (*ops, Op("/flat", "flatten", (ops[-1].name,), (ops[-1].elements,), (ops[-1].shape,)))
+    shallow = replace(backbone, graph=Graph(ops, graph.blocks[:depth]))
 
     def features(block: Block) -> Array:
         pieces = (adapt_block(piece, backbone.input) for piece in block.slices(CHUNK))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from stages.engines.native import library
+from stages.errors import PartMissing
 
 pytestmark = pytest.mark.skipif(not library.is_built(), reason="the native library is not built: make setup")
 
@@ -129,3 +131,16 @@ def test_every_function_of_the_header_is_declared():
     named = {line.split("(")[0].split()[-1].lstrip("*") for line in header.splitlines() if line.startswith("ET_API")}
     assert named == library.SIGNATURES.keys()
     assert len(named) > 20
+
+
+def test_a_library_of_another_version_is_not_called(monkeypatch, tmp_path):
+    import _ctypes
+
+    name = library.NAMES[False]
+    (tmp_path / name).write_bytes(Path(_ctypes.__file__).read_bytes())  # some library that is not ours
+    monkeypatch.setattr(library, "HERE", tmp_path)
+    with pytest.raises(PartMissing, match="another version of EdgeTrain"):
+        library.library.__wrapped__()
+    (tmp_path / name).write_bytes(b"no library")
+    with pytest.raises(PartMissing, match="cannot be loaded"):
+        library.library.__wrapped__()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.engines.native.program import ALIGN
+from stages.engines.native.program import ALIGN, VERSION
 from stages.errors import DataError, PartMissing
 
 HERE = Path(__file__).parent
@@ -21,6 +21,7 @@ MISSING = "install a C compiler and EdgeTrain again, or use --engine torch"
 _SIZE, _INT, _FLOAT, _POINTER = ctypes.c_size_t, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 _U64, _U32 = ctypes.c_uint64, ctypes.c_uint32
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "et_version": (_INT, ()),
     "et_width": (_INT, ()),
     "et_same_bits": (_INT, ()),
     "et_message": (ctypes.c_char_p, (_INT,)),
@@ -77,6 +78,9 @@ def library(same_bits: bool = False) -> Any:
         raise PartMissing(
             "native engine", f"{path.name} cannot be loaded ({error})", "one of this machine", MISSING
         ) from None
+    if not hasattr(loaded, "et_version") or loaded.et_version() != VERSION:
+        found = f"{path.name} is of another version of EdgeTrain"
+        raise PartMissing("native engine", found, f"version {VERSION} of the format", "install EdgeTrain again")
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

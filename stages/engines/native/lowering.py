@@ -36,6 +36,8 @@ def uncovered(graph: Graph) -> str:
         reason = "tensors shared with another operator" if op.shares else refused(rule, op)
         if reason:
             return f"operator {op.name}: {op.kind} with {reason}"
+    if len(graph[graph.output].shape) != 1:
+        return f"operator {graph.output}: features of {len(graph[graph.output].shape)} axes"
     return ""
 
 

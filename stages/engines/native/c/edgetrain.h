@@ -32,7 +32,7 @@ extern "C" {
 #define ET_API __attribute__((visibility("default")))
 #endif
 
-#define ET_VERSION 1        /* of the image's format: an image of another one is refused */
+#define ET_VERSION 2        /* of the image's format: an image of another one is refused */
 #define ET_ALIGN 64         /* bytes: image, arena, live values and gradients begin at such an address */
 
 enum et_code {
@@ -65,6 +65,8 @@ enum et_input { /* how samples lie in memory */
 
 struct et_net; /* opaque, in the caller's memory */
 
+/* ET_VERSION, for those who load the library without this header. */
+ET_API int et_version(void);
 /* The widest vectors that this processor and this build have: 1, 4, 8 or 16 floats. */
 ET_API int et_width(void);
 /* 1 where products and sums are rounded one by one, so that every machine gives the same bits. */

@@ -95,6 +95,7 @@ static const struct et_kernels *kernels_of(int width) {
     return width == 1 ? &et_kernels_1 : 0;
 }
 
+int et_version(void) { return ET_VERSION; }
 int et_width(void) {
     int width = 16;
     while (!kernels_of(width)) width /= 2;
