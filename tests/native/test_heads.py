@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,13 +133,11 @@ def test_every_function_of_the_header_is_declared():
 
 
 def test_a_library_of_another_version_is_not_called(monkeypatch, tmp_path):
-    import _ctypes
-
-    name = library.NAMES[False]
-    (tmp_path / name).write_bytes(Path(_ctypes.__file__).read_bytes())  # some library that is not ours
-    monkeypatch.setattr(library, "HERE", tmp_path)
+    load = library.library.__wrapped__
+    monkeypatch.setattr(library, "VERSION", 99)
     with pytest.raises(PartMissing, match="another version of EdgeTrain"):
-        library.library.__wrapped__()
-    (tmp_path / name).write_bytes(b"no library")
+        load()
+    (tmp_path / library.NAMES[False]).write_bytes(b"no library")
+    monkeypatch.setattr(library, "HERE", tmp_path)
     with pytest.raises(PartMissing, match="cannot be loaded"):
-        library.library.__wrapped__()
+        load()
