@@ -29,11 +29,12 @@
 /* Two panels at a time: a pixel's value is loaded once for both, and twice as many sums grow at once. */
 #define PAIR_V(F, r) F(r, 0) F(r, 1)
 #define PAIR_INIT_R(r) const int q##r = MIN(p + r, last); PAIR_V(CONV_INIT, r)
-#define PAIR_LOAD(r, v) vf WGT(v) = vld(w + v * panel + c * ET_PANEL);
+#define PAIR_LOAD(r, v) vf WGT(v) = vld(wl + v * panel + c * ET_PANEL);
 #define PAIR_MAC_R(r) const float s##r = x##r[c]; PAIR_V(CONV_MAC, r)
 #define PAIR_PUT_R(r) PAIR_V(CONV_PUT, r)
 #define PAIRS(RS)                                                                                                      \
     {                                                                                                                  \
+        const float *wl = w;                                                                                           \
         RS(PAIR_INIT_R) RS(PIXEL_R)                                                                                    \
         for (int c = 0; c < s->ci; c++) { PAIR_V(PAIR_LOAD, 0) RS(PAIR_MAC_R) }                                        \
         RS(PAIR_PUT_R)                                                                                                 \
@@ -102,37 +103,47 @@ KERNEL pointwise(const struct et_step *s, const float *x, const float *w, const 
     const int i##r = q##r * s->sw - s->pw + kx * s->dw;                                                                \
     const float *x##r = i##r >= 0 && i##r < s->wi ? rows[ky] + (ptrdiff_t)i##r * s->ldx : zeros;
 #define START_R(r) const float *x##r = rows[ky] + ((ptrdiff_t)q##r * s->sw - s->pw) * s->ldx;
-#define TAPS(RS, N)                                                                                                    \
+#define TAPS(RS, N, INIT_R, LOADS, MAC_R, PUT_R)                                                                       \
     {                                                                                                                  \
-        RS(CONV_INIT_R)                                                                                                \
+        RS(INIT_R)                                                                                                     \
         const float *wl = w + l;                                                                                       \
         const int left = p * s->sw - s->pw, right = MIN(p + N - 1, last) * s->sw - s->pw + (s->kw - 1) * s->dw;        \
         if (dense && left >= 0 && right < s->wi) {                                                                     \
             for (int ky = 0; ky < s->kh; ky++, wl += run * ET_PANEL)                                                   \
                 if (rows[ky]) {                                                                                        \
                     RS(START_R)                                                                                        \
-                    for (int c = 0; c < run; c++) { FOR_V(CONV_LOAD, 0) RS(CONV_MAC_R) }                               \
+                    for (int c = 0; c < run; c++) { LOADS RS(MAC_R) }                                                  \
                 }                                                                                                      \
         } else                                                                                                         \
             for (int ky = 0; ky < s->kh; ky++)                                                                         \
                 for (int kx = 0; kx < s->kw; kx++, wl += s->ci * ET_PANEL)                                             \
                     if (rows[ky]) {                                                                                    \
                         RS(TAP_R)                                                                                      \
-                        for (int c = 0; c < s->ci; c++) { FOR_V(CONV_LOAD, 0) RS(CONV_MAC_R) }                         \
+                        for (int c = 0; c < s->ci; c++) { LOADS RS(MAC_R) }                                            \
                     }                                                                                                  \
-        RS(CONV_PUT_R)                                                                                                 \
+        RS(PUT_R)                                                                                                      \
     }
+#define ONE_PANEL(RS, N) TAPS(RS, N, CONV_INIT_R, FOR_V(CONV_LOAD, 0), CONV_MAC_R, CONV_PUT_R)
+#define TWO_PANELS(RS, N) TAPS(RS, N, PAIR_INIT_R, PAIR_V(PAIR_LOAD, 0), PAIR_MAC_R, PAIR_PUT_R)
 
 /* One output row of any dense convolution. Taps outside of the map's columns read zeros, its rows are left out. */
 KERNEL conv_row(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, const float *res,
                 const float *zeros) {
     const int last = s->wo - 1, dense = s->dw == 1 && s->ldx == s->ci, run = s->kw * s->ci;
     const ptrdiff_t panel = (ptrdiff_t)s->kh * run * ET_PANEL;
-    for (int j = 0; j < s->co; j += ET_PANEL, w += panel)
+    int j = 0;
+#if VL == ET_PANEL
+    for (const int l = 0; j + ET_PANEL < s->co; j += 2 * ET_PANEL, w += 2 * panel) {
+        int p = 0;
+        for (; p + HR < s->wo; p += MR) TWO_PANELS(FOR_R, MR)
+        for (; p < s->wo; p += HR) TWO_PANELS(FOR_H, HR)
+    }
+#endif
+    for (; j < s->co; j += ET_PANEL, w += panel)
         for (int l = 0; l < ET_PANEL && j + l < s->co; l += TW) {
             int p = 0;
-            for (; p + HR < s->wo; p += MR) TAPS(FOR_R, MR)
-            for (; p < s->wo; p += HR) TAPS(FOR_H, HR)
+            for (; p + HR < s->wo; p += MR) ONE_PANEL(FOR_R, MR)
+            for (; p < s->wo; p += HR) ONE_PANEL(FOR_H, HR)
         }
 }
 

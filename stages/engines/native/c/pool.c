@@ -12,26 +12,30 @@ KERNEL max_pool_row(const struct et_step *s, et_rows rows, float *y, uint8_t *in
     for (int ox = 0; ox < s->wo; ox++, y += s->ldy) {
         const int left = first_of(s, ox, s->sw, s->pw, s->wi, s->wo);
         const int end = s->flags & ET_ADAPTIVE ? (int)(((int64_t)(ox + 1) * s->wi + s->wo - 1) / s->wo) : s->wi;
-        int seen = 0;
-        for (int ky = 0; ky < s->kh; ky++)
-            if (rows[ky])
-                for (int kx = 0; kx < s->kw; kx++) {
-                    const int ix = left + kx * s->dw, at = ky * s->kw + kx;
-                    if (ix < 0 || ix >= end) continue;
-                    const float *xp = rows[ky] + (ptrdiff_t)ix * s->ldx;
-                    if (!seen) {
-                        memmove(y, xp, sizeof(float) * (size_t)s->ci);
-                        if (index) memset(index, at, (size_t)s->ci);
-                    } else if (index)
-                        for (int c = 0; c < s->ci; c++) {
-                            const int more = !(xp[c] <= y[c]) && y[c] == y[c];
-                            y[c] = more ? xp[c] : y[c], index[c] = more ? (uint8_t)at : index[c];
-                        }
-                    else
-                        for (int c = 0; c < s->ci; c++) y[c] = !(xp[c] <= y[c]) && y[c] == y[c] ? xp[c] : y[c];
-                    seen = 1;
-                }
-        if (!seen) memset(y, 0, sizeof(float) * (size_t)s->ci);
+        for (int c = 0; c < s->ci; c += VL) {
+            const int n = MIN(VL, s->ci - c);
+            vf most = vset(0);
+            vi place = VI(0);
+            int seen = 0;
+            for (int ky = 0; ky < s->kh; ky++)
+                if (rows[ky])
+                    for (int kx = 0; kx < s->kw; kx++) {
+                        const int ix = left + kx * s->dw;
+                        if (ix < 0 || ix >= end) continue;
+                        const vf v = get(rows[ky] + (ptrdiff_t)ix * s->ldx + c, n);
+                        /* what is no number is the largest, and stays so */
+                        const vi more = seen ? ~(vi)VCMP(v <= most) & (vi)VCMP(most == most) : ~VI(0);
+                        most = choose(more, v, most);
+                        if (index) place = (VI(ky * s->kw + kx) & more) | (place & ~more);
+                        seen = 1;
+                    }
+            put(y + c, n, most);
+            if (index) {
+                int32_t at[VL];
+                memcpy(at, &place, sizeof at);
+                for (int i = 0; i < n; i++) index[c + i] = (uint8_t)at[i];
+            }
+        }
         if (index) index += s->ci;
     }
 }

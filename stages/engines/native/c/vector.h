@@ -14,6 +14,10 @@
 
 #if VL == 1
 typedef float vf;
+typedef int32_t vi;
+#define VI(i) ((vi)(i))
+#define VCMP(c) (-(vi)(c)) /* of a comparison: all bits, or none */
+INL vf choose(vi mask, vf yes, vf no) { return mask ? yes : no; }
 INL vf vld(const float *p) { return *p; }
 INL void vst(float *p, vf v) { *p = v; }
 INL vf vset(float s) { return s; }
@@ -22,6 +26,9 @@ INL vf vact(vf v, int act) { return act && v < 0 ? 0 : act == ET_RELU6 && v > 6 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
+#define VI(i) ((int32_t)(i) - (vi){0})
+#define VCMP(c) (c)
+INL vf choose(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 INL vf vld(const float *p) { return *(const vfu *)(const void *)p; }
 INL void vst(float *p, vf v) { *(vfu *)(void *)p = v; }
 INL vf vset(float s) { return s - (vf){0}; }
