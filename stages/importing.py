@@ -23,6 +23,8 @@ from stages.artifacts.records import Array, Group, Head, InputSpec, Model, Run
 from stages.errors import DataError, UsageError, require
 from stages.graphs.capture import Captured, capture
 from stages.graphs.folding import fold
+from stages.graphs.onnx_patterns import put_together
+from stages.graphs.onnx_reader import Parsed, compare, module_of, parse, sample_shape
 from stages.graphs.record import graph_tree
 from stages.models import registry
 from stages.models.deploy import deploy
@@ -39,8 +41,9 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")
 class Importing:
     """What to make of the weights."""
 
-    arch: str
-    """A registry name, or `package.module:factory`: naming it here permits its import."""
+    arch: str = ""
+    """A registry name, or `package.module:factory`: naming it here permits its import. Empty for a file that holds its
+    own graph."""
     arch_args: Mapping[str, Any] = field(default_factory=dict)
     input: InputSpec | None = None
     """Needed for user models; registry names know their own."""
@@ -65,7 +68,7 @@ class Importing:
             "--classifier keep",
         )
         require(
-            self.input is None or ":" in self.arch,
+            self.input is None or not self.arch or ":" in self.arch,
             "--input",
             f"an input shape for {self.arch}",
             "one for user models only",
@@ -108,7 +111,8 @@ def import_noting(settings: Importing, weights: Weights | None = None) -> Import
     Raises `DataError` when the weights do not fit, `UsageError` for settings that cannot be honoured and for a model
     that cannot be captured.
     """
-    spec = _input(settings)
+    require(bool(settings.arch), "--arch", "missing", "the architecture of these weights")
+    spec = _scaled(settings, settings.input or registry.input_spec(settings.arch, settings.arch_args))
     module = registry.build(settings.arch, settings.arch_args, allow=settings.arch, seed=settings.seed)
 
     @cache
@@ -122,6 +126,53 @@ def import_noting(settings: Importing, weights: Weights | None = None) -> Import
         captured = capture(module, spec.shape, result=settings.result)  # hooks and checks see the loaded weights
     else:
         captured = initial()
+    return _record(settings, spec, captured, module, matched, given=weights is not None)
+
+
+def import_onnx(settings: Importing, data: bytes, where: str) -> Imported:
+    """A run record of a serialised ONNX model, compared with onnxruntime where that is installed.
+
+    Raises `DataError` for what is no ONNX model or computes something else here, `UsageError` for what cannot be read
+    or captured, `PartMissing` without the package onnx.
+    """
+    require(not settings.arch_args, "--arg", "an argument for a file that holds its own graph", "none")
+    parsed = put_together(parse(data, where))
+    own = _own_metadata(parsed)
+    spec = _scaled(settings, settings.input or own or _guessed(parsed, where))
+    module = module_of(parsed, spec.shape, where).eval()
+    result = settings.result
+    if result is None and own is not None and len(parsed.outputs) > 1:
+        result = parsed.outputs.index("features")
+    captured = capture(module, spec.shape, result=result)
+    difference = compare(data, module, spec.shape, where)
+    found = _record(replace(settings, arch="onnx"), spec, captured, module, None, given=True)
+    note = "onnxruntime is not installed: not compared with it"
+    if difference is not None:
+        note = f"outputs differ from onnxruntime's by at most {difference:.2g} of their size"
+    return replace(found, notes=(*found.notes, note))
+
+
+def _own_metadata(parsed: Parsed) -> InputSpec | None:
+    """How samples are prepared for a model that `export` wrote."""
+    try:
+        facts = json.loads(parsed.metadata["edgetrain"])["input"]
+        lists = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+        return InputSpec(**lists)
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _guessed(parsed: Parsed, where: str) -> InputSpec:
+    shape = sample_shape(parsed, where)
+    if len(shape) > 3:
+        raise UsageError(where, f"samples of shape {shape}", "vectors, signals or images")
+    return input_from_text("x".join(map(str, shape)))
+
+
+def _record(
+    settings: Importing, spec: InputSpec, captured: Captured, module: Any, matched: Matched | None, *, given: bool
+) -> Imported:
+    """The run record of a captured module; `given` where its weights are not random."""
     last = final_linear(captured)
     if settings.classifier == "features" and not last:
         raise UsageError("--classifier", f"features, but {settings.arch} ends before its classifier", "keep or drop")
@@ -132,7 +183,7 @@ def import_noting(settings: Importing, weights: Weights | None = None) -> Import
     model, own = _model(settings, spec, captured, module, matched, cut)
     head = None
     if settings.classifier == "keep":
-        rows = own if own is not None and weights is not None else classifier
+        rows = own if own is not None and given else classifier
         if rows is None:
             raise UsageError("--classifier", "keep, but there are no weights of a classifier", "drop or features")
         head = _head(*rows, settings.classes)
@@ -162,8 +213,7 @@ def _model(
     return model, own
 
 
-def _input(settings: Importing) -> InputSpec:
-    spec = settings.input or registry.input_spec(settings.arch, settings.arch_args)
+def _scaled(settings: Importing, spec: InputSpec) -> InputSpec:
     channels = spec.shape[0]
     for option, values in (("--scale", settings.scale), ("--offset", settings.offset)):
         require(len(values) in (0, 1, channels), option, f"{len(values)} values", f"1 or {channels}")

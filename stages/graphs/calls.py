@@ -12,7 +12,9 @@ from torch import Tensor
 
 from stages.errors import UsageError
 from stages.graphs.origins import Origin
+from stages.graphs.opaque import opaque_call
 from stages.operators import TABLE, Op, Shape
+from stages.operators.opaque import PURE
 from stages.operators.shapes import DROPPED
 
 BATCH = 65521
@@ -29,6 +31,8 @@ class Value(NamedTuple):
     """Per sample."""
     full: Shape
     """As captured, the batch somewhere in it."""
+    dtype: str = "float32"
+    """As captured; whole numbers and truth values are held as floats."""
 
     @property
     def batch_axis(self) -> int:
@@ -58,6 +62,10 @@ class Missing(NamedTuple):
     call: str
 
 
+class _MixesSamples(UsageError):
+    """A call in which a sample depends on the others of its batch: no form of it is taken."""
+
+
 @dataclass
 class Construction:
     """A graph under construction."""
@@ -70,8 +78,14 @@ class Construction:
     taken: set[str] = field(default_factory=set)
     dtype: torch.dtype = torch.float32
     """The input's: what constants beside values are made of."""
+    whole_numbers: bool = False
+    """The module reads its input as whole numbers."""
     owners: dict[Any, str] = field(default_factory=dict)
     """Identity of a weight -> the operator that holds it."""
+    joined: dict[Any, Constant] = field(default_factory=dict)
+    """Identity of a recurrent layer's tensors -> the one weight that holds them."""
+    columns: dict[tuple[str, int, int], Origin] = field(default_factory=dict)
+    """Columns of a recurrent layer's weight (key, start, stop) -> the entry of the state dict that they are."""
     notes: list[str] = field(default_factory=list)
     """What is understood otherwise than it was written."""
 
@@ -82,9 +96,11 @@ class Construction:
         if name in signature.user_inputs:
             if self.ops:
                 raise UsageError(FORWARD, f"a second input {name}", "one input tensor")
-            shape, self.dtype = tuple(node.meta["val"].shape)[1:], node.meta["val"].dtype
+            shape, dtype = tuple(node.meta["val"].shape)[1:], node.meta["val"].dtype
+            self.whole_numbers = not dtype.is_floating_point
+            self.dtype = torch.float32 if self.whole_numbers else dtype
             self.add(Op(self.fresh("input"), "input", (), shape))
-            return Value(self.ops[0].name, shape, (BATCH, *shape))
+            return Value(self.ops[0].name, shape, (BATCH, *shape), "int64" if self.whole_numbers else "float32")
         place = signature.inputs_to_parameters.get(name) or signature.inputs_to_buffers.get(name)
         if place is None:
             lifted = signature.inputs_to_lifted_tensor_constants[name]
@@ -128,12 +144,42 @@ class Call:
             return self._folded(args, kwargs)
         rule = DROPPED.get(self.name) or _translators().get(self.name)
         if rule is None:
-            self.refuse(f"operator {as_written(self.node, self.name)}", "one of docs/operators.md", _advice(self.name))
+            return self.opaque(args, kwargs)
         try:
-            found = rule(self, *args, **kwargs)
-        except TypeError as error:
-            self.refuse(f"{as_written(self.node, self.name)} is called in an unsupported way: {error}", "")
-        return self._settled(found)
+            return self._settled(rule(self, *args, **kwargs))
+        except _MixesSamples:
+            raise
+        except (TypeError, UsageError) as error:  # a form of the call that the kind does not have
+            try:
+                return self.opaque(args, kwargs)
+            except UsageError as other:
+                if isinstance(error, UsageError):
+                    raise error from other
+                self.refuse(f"{self.written()} is called in an unsupported way: {error}", "")
+
+    def opaque(self, args: Sequence[Any], kwargs: Any) -> Any:
+        """The call as it stands, kept by name and arguments. Refuses what is no pure function of each sample."""
+        if self.name.partition(".")[0] not in PURE:
+            self.refuse(f"operator {self.written()}", "one of docs/operators.md", _advice(self.name))
+        return opaque_call(self, args, kwargs)
+
+    @property
+    def batch(self) -> int:
+        """Samples in the captured batch."""
+        return BATCH
+
+    def written(self) -> str:
+        """The call as its user wrote it."""
+        return as_written(self.node, self.name)
+
+    def like(self, args: Sequence[Any]) -> list[Any]:
+        """Arguments as tensors without memory."""
+        return [_like(arg) for arg in args]
+
+    def marked(self, full: Shape) -> list[Any]:
+        """A captured shape as JSON, the batch marked. Refuses one without it, or with it twice."""
+        self.per_sample(full)
+        return [{"batch": n // BATCH} if n and n % BATCH == 0 else n for n in full]
 
     def _settled(self, found: Any) -> Any:
         if isinstance(found, Value) and self.full is not None:
@@ -181,15 +227,15 @@ class Call:
         plain = more.pop("plain", True)
         operator = TABLE[kind]
         held = {what: self._constant(part) for what, part in (own or {}).items() if part is not None}
-        name, shares = self._place(kind, held, plain)
-        channels = more.pop("out_channels", None)
+        name, shares = self._place(more.pop("called", kind), held, plain)
+        channels, out_shape = more.pop("out_channels", None), more.pop("out_shape", ())
         fields = {key: more.pop(key) for key in operator.fields if key in more}
         args = tuple((key, more[key]) for key in operator.args)
         op = Op(
             name, kind, tuple(value.op for value in values), (), tuple(value.shape for value in values),
             args=args, shares=shares, frozen=operator.trains and not self._trains(held), **fields,
         )  # fmt: skip
-        given = (channels,) if channels is not None else ()
+        given = (channels,) if channels is not None else out_shape
         try:
             op = replace(op, shape=operator.shape(replace(op, shape=given or op.in_shape)))
         except ValueError as error:
@@ -209,7 +255,7 @@ class Call:
     def _place(self, kind: str, held: dict[str, Constant], plain: bool) -> tuple[str, str]:
         """The operator's name, and the operator whose tensors it shares."""
         weight = held.get("weight") or held.get("value") or held.get("running_mean")
-        base = self._base(kind) if plain else f"{self.path}.{kind}".lstrip(".")
+        base = self._base(kind) if plain else f"{self.path}.{kind}".strip(".")
         if weight is None:
             return self.b.fresh(base), ""
         if weight.origin is not None:
@@ -248,6 +294,56 @@ class Call:
             self.b.origins[key] = part.origin
         elif part.sources:
             self.b.computed[key] = part.sources
+
+    # --------------------------------------------------------------------------------------------------- recurrent
+
+    def recurrent(self, kind: str, x: Value, params: Sequence[Any], name: str, *, reverse: bool, biased: bool) -> Value:
+        """One layer in one direction; its tensors (weight_ih, weight_hh, bias_ih, bias_hh) become one weight whose row
+        c is all that hidden unit c has."""
+        parts = [self._constant(part) for part in params]
+        hidden = parts[1].tensor.shape[1]
+        key = tuple(part.tensor.data_ptr() for part in parts)
+        if key not in self.b.joined:
+            rows = [part.tensor.reshape(-1, hidden, *part.tensor.shape[1:]) for part in parts]
+            wide = [row if row.ndim == 3 else row.unsqueeze(2) for row in rows]
+            whole = torch.cat(wide, 2).permute(1, 2, 0).contiguous()
+            self.b.joined[key] = Constant(whole, None, frozenset().union(*(part.sources for part in parts)))
+        inner = Call(self.b, self.node, self.name, f"{self.path}.{name}".strip("."), None)
+        value = inner.emit(
+            kind, [x], own={"weight": self.b.joined[key]}, plain=False, called="", hidden=hidden, reverse=reverse,
+            biased=biased,
+        )  # fmt: skip
+        stop = 0
+        for part in parts:
+            start, stop = stop, stop + (part.tensor.shape[1] if part.tensor.ndim == 2 else 1)
+            if part.origin is not None:
+                self.b.columns[f"{value.op}.weight", start, stop] = part.origin
+        axis = x.batch_axis
+        full = [*value.shape[:axis], BATCH, *value.shape[axis:]]
+        return value._replace(full=tuple(full))
+
+    def refuse_state(self, states: Sequence[Any]) -> None:
+        """Refuse a recurrent layer that starts from something else than zeros."""
+        if not all(isinstance(state, Constant) and not state.tensor.any() for state in states):
+            self.refuse(f"{self.written()} from a given state", "a layer that starts from zeros", "leave the state out")
+
+    def side_by_side_features(self, values: Sequence[Value]) -> Value:
+        """Both directions' hidden units side by side."""
+        inner = Call(self.b, self.node, self.name, self.path, None)
+        joined = inner.emit("concat", values, axis=1, plain=False)
+        full = list(values[0].full)
+        full[-1] = joined.shape[-1]
+        return joined._replace(full=tuple(full))
+
+    def final_states(self, ends: Sequence[tuple[Value, int]]) -> Value:
+        """Each layer's and direction's last state: (layers * directions, N, H)."""
+        inner = Call(self.b, self.node, self.name, self.path, None)
+        last = [
+            y if y.shape[0] == 1 else inner.emit("slice", [y], axis=0, start=at, stop=at + 1, step=1, plain=False)
+            for y, at in ends
+        ]
+        found = last[0] if len(last) == 1 else inner.emit("concat", last, axis=0, plain=False)
+        return found._replace(full=(found.shape[0], BATCH, found.shape[1]))
 
     def constant(self, part: Constant, tensor: Tensor) -> Value:
         """The tensor of a constant, shaped for single samples, as an operator without inputs."""
@@ -288,22 +384,29 @@ class Call:
         """Raise `UsageError` that names the module the call stands in."""
         raise UsageError(self.path or FORWARD, found, expected, fix)
 
+    def refuse_mixing(self, found: str, expected: str, fix: str = "") -> NoReturn:
+        """Refuse a call in which a sample depends on others."""
+        raise _MixesSamples(self.path or FORWARD, found, expected, fix)
+
     def note(self, text: str) -> None:
         """Say what is understood otherwise than it was written."""
         self.b.notes.append(f"{self.path or FORWARD}: {text}")
 
-    def refuse_whole_numbers(self) -> None:
-        """Refuse a call whose result is no floating-point tensor."""
+    def cast(self, x: Any) -> Any:
+        """A value as the type of the call's result: floats lose their fraction, or become truth values."""
         result = self.node.meta.get("val")
-        if isinstance(result, Tensor) and not result.is_floating_point():
-            dtype = str(result.dtype).removeprefix("torch.")
-            self.refuse(f"{as_written(self.node, self.name)} makes {dtype} of activations", "floating-point values")
+        if not isinstance(x, Value) or not isinstance(result, Tensor) or result.is_floating_point():
+            return x._replace(dtype="float32") if isinstance(x, Value) else x
+        if result.dtype == torch.bool:
+            return x if x.dtype == "bool" else self.apply("ne.Scalar", x, 0)
+        found = x if x.dtype != "float32" else self.apply("trunc.default", x)
+        return found._replace(dtype="int64")
 
     def per_sample(self, full: Shape) -> Shape:
         """A captured shape without the batch. Refuses one in which the batch is missing or twice."""
         axes = [i for i, size in enumerate(full) if size and size % BATCH == 0]
         if len(axes) != 1:
-            self.refuse(
+            self.refuse_mixing(
                 f"{as_written(self.node, self.name)} mixes the samples of a batch: shape {shown(full)}",
                 "each sample by itself",
                 "keep the batch in an axis of its own",
@@ -377,7 +480,7 @@ class Call:
         x = self.value(x)
         axes = self.per_sample_axes(x)
         if dim % len(x.full) not in axes:
-            self.refuse(f"{as_written(self.node, self.name)} over the batch", "each sample by itself")
+            self.refuse_mixing(f"{as_written(self.node, self.name)} over the batch", "each sample by itself")
         return axes.index(dim % len(x.full))
 
     # ----------------------------------------------------------------------------------------------------- shaping
@@ -411,7 +514,7 @@ class Call:
         """`x` with something else than the batch in its last axis."""
         value = self.value(x)
         if value.batch_axis == len(value.full) - 1:
-            self.refuse(f"{as_written(self.node, self.name)} over the batch", "each sample by itself")
+            self.refuse_mixing(f"{as_written(self.node, self.name)} over the batch", "each sample by itself")
         return value
 
     def reshape(self, x: Any) -> Any:
@@ -561,6 +664,8 @@ def _is_leaf(node: Any) -> bool:
         return False
     kind = list(stack.values())[-1][1]
     name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    if name == "stages.graphs.onnx_reader.Node":
+        return True
     return name.startswith("torch.nn.modules.") and not name.endswith(("MultiheadAttention", "Layer", "Transformer"))
 
 
@@ -633,7 +738,7 @@ def _evaluable(arg: Any) -> Any:
 def _like(arg: Any) -> Any:
     """An argument as a tensor without memory."""
     if isinstance(arg, Value):
-        return torch.empty(arg.full, device="meta")
+        return torch.empty(arg.full, dtype=getattr(torch, arg.dtype), device="meta")
     if isinstance(arg, Constant):
         return torch.empty_like(arg.tensor, device="meta")
     return [_like(part) for part in arg] if isinstance(arg, list | tuple) else arg
@@ -659,10 +764,6 @@ def _advice(name: str) -> str:
     """What to do about a kind that is missing."""
     base = name.partition(".")[0]
     for part, advice in (
-        ("gru", "recurrent layers are not there yet: use convolutions over time"),
-        ("lstm", "recurrent layers are not there yet: use convolutions over time"),
-        ("rnn", "recurrent layers are not there yet: use convolutions over time"),
-        ("embedding", "embeddings are not there yet: feed features"),
         ("argmax", "it has no gradient: return the scores themselves"),
         ("topk", "it has no gradient for its indices: use a softmax or a mask"),
         ("fft", "transform the samples before the model"),

@@ -18,7 +18,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -45,6 +45,7 @@ from stages.graphs.calls import (
     shown,
 )  # fmt: skip
 from stages.graphs.graph import Graph, needed
+from stages.graphs.opaque import notes_on
 from stages.graphs.origins import Origin
 from stages.operators import Op, Shape
 from stages.operators.shapes import DROPPED
@@ -65,6 +66,8 @@ class Captured:
     """Key of `tensors` -> its place in the module's state dict; what was computed has none."""
     computed: dict[str, frozenset[str]]
     """Key of `tensors` -> the entries of the state dict that it was computed from, where it was."""
+    columns: dict[tuple[str, int, int], Origin] = field(default_factory=dict)
+    """Columns of a recurrent layer's weight (key of `tensors`, start, stop) -> the entry of the state dict."""
     notes: tuple[str, ...] = ()
     """What a user should know."""
 
@@ -102,24 +105,39 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _exported(module: nn.Module, input_shape: Shape) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     first = next(iter(module.parameters()), torch.zeros(()))
     for name, value in module.state_dict().items():
         if isinstance(value, Tensor) and (value.is_complex() or value.is_quantized or value.is_sparse):
             raise UsageError(name, f"a tensor of {value.dtype}, {value.layout}", "plain real numbers")
     try:
-        with _silently(), FakeTensorMode(allow_non_fake_inputs=True):
-            sample = torch.empty(BATCH, *input_shape, dtype=first.dtype)
-        with _silently():
-            exported = torch.export.export(module, (sample,), strict=False)
-            _refuse_sizes(exported)
-            _refuse_inner(exported)
-            return exported if _is_plain(exported) else exported.run_decompositions(_decompositions(exported))
+        try:
+            return _exported_for(module, input_shape, first.dtype)
+        except Exception as error:
+            if not _wants_whole_numbers(error):
+                raise
+            return _exported_for(module, input_shape, torch.int64)
     except UsageError:
         raise
     except Exception as error:
         raise _not_captured(module, input_shape, error) from error
+
+
+def _exported_for(module: nn.Module, input_shape: Shape, dtype: torch.dtype) -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with _silently(), FakeTensorMode(allow_non_fake_inputs=True):
+        sample = torch.empty(BATCH, *input_shape, dtype=dtype)
+    with _silently():
+        exported = torch.export.export(module, (sample,), strict=False)
+        _refuse_sizes(exported)
+        _refuse_inner(exported)
+        return exported if _is_plain(exported) else exported.run_decompositions(_decompositions(exported))
+
+
+def _wants_whole_numbers(error: Exception) -> bool:
+    """Whether a module could not run because it reads its input as numbers of entries."""
+    text = str(error)
+    return "for embedding" in text or "argument #1 'indices'" in text
 
 
 @contextmanager
@@ -211,8 +229,6 @@ def _not_captured(module: nn.Module, input_shape: Shape, error: Exception) -> Us
     dependent = "data-dependent" in text or "GuardOnDataDependent" in text or "DataDependent" in text
     place = re.search(r'File "(.+?)", line (\d+)', str(error))
     fix = "the forward must take one tensor of that shape and return tensors"
-    if "for embedding" in text or "argument #1 'indices'" in text:
-        text, fix = "an embedding, which reads whole numbers", "embeddings are not there yet: feed features"
     if dependent:
         at = f" ({Path(place[1]).name}, line {place[2]})" if place else ""
         text, fix = f"a branch or a size that depends on the input's values{at}", "use torch.where, or masks"
@@ -289,6 +305,8 @@ def _chosen(outputs: Sequence[Any], result: int | None) -> Value:
     value = outputs[number]
     if not isinstance(value, Value) or not value.batch_alone:
         raise UsageError(FORWARD, f"returns {_described(value)}", "one tensor (N, ...) computed from the input")
+    if value.dtype != "float32":
+        raise UsageError(FORWARD, f"returns {value.dtype}, which has no gradient", "scores", "return the scores themselves")
     return value
 
 
@@ -314,13 +332,15 @@ def _finished(b: Construction, output: Value) -> Captured:
     held = {op.owner for op in ops}
     tensors = {key: value for key, value in b.tensors.items() if key.rpartition(".")[0] in held}
     origins = {key: origin for key, origin in b.origins.items() if key in tensors}
-    computed = {key: names for key, names in b.computed.items() if key in tensors}
-    notes += (*b.notes,)
+    columns = {place: origin for place, origin in b.columns.items() if place[0] in tensors}
+    known = {key for key, _, _ in columns}
+    computed = {key: names for key, names in b.computed.items() if key in tensors and key not in known}
+    notes += (*b.notes, *notes_on(ops))
     notes += tuple(
         f"{entry} is used in several ways ({', '.join(keys)}): trained they come apart, and only .onnx is exported then"
         for entry, keys in _tied(origins, computed).items()
     )
-    return Captured(with_blocks(tuple(ops)), tensors, origins, computed, notes)
+    return Captured(with_blocks(tuple(ops)), tensors, origins, computed, columns, notes)
 
 
 def _tied(origins: Mapping[str, Origin], computed: Mapping[str, frozenset[str]]) -> dict[str, list[str]]:
@@ -446,6 +466,9 @@ def _check(
     generator = torch.Generator().manual_seed(0)
     first = next(iter(module.parameters()), torch.zeros(()))
     sample = torch.randn(SAMPLES, *input_shape, generator=generator).to(first)
+    entries = [op["entries"] for op in found.graph.ops if op.kind == "embedding"]
+    if entries:
+        sample = torch.randint(min(entries), (SAMPLES, *input_shape), generator=generator)
     theirs: dict[str, Tensor] = {}
     layers = {op.name: op for op in found.graph.layers if len(found.graph.uses(op.name)) == 1}
     hooks = [
@@ -453,8 +476,9 @@ def _check(
     ]
     try:
         with torch.no_grad():
-            returned = module(sample.clone())
-            ours = _values(found.graph, found.tensors, sample, set(theirs))
+            returned = module(sample.clone() if b.whole_numbers or not entries else sample.to(first))
+            ours = _values(found.graph, found.tensors, sample.to(first), set(theirs))
+            _check_alone(found, sample.to(first))
     finally:
         for hook in hooks:
             hook.remove()
@@ -464,10 +488,25 @@ def _check(
     whole = replace_output(found.graph, b, output)
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(returned) if isinstance(leaf, Tensor)]
     if whole is not None and leaves:
-        mine = _values(whole, b.tensors, sample, {whole.output})[whole.output]
+        mine = _values(whole, b.tensors, sample.to(first), {whole.output})[whole.output]
         theirs_last = leaves[result or 0]
         if theirs_last.numel() == mine.numel():
             _compare(FORWARD, mine, _of_samples(theirs_last, mine.shape))
+
+
+def _check_alone(found: Captured, x: Tensor) -> None:
+    """Raise `UsageError` where an opaque function makes of a sample something else when others lie beside it."""
+    names = {op.name for op in found.graph.ops if op.kind == "opaque"}
+    if not names:
+        return
+    together = _values(found.graph, found.tensors, x, names)
+    for i in range(len(x)):
+        for name, value in _values(found.graph, found.tensors, x[i : i + 1], names).items():
+            one, other = value[0], together[name][i]
+            size = float(other.abs().nan_to_num(0, 0, 0).max()) or 1.0
+            if not torch.allclose(one, other, rtol=0, atol=AGREEMENT * size, equal_nan=True):
+                function = found.graph[name]["function"]
+                raise UsageError(name, f"{function} mixes the samples of a batch", "each sample by itself")
 
 
 def replace_output(graph: Graph, b: Construction, output: Value) -> Graph | None:

@@ -40,6 +40,8 @@ def _check_update(update: LayerUpdate, graph: Graph) -> None:
         raise DataError("/plan/layer", repr(update.layer), "a layer of this model", FIX)
     if update.axis not in AXES:
         raise DataError(where, f"axis {update.axis!r}", " or ".join(AXES), FIX)
+    if update.axis == "input" and op.operator.by_output:
+        raise DataError(where, f"input channels of a layer of kind {op.kind}", "output channels", FIX)
     channels = op.out_channels if update.axis == "output" else op.in_channels
     if update.axis_channels != channels:
         raise DataError(where, f"{update.axis_channels} {update.axis} channels", f"{channels}", FIX)

@@ -8,6 +8,7 @@ Each entry of the state dict is a row, a JSON object with its `name` and one of
   the BatchNorm changes nothing but what the layer before it cannot hold: weight 1, bias 0, running_var = 1 - eps, and
   running_mean = -(folded bias) where that layer has no bias of its own. One that is a layer itself keeps its weight and
   bias, or has them as statistics where it has no others;
+* `gates_of`: the columns `columns` of a recurrent layer's weight, every gate's rows one below the other;
 * `length_of` or `direction_of`: the two parts of a weight under torch's weight_norm;
 * `also` beside `tensor`: a constant of the graph was computed from the entry as well (an unrolled first step), so it
   can be written only as it was loaded;
@@ -51,6 +52,10 @@ def state_rows(
     for key, origin in captured.origins.items():
         if origin.trains or state[origin.name].dtype.kind == "f":  # counts and masks stay as they were loaded
             places.setdefault(origin.name, []).append(_placed(captured, key, classifier))
+    for (key, start, stop), origin in captured.columns.items():
+        places.setdefault(origin.name, []).append(
+            {"gates_of": key, "columns": [start, stop], "vector": state[origin.name].ndim == 1}
+        )
     normed, doubled = dict(_computed(captured)), _also_constants(captured)
     rows: list[Row] = []
     rest: dict[str, Array] = {}
@@ -58,7 +63,7 @@ def state_rows(
         found = next((places[other] for other in same[name] if other in places), [normed.get(name, {})])
         found = [{**row, "also": True} if name in doubled and "tensor" in row else row for row in found]
         rows += [{"name": name, **row, **_reshaped(row, array, captured)} for row in found]
-        if any("tensor" not in row or "also" in row or row.get("rows", -1) >= 0 for row in found):
+        if any(row.keys().isdisjoint(("tensor", "gates_of")) or "also" in row or row.get("rows", -1) >= 0 for row in found):
             rest[name] = array
     return tuple(rows), rest
 
@@ -121,7 +126,7 @@ def _computed(captured: Captured) -> Iterator[tuple[str, Row]]:
 
 def trained_keys(model: Model) -> frozenset[str]:
     """The graph's tensors that stand for parameters of the user's; buffers and statistics are none."""
-    kinds = ("tensor", "length_of")
+    kinds = ("tensor", "length_of", "gates_of")
     return frozenset(row[k] for row in model.state for k in kinds if k in row and row.get("trains", k != "tensor"))
 
 
@@ -145,6 +150,9 @@ def user_state(model: Model, tensors: Mapping[str, Array]) -> dict[str, Array]:
             if "also" in row and not np.array_equal(state[name], model.rest[name]):
                 found = "a trained weight of which the graph also holds a constant, such as an unrolled first step"
                 raise UsageError(name, found, "the values that were loaded", "export to .onnx instead")
+        elif "gates_of" in row:
+            gates = _gates(tensors[row["gates_of"]], *row["columns"])
+            state[name] = gates.reshape(-1) if row["vector"] else gates
         elif "length_of" in row:
             state[name] = _lengths(tensors[row["length_of"]], model.rest[name])
         elif "direction_of" in row:
@@ -165,6 +173,12 @@ def _put(state: dict[str, Array], row: Row, value: Array, model: Model) -> None:
     whole = state.setdefault(row["name"], np.array(model.rest[row["name"]]))
     start = row.get("start", 0)
     whole[start : start + row["rows"]] = value
+
+
+def _gates(weight: Array, start: int, stop: int) -> Array:
+    """Columns of a recurrent layer's weight (H, columns, gates) as torch has them: (gates * H, columns) or (gates * H,)."""
+    rows = np.moveaxis(weight[:, start:stop], 2, 0).reshape(-1, stop - start)
+    return np.ascontiguousarray(rows)
 
 
 def _lengths(weight: Array, like: Array) -> Array:
@@ -206,4 +220,9 @@ def from_state(captured: Captured, state: Mapping[str, Array]) -> dict[str, Arra
         part = whole if origin.rows < 0 else whole[origin.start : origin.start + origin.rows]
         part = np.ascontiguousarray(part.T if origin.transposed else part, found[key].dtype)
         found[key] = part.reshape(found[key].shape)
+    for (key, start, stop), origin in captured.columns.items():
+        hidden, _, gates = found[key].shape
+        rows = state[origin.name].reshape(gates, hidden, stop - start)
+        whole = found[key] = np.array(found[key])
+        whole[:, start:stop] = np.moveaxis(rows, 0, 2)
     return found

@@ -15,6 +15,7 @@ from stages.operators.op import (
     Op,
     Operator,
     Pull,
+    Reading,
     Shape,
     Tensors,
     keeps_bits,
@@ -362,6 +363,84 @@ def _aten_fixed_power(exponent: float) -> Callable[..., Any]:
     return lambda call, x: call.emit("power", [call.value(x)], exponent=exponent)
 
 
+# ------------------------------------------------------------------------------------------------------ ONNX, reading
+
+
+def _read(name: str) -> Reading:
+    """A function of `torch` or `torch.nn.functional`."""
+
+    def rule(node: Any, x: Any) -> Any:
+        import torch
+        from torch.nn import functional as F
+
+        return getattr(F if hasattr(F, name) else torch, name)(x)
+
+    return Reading(rule)
+
+
+def _read_with(function: Callable[[Any, Any], Any]) -> Reading:
+    """A function of (torch.nn.functional, node, x)."""
+
+    def rule(node: Any, x: Any) -> Any:
+        from torch.nn import functional as F
+
+        return function(F, node, x)
+
+    return Reading(rule)
+
+
+def _read_clip(node: Any, x: Any, low: Any = None, high: Any = None) -> Any:
+    low = node.get("min") if low is None else node.number(low)
+    high = node.get("max") if high is None else node.number(high)
+    return x if low is None and high is None else x.clamp(low, high)
+
+
+def _read_prelu(node: Any, x: Any, slope: Any) -> Any:
+    """One slope per channel, or one for all."""
+    from torch.nn import functional as F
+
+    if slope.numel() not in (1, x.shape[1]) or slope.numel() != max(slope.shape, default=1):
+        node.refuse(f"slopes {tuple(slope.shape)} for {tuple(x.shape[1:])}", "one per channel")
+    return F.prelu(x, slope.flatten())
+
+
+def _read_hardsigmoid(node: Any, x: Any) -> Any:
+    from torch.nn import functional as F
+
+    slope, shift = node.get("alpha", 0.2), node.get("beta", 0.5)
+    if abs(slope - 1 / 6) < 1e-6 and shift == 0.5:
+        return F.hardsigmoid(x)
+    return (x * slope + shift).clamp(0, 1)
+
+
+def _read_softmax(name: str) -> Reading:
+    def rule(node: Any, x: Any) -> Any:
+        """Before opset 13 over all axes from `axis` on, as one."""
+        axis = node.get("axis", 1 if node.opset < 13 else -1) % x.ndim
+        if node.opset >= 13 or axis == x.ndim - 1:
+            return getattr(x, name)(axis)
+        return getattr(x.flatten(axis), name)(-1).reshape(x.shape)
+
+    return Reading(rule)
+
+
+def _read_selu(node: Any, x: Any) -> Any:
+    from torch.nn import functional as F
+
+    alpha, gamma = node.get("alpha"), node.get("gamma")
+    return F.selu(x) if alpha is None and gamma is None else F.elu(x, alpha or 1.67326) * (gamma or 1.0507)
+
+
+def _read_pow(node: Any, x: Any, exponent: Any) -> Any:
+    return x.pow(node.number(exponent))
+
+
+def _read_softplus(node: Any, x: Any) -> Any:
+    from torch.nn import functional as F
+
+    return F.softplus(x)
+
+
 def _unary(kind: str, doc: str, function: Function, onnx: Any, aten: Any, **more: Any) -> Operator:
     return Operator(
         kind=kind, doc=doc, shape=more.pop("shape", same_shape), macs=more.pop("macs", ELEMENTWISE),
@@ -373,6 +452,7 @@ register(
     _unary(
         "relu", "max(x, 0)", lambda op, x: x.relu(), _onnx("Relu"), {"relu.default": _aten("relu")}, macs=COMPARED,
         keeps=keeps_bits, passes=lambda op, inputs, y: y > 0, pull=_masked, overwrite=_relu_into, fused="relu",
+        from_onnx={"Relu": _read("relu")},
     ),
     _unary(
         "relu6", "min(max(x, 0), 6)", _relu6, _clip_onnx, {"relu6.default": _aten("relu6")},
@@ -387,74 +467,87 @@ register(
          "hardtanh.default": _aten_hardtanh},
         args={"low": float, "high": float}, macs="two comparisons per element, no multiplication", keeps=keeps_bits,
         passes=lambda op, inputs, y: (inputs[0] >= op["low"]) & (inputs[0] <= op["high"]), pull=_masked,
+        from_onnx={"Clip": Reading(_read_clip)},
     ),
     _unary(
         "leaky_relu", "x, below 0 slope * x", _leaky,
         lambda op, w: w.node("LeakyRelu", w.inputs(op), w.output(op), alpha=op["slope"]),
         {"leaky_relu.default": _aten("leaky_relu", ("slope", 0.01))}, args={"slope": float}, keeps=keeps_bits,
         passes=lambda op, inputs, y: inputs[0] > 0, pull=_pull_leaky,
+        from_onnx={"LeakyRelu": _read_with(lambda F, node, x: F.leaky_relu(x, node.get("alpha", 0.01)))},
     ),
     Operator(
         kind="prelu", doc="x, below 0 a frozen slope per channel times x", args={"slopes": int},
         tensors=lambda op: {"weight": (op["slopes"],)}, shape=_prelu_shape, macs=ELEMENTWISE, keeps=keeps_bits,
         forward=_prelu, passes=lambda op, inputs, y: inputs[0] > 0, pull=_pull_prelu, onnx=_prelu_onnx,
         aten={"prelu.default": _aten_prelu, "_prelu_kernel.default": _aten_prelu},
+        from_onnx={"PRelu": Reading(_read_prelu, ("-", "weight"))},
     ),
     _unary(
         "hardsigmoid", "min(max(x + 3, 0), 6) / 6", _hardsigmoid, _hardsigmoid_onnx,
         {"hardsigmoid.default": _aten("hardsigmoid")}, keeps=keeps_bits,
         passes=lambda op, inputs, y: (inputs[0] > -3) & (inputs[0] < 3), pull=_pull_hardsigmoid,
+        from_onnx={"HardSigmoid": Reading(_read_hardsigmoid)},
     ),
     _unary(
         "sigmoid", "1 / (1 + exp(-x)); half of a GLU", lambda op, x: x.sigmoid(), _onnx("Sigmoid"),
         {"sigmoid.default": _aten("sigmoid"), "glu.default": _aten_glu}, keeps=keeps_output,
-        pull=_from_output(lambda op, y, g: g * y * (1 - y)),
+        pull=_from_output(lambda op, y, g: g * y * (1 - y)), from_onnx={"Sigmoid": _read("sigmoid")},
     ),
     _unary(
         "tanh", "hyperbolic tangent", lambda op, x: x.tanh(), _onnx("Tanh"), {"tanh.default": _aten("tanh")},
-        keeps=keeps_output, pull=_from_output(lambda op, y, g: g * (1 - y * y)),
+        keeps=keeps_output, pull=_from_output(lambda op, y, g: g * (1 - y * y)), from_onnx={"Tanh": _read("tanh")},
     ),
     _unary(
         "elu", "scale * x, below 0 scale * alpha * (exp(x) - 1); SELU too", _elu, _elu_onnx,
         {"elu.default": _aten_elu, "selu.default": _aten_selu},
         args={"alpha": float, "scale": float}, shape=_elu_shape,
         keeps=keeps_output, pull=_from_output(_elu_gradient),
+        from_onnx={"Elu": _read_with(lambda F, node, x: F.elu(x, node.get("alpha", 1.0))), "Selu": Reading(_read_selu)},
     ),
     _unary(
         "exp", "e to the x", lambda op, x: x.exp(), _onnx("Exp"), {"exp.default": _aten("exp")}, keeps=keeps_output,
-        pull=_from_output(lambda op, y, g: g * y),
+        pull=_from_output(lambda op, y, g: g * y), from_onnx={"Exp": _read("exp")},
     ),
     _unary(
         "softmax", "exp(x) over its sum along an axis", lambda op, x: x.softmax(_axis(op)), _softmax_onnx,
         {"softmax.int": _aten_softmax, "_softmax.default": _aten_softmax}, args={"axis": int}, shape=_softmax_shape,
         keeps=keeps_output, pull=_from_output(_softmax_gradient), probabilities=True,
+        from_onnx={"Softmax": _read_softmax("softmax")},
     ),
     _unary(
         "log_softmax", "logarithm of the softmax along an axis", lambda op, x: x.log_softmax(_axis(op)),
         _log_softmax_onnx, {"log_softmax.int": _aten_log_softmax, "_log_softmax.default": _aten_log_softmax},
         args={"axis": int}, shape=_softmax_shape, keeps=keeps_output, pull=_from_output(_log_softmax_gradient),
-        probabilities=True,
+        probabilities=True, from_onnx={"LogSoftmax": _read_softmax("log_softmax")},
     ),
     _unary(
         "sign", "-1, 0 or 1; no gradient passes", lambda op, x: x.sign(), _onnx("Sign"),
         {"sign.default": _aten("sign")}, keeps=keeps_nothing, pull=_pull_nothing, macs=COMPARED,
+        from_onnx={"Sign": _read("sign")},
     ),
     _unary("hardswish", "x * min(max(x + 3, 0), 6) / 6", _of_torch("hardswish"), _onnx("HardSwish"),
-           {"hardswish.default": _aten("hardswish")}),
+           {"hardswish.default": _aten("hardswish")}, from_onnx={"HardSwish": _read("hardswish")}),
     _unary("silu", "x * sigmoid(x), also called swish", _of_torch("silu"), _silu_onnx,
-           {"silu.default": _aten("silu")}),
+           {"silu.default": _aten("silu")}, from_onnx={"Silu": _read("silu")}),
     _unary("softplus", "log(1 + exp(beta * x)) / beta", _softplus, _softplus_onnx, {"softplus.default": _aten_softplus},
-           args={"beta": float}, shape=_softplus_shape),
-    _unary("mish", "x * tanh(log(1 + exp(x)))", _of_torch("mish"), _mish_onnx, {"mish.default": _aten("mish")}),
+           args={"beta": float}, shape=_softplus_shape, from_onnx={"Softplus": Reading(_read_softplus)}),
+    _unary("mish", "x * tanh(log(1 + exp(x)))", _of_torch("mish"), _mish_onnx, {"mish.default": _aten("mish")},
+           from_onnx={"Mish": _read("mish")}),
     _unary("gelu", "x * Phi(x), exact or by tanh", _gelu, _gelu_onnx,
-           {"gelu.default": _aten("gelu", ("approximate", "none"))}, args={"approximate": str}, shape=_gelu_shape),
-    _unary("abs", "|x|", lambda op, x: x.abs(), _onnx("Abs"), {"abs.default": _aten("abs")}),
-    _unary("log", "natural logarithm", lambda op, x: x.log(), _onnx("Log"), {"log.default": _aten("log")}),
+           {"gelu.default": _aten("gelu", ("approximate", "none"))}, args={"approximate": str}, shape=_gelu_shape,
+           from_onnx={"Gelu": _read_with(
+               lambda F, node, x: F.gelu(x, approximate=node.get("approximate", "none")))}),
+    _unary("abs", "|x|", lambda op, x: x.abs(), _onnx("Abs"), {"abs.default": _aten("abs")},
+           from_onnx={"Abs": _read("abs")}),
+    _unary("log", "natural logarithm", lambda op, x: x.log(), _onnx("Log"), {"log.default": _aten("log")},
+           from_onnx={"Log": _read("log")}),
     _unary(
         "power", "x to a fixed exponent", lambda op, x: x.pow(op["exponent"]), _power_onnx,
         {"pow.Tensor_Scalar": _aten_power, "square.default": _aten_fixed_power(2.0),
          "sqrt.default": _aten_fixed_power(0.5), "rsqrt.default": _aten_fixed_power(-0.5),
          "reciprocal.default": _aten_fixed_power(-1.0)},
         args={"exponent": float},
+        from_onnx={"Pow": Reading(_read_pow, ("-", "-")), "Sqrt": _read("sqrt"), "Reciprocal": _read("reciprocal")},
     ),
 )  # fmt: skip

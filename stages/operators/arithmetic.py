@@ -12,6 +12,7 @@ from stages.operators.op import (
     Op,
     Operator,
     Pull,
+    Reading,
     Shape,
     Tensors,
     keeps_nothing,
@@ -150,6 +151,34 @@ def _aten_masked_fill(call: Any, x: Any, mask: Any, value: Any) -> Any:
     return _aten_where(call, mask, value, x)
 
 
+# ------------------------------------------------------------------------------------------------------ ONNX, reading
+
+
+def _read(function: Callable[[Any, Any], Any]) -> Reading:
+    """Two operands, or as many as there are from the left."""
+
+    def rule(node: Any, *operands: Any) -> Any:
+        like = next(x for x in operands if hasattr(x, "is_floating_point"))
+        found, *rest = (node.tensor(x, like) for x in operands)
+        for other in rest:
+            found = function(found, other)
+        return found
+
+    return Reading(rule)
+
+
+def _read_mean(node: Any, *operands: Any) -> Any:
+    return _read(lambda a, b: a + b).rule(node, *operands) / len(operands)
+
+
+def _read_where(node: Any, mask: Any, chosen: Any, other: Any) -> Any:
+    import torch
+
+    like = next(x for x in (chosen, other, mask) if isinstance(x, torch.Tensor))
+    mask = mask if isinstance(mask, torch.Tensor) else torch.from_numpy(mask.astype(bool))
+    return torch.where(mask, node.tensor(chosen, like), node.tensor(other, like))
+
+
 _BOTH = ("Tensor", "Scalar")
 
 register(
@@ -160,6 +189,8 @@ register(
         aten={**{f"add.{form}": _emit("add") for form in _BOTH}, "addcmul.default": _aten_addcmul,
               **{f"masked_fill.{form}": _aten_masked_fill for form in _BOTH},
               **{f"where.{form}": _aten_where for form in ("self", "ScalarSelf", "ScalarOther", "Scalar")}},
+        from_onnx={"Add": _read(lambda a, b: a + b), "Sum": _read(lambda a, b: a + b), "Mean": Reading(_read_mean),
+                   "Where": Reading(_read_where)},
     ),
     Operator(
         kind="subtract", doc="the difference of two values, the smaller one repeated", arity=(2, 2),
@@ -170,17 +201,19 @@ register(
             **{f"rsub.{form}": _aten_reversed for form in _BOTH},
             "neg.default": _aten_negated,
         },
+        from_onnx={"Sub": _read(lambda a, b: a - b), "Neg": Reading(lambda node, x: -x)},
     ),
     Operator(
         kind="multiply", doc="the product of two values, the smaller one repeated (gates, squeeze-and-excitation)",
         arity=(2, 2), shape=_broadcast_shape, macs="a multiplication per element, nothing to accumulate",
         keeps=keeps_others, forward=_binary(lambda a, b: a * b), pull=_pull_multiply, onnx=_onnx("Mul"),
-        aten={f"mul.{form}": _emit("multiply") for form in _BOTH},
+        aten={f"mul.{form}": _emit("multiply") for form in _BOTH}, from_onnx={"Mul": _read(lambda a, b: a * b)},
     ),
     Operator(
         kind="divide", doc="the quotient of two values, the smaller one repeated", arity=(2, 2),
         shape=_broadcast_shape, macs="a division per element, nothing to accumulate", keeps=_keeps_quotient,
         forward=_binary(lambda a, b: a / b), pull=_pull_divide, onnx=_onnx("Div"),
         aten={f"div.{form}": _emit("divide") for form in (*_BOTH, "Tensor_mode")},
+        from_onnx={"Div": _read(lambda a, b: a / b)},
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from stages.operators.op import Flow, Kept, Op, Operator, Pull, Shape, Tensors, keeps_nothing, register
+from stages.operators.op import Flow, Kept, Op, Operator, Pull, Reading, Shape, Tensors, keeps_nothing, register
 from stages.operators.reach import within_reach
 
 if TYPE_CHECKING:
@@ -228,6 +228,82 @@ def _aten_convolution(
     return _aten_conv(call, x, weight, bias, stride, padding, dilation, groups)
 
 
+# ------------------------------------------------------------------------------------------------------ ONNX, reading
+
+
+def read_window(
+    node: Any, x: Any, kernel: Sequence[int], value: float = 0.0
+) -> tuple[Any, list[int], list[int], list[int]]:
+    """The input of a window with what one end is padded more, the padding of both ends, stride and dilation."""
+    axes = len(kernel)
+    stride, dilation = node.get("strides") or [1] * axes, node.get("dilations") or [1] * axes
+    before, after = read_pads(node, x.shape[2:], kernel, stride, dilation)
+    x, padding = _padded(x, before, after, value)
+    return x, padding, list(stride), list(dilation)
+
+
+def read_pads(
+    node: Any, sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Padding before and after each spatial axis, `auto_pad` in numbers."""
+    axes, how = len(kernel), node.get("auto_pad", "NOTSET")
+    if how == "VALID":
+        return [0] * axes, [0] * axes
+    if how == "NOTSET":
+        pads = node.get("pads") or [0] * (2 * axes)
+        return list(pads[:axes]), list(pads[axes:])
+    spans = zip(sizes, kernel, stride, dilation, strict=True)
+    total = [max((-(-size // s) - 1) * s + d * (k - 1) + 1 - size, 0) for size, k, s, d in spans]
+    small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+    return (small, large) if how == "SAME_UPPER" else (large, small)
+
+
+def _padded(x: Any, before: Sequence[int], after: Sequence[int], value: float) -> tuple[Any, list[int]]:
+    """The input with what one end has more than the other, and the padding that both have."""
+    from torch.nn import functional as F
+
+    both = [min(pair) for pair in zip(before, after, strict=True)]
+    extra = [(b - c, a - c) for b, a, c in zip(before, after, both, strict=True)]
+    if any(map(any, extra)):
+        x = F.pad(x, [amount for pair in reversed(extra) for amount in pair], value=value)
+    return x, both
+
+
+def _read_conv(node: Any, x: Any, weight: Any, bias: Any = None) -> Any:
+    from torch.nn import functional as F
+
+    kernel = list(weight.shape[2:])
+    if len(kernel) not in (1, 2):
+        node.refuse(f"a convolution over {len(kernel)} axes", "1 or 2 spatial axes")
+    x, padding, stride, dilation = read_window(node, x, kernel)
+    convolve = F.conv1d if len(kernel) == 1 else F.conv2d
+    return convolve(x, weight, bias, stride, padding, dilation, node.get("group", 1))
+
+
+def _read_transposed(node: Any, x: Any, weight: Any, bias: Any = None) -> Any:
+    from torch.nn import functional as F
+
+    kernel, axes = list(weight.shape[2:]), weight.ndim - 2
+    if axes not in (1, 2):
+        node.refuse(f"a transposed convolution over {axes} axes", "1 or 2 spatial axes")
+    stride, dilation = node.get("strides") or [1] * axes, node.get("dilations") or [1] * axes
+    extra = node.get("output_padding") or [0] * axes
+    whole = [(n - 1) * s + d * (k - 1) + 1 + e for n, k, s, d, e in zip(x.shape[2:], kernel, stride, dilation, extra, strict=True)]
+    how, wanted = node.get("auto_pad", "NOTSET"), node.get("output_shape")
+    if wanted or how.startswith("SAME"):
+        wanted = wanted or [n * s for n, s in zip(x.shape[2:], stride, strict=True)]
+        total = [w - t for w, t in zip(whole, wanted, strict=True)]
+        small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+        before, after = (small, large) if how == "SAME_UPPER" else (large, small)
+    else:
+        before, after = read_pads(node, x.shape[2:], kernel, stride, dilation)
+    convolve = F.conv_transpose1d if axes == 1 else F.conv_transpose2d
+    same, group = before == after and min(before) >= 0, node.get("group", 1)
+    y = convolve(x, weight, bias, stride, before if same else 0, extra, group, dilation)
+    cut = [-amount for pair in reversed(list(zip(before, after, strict=True))) for amount in pair]
+    return y if same else F.pad(y, cut)
+
+
 def per_axis(value: Any, length: int) -> Shape:
     """One entry per spatial axis, as torch reads `3`, `(3,)` and `(3, 3)`."""
     if isinstance(value, int):
@@ -257,6 +333,7 @@ register(
             "conv2d.padding": _aten_same,
             "convolution.default": _aten_convolution,
         },
+        from_onnx={"Conv": Reading(_read_conv, ("-", "weight", "bias"))},
     ),
     Operator(
         kind="conv_transpose",
@@ -274,5 +351,6 @@ register(
         pull=_pull_transposed,
         onnx=_transposed_onnx,
         aten={"conv_transpose1d.default": _aten_transposed, "conv_transpose2d.input": _aten_transposed},
+        from_onnx={"ConvTranspose": Reading(_read_transposed, ("-", "weight", "bias"))},
     ),
 )

@@ -13,6 +13,7 @@ from stages.operators.op import (
     Op,
     Operator,
     Pull,
+    Reading,
     Shape,
     Tensors,
     keeps_nothing,
@@ -207,6 +208,59 @@ def _aten_attention(
     return call.emit("attention", values, scale=float(factor), causal=bool(is_causal))
 
 
+# ------------------------------------------------------------------------------------------------------ ONNX, reading
+
+
+def _prepare_gemm(node: Any, tensors: dict[str, Any]) -> None:
+    """alpha * A B + beta * C with B as (out, in); the factors go into weight and bias."""
+    weight = tensors.get("weight")
+    if weight is None:
+        return
+    turned = weight if node.get("transB", 0) else weight.T
+    tensors["weight"] = turned * node.get("alpha", 1.0) if node.get("alpha", 1.0) != 1 else turned
+    if "bias" in tensors:
+        bias = tensors["bias"] * node.get("beta", 1.0) if node.get("beta", 1.0) != 1 else tensors["bias"]
+        if bias.size in (1, len(turned)):
+            bias = bias.reshape(-1) if bias.size == len(turned) else bias.repeat(len(turned))
+        tensors["bias"] = bias
+
+
+def _read_gemm(node: Any, a: Any, b: Any, c: Any = None) -> Any:
+    from torch.nn import functional as F
+
+    if node.get("transA", 0):
+        node.refuse("the batch as columns (transA)", "each sample a row")
+    if "weight" in node.places.values():
+        return F.linear(a, b, c) if c is None or c.ndim == 1 else F.linear(a, b) + c
+    product = a @ (b.transpose(-1, -2) if node.get("transB", 0) else b) * node.get("alpha", 1.0)
+    return product if c is None else product + node.tensor(c, a) * node.get("beta", 1.0)
+
+
+def _prepare_matmul(node: Any, tensors: dict[str, Any]) -> None:
+    """x W with W as (out, in)."""
+    if "weight" in tensors and tensors["weight"].ndim == 2:
+        tensors["weight"] = tensors["weight"].T
+
+
+def _read_matmul(node: Any, a: Any, b: Any, bias: Any = None) -> Any:
+    from torch.nn import functional as F
+
+    fixed = node.places.get(1) == "weight" and b.ndim == 2
+    if fixed:
+        return F.linear(a, b, bias)
+    return a @ b
+
+
+def _read_attention(node: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+    """What `graphs.onnx_patterns` found: a softmax of products, times values."""
+    import torch
+    from torch.nn import functional as F
+
+    mask = mask if mask is None or isinstance(mask, torch.Tensor) else torch.from_numpy(mask)
+    k = k.transpose(-1, -2) if node.get("turned") else k
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=node.get("scale"))
+
+
 register(
     Operator(
         kind="linear",
@@ -223,6 +277,7 @@ register(
         pull=_pull_linear,
         onnx=_linear_onnx,
         aten={"linear.default": _aten_linear, "addmm.default": _aten_addmm},
+        from_onnx={"Gemm": Reading(_read_gemm, ("-", "weight", "bias"), _prepare_gemm)},
     ),
     Operator(
         kind="matmul",
@@ -235,6 +290,7 @@ register(
         pull=_pull_matmul,
         onnx=_matmul_onnx,
         aten={"matmul.default": _aten_matmul, "bmm.default": _aten_matmul, "mm.default": _aten_matmul},
+        from_onnx={"MatMul": Reading(_read_matmul, ("value", "weight", "bias"), _prepare_matmul)},
     ),
     Operator(
         kind="attention",
@@ -247,5 +303,6 @@ register(
         forward=_attention,
         onnx=_attention_onnx,
         aten={"scaled_dot_product_attention.default": _aten_attention},
+        from_onnx={"Attention": Reading(_read_attention, ("-", "-", "-", "value"))},
     ),
 )

@@ -16,6 +16,7 @@ from stages.operators.op import (
     Op,
     Operator,
     Pull,
+    Reading,
     Shape,
     Tensors,
     keeps_input,
@@ -157,6 +158,60 @@ def _aten_instancenorm(
     return call.scaled(normalised, weight, bias, channel_axis=0)
 
 
+# ------------------------------------------------------------------------------------------------------ ONNX, reading
+
+
+def _read_batchnorm(node: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
+    from torch.nn import functional as F
+
+    if node.get("training_mode", 0):
+        node.refuse("statistics of the batch (training_mode)", "stored ones", "export the model in evaluation mode")
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, node.get("epsilon", 1e-5))
+
+
+def _read_layernorm(node: Any, x: Any, weight: Any, bias: Any = None) -> Any:
+    from torch.nn import functional as F
+
+    axis = node.get("axis", -1) % x.ndim
+    if node.results > 1:
+        node.refuse("mean and deviation as results", "the normalised value alone")
+    return F.layer_norm(x, list(x.shape[axis:]), weight, bias, node.get("epsilon", 1e-5))
+
+
+def _read_instancenorm(node: Any, x: Any, weight: Any, bias: Any) -> Any:
+    from torch.nn import functional as F
+
+    return F.group_norm(x, x.shape[1], weight, bias, node.get("epsilon", 1e-5))
+
+
+def _read_groupnorm(node: Any, x: Any, weight: Any, bias: Any) -> Any:
+    """Before opset 21 one weight and bias per group."""
+    from torch.nn import functional as F
+
+    groups, channels = node.get("num_groups"), x.shape[1]
+    if len(weight) != channels:
+        weight, bias = (part.repeat_interleave(channels // groups) for part in (weight, bias))
+    return F.group_norm(x, groups, weight, bias, node.get("epsilon", 1e-5))
+
+
+def _read_lrn(node: Any, x: Any) -> Any:
+    from torch.nn import functional as F
+
+    size = node.get("size")
+    if size % 2 == 0:
+        node.refuse(f"a window of {size} channels", "an odd number")
+    return F.local_response_norm(x, size, node.get("alpha", 1e-4), node.get("beta", 0.75), node.get("bias", 1.0))
+
+
+def _read_standardised(node: Any, x: Any) -> Any:
+    """MeanVarianceNormalization over axes."""
+    axes = node.get("axes") or [0, 2, 3]
+    if 0 in axes:
+        node.refuse("statistics over the batch", "each sample by itself")
+    centred = x - x.mean(axes, keepdim=True)
+    return centred / ((centred * centred).mean(axes, keepdim=True).sqrt() + 1e-9)
+
+
 # -------------------------------------------------------------------------------------------------------------- scale
 
 
@@ -224,6 +279,9 @@ register(
             "batch_norm.default": _aten_batchnorm,
             "_native_batch_norm_legit_no_training.default": _aten_native_batchnorm,
         },
+        from_onnx={
+            "BatchNormalization": Reading(_read_batchnorm, ("-", "weight", "bias", "running_mean", "running_var"))
+        },
     ),
     Operator(
         kind="layernorm",
@@ -235,6 +293,7 @@ register(
         forward=_layernorm,
         onnx=_layernorm_onnx,
         aten={"layer_norm.default": _aten_layernorm, "native_layer_norm.default": _aten_native_layernorm},
+        from_onnx={"LayerNormalization": Reading(_read_layernorm, ("-", "weight", "bias"))},
     ),
     Operator(
         kind="groupnorm",
@@ -246,6 +305,12 @@ register(
         forward=_groupnorm,
         onnx=_groupnorm_onnx,
         aten={"group_norm.default": _aten_groupnorm, "instance_norm.default": _aten_instancenorm},
+        from_onnx={
+            "InstanceNormalization": Reading(_read_instancenorm, ("-", "weight", "bias")),
+            "GroupNormalization": Reading(_read_groupnorm, ("-", "weight", "bias")),
+            "LRN": Reading(_read_lrn),
+            "MeanVarianceNormalization": Reading(_read_standardised),
+        },
     ),
     Operator(
         kind="scale",

@@ -195,6 +195,21 @@ def keeps_others(op: Op, wanted: Set[int]) -> Keep:
     return Keep(inputs=tuple(sorted(needed)))
 
 
+# ------------------------------------------------------------------------------------------------------ ONNX, reading
+
+
+class Reading(NamedTuple):
+    """How an ONNX node is read: as the torch calls that `aten` translates."""
+
+    rule: Callable[..., Any]
+    """(node, *inputs) -> the result, or several. Inputs are activations and the node's tensors; what is known before
+    (shapes, bounds) comes as numpy arrays, a missing one as None. `graphs.onnx_reader.Node` says what rules may ask."""
+    tensors: tuple[str, ...] = ()
+    """What its fixed inputs are called as tensors of a layer (`weight`, `bias`), by place; `-` for no tensor."""
+    prepare: Callable[..., None] | None = None
+    """(node, tensors): brings the file's tensors into torch's form."""
+
+
 # --------------------------------------------------------------------------------------------------------- the record
 
 
@@ -240,6 +255,8 @@ class Operator:
     """Whether searches for a plan consider such a layer unless told to."""
     channel_axis: Callable[[Op], int] = _first_axis
     depthwise: Callable[[Op], bool] = _never
+    by_output: bool = False
+    """Plans take output channels alone."""
     input_first: bool = False
     """The weight's first axis counts input channels (transposed convolutions)."""
     matrix: Callable[[Op], bool] = _never
@@ -253,6 +270,9 @@ class Operator:
     """Tensors that are collected, not trained."""
     pull: Callable[[Op, Tensors], Pull] | None = None
     """Torch: prepares the backward rule once per net. None: the forward rule is run again and differentiated."""
+    weight_gradient: Callable[[Op, Tensors, Tensor, Tensor, Tensor], Tensor] | None = None
+    """Torch: (op, tensors, input, output's gradient, live output channels) -> the gradient of their rows of the weight,
+    where that is no product of input and gradient as convolutions and linear layers have it."""
     passes: Callable[[Op, Sequence[Tensor], Tensor], Tensor] | None = None
     """Torch, where bits are kept: where the gradient passes, as booleans (N, *shape)."""
     index: Callable[[Op, Sequence[Tensor], Tensor], Tensor] | None = None
@@ -281,6 +301,8 @@ class Operator:
     """Writes its nodes (`graphs.onnx_writer`); None: it never stands in a deployed graph."""
     aten: Mapping[str, Callable[..., Any]]
     """ATen call (`conv2d.default`) -> translator (`graphs.capture`)."""
+    from_onnx: Mapping[str, Reading] = field(default_factory=dict)
+    """Type of an ONNX node -> how it is read."""
 
     def macs_of(self, op: Op) -> int:
         """Forward MACs per sample."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from stages.operators.convolution import check_map, per_axis, window, window_attributes
+from stages.operators.convolution import check_map, per_axis, read_window, window, window_attributes
 from stages.operators.op import (
     Flow,
     Keep,
@@ -15,6 +15,7 @@ from stages.operators.op import (
     Op,
     Operator,
     Pull,
+    Reading,
     Shape,
     Tensors,
     keeps_input,
@@ -536,6 +537,76 @@ def _aten_norm(call: Any, x: Any, order: float = 2, dim: Any = None, keepdim: bo
     return _aten_vector_norm(call, x, 2 if order is None else order, dim, keepdim)
 
 
+# ------------------------------------------------------------------------------------------------------ ONNX, reading
+
+
+def _read_max_pool(node: Any, x: Any) -> Any:
+    from torch.nn import functional as F
+
+    kernel = node.get("kernel_shape")
+    if node.results > 1 or len(kernel) > 2:
+        node.refuse(f"{node.results} results, {len(kernel)} axes", "maxima over 1 or 2 axes")
+    x, padding, stride, dilation = read_window(node, x, kernel, float("-inf"))
+    if any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):  # more than torch pads
+        x = F.pad(x, [pad for pad in reversed(padding) for _ in range(2)], value=float("-inf"))
+        padding = [0] * len(kernel)
+    pool = F.max_pool1d if len(kernel) == 1 else F.max_pool2d
+    return pool(x, kernel, stride, padding, dilation, bool(node.get("ceil_mode", 0)))
+
+
+def _read_avg_pool(node: Any, x: Any) -> Any:
+    from torch.nn import functional as F
+
+    kernel, ceil, counted = node.get("kernel_shape"), bool(node.get("ceil_mode", 0)), node.get("count_include_pad", 0)
+    before = x.shape
+    x, padding, stride, dilation = read_window(node, x, kernel)
+    if len(kernel) > 2 or set(dilation) != {1} or (x.shape != before and not counted):
+        node.refuse("dilated, over more than 2 axes, or with ends that are padded differently", "a plain average")
+    if any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
+        node.refuse(f"padding {padding} of more than half of the window {kernel}", "half at most")
+    pool = F.avg_pool1d if len(kernel) == 1 else F.avg_pool2d
+    return pool(x, kernel, stride, padding, ceil, bool(counted))
+
+
+def _read_over_positions(name: str) -> Reading:
+    def rule(node: Any, x: Any) -> Any:
+        if x.ndim < 3:
+            node.refuse(f"an input of {x.ndim} axes", "a map")
+        return getattr(x, name)(list(range(2, x.ndim)), keepdim=True)
+
+    return Reading(rule)
+
+
+def _read_over_axes(function: Callable[[Any, list[int], bool], Any]) -> Reading:
+    """A reduction: axes as attribute or input, all where none are given."""
+
+    def rule(node: Any, x: Any, axes: Any = None) -> Any:
+        over = node.axes(axes, x.ndim)
+        if not over:
+            if node.get("noop_with_empty_axes", 0):
+                return x
+            node.refuse("a reduction over the batch", "axes of each sample")
+        return function(x, over, bool(node.get("keepdims", 1)))
+
+    return Reading(rule, ("-", "-"))
+
+
+def _over_norm(order: int) -> Callable[[Any, list[int], bool], Any]:
+    def function(x: Any, axes: list[int], keepdim: bool) -> Any:
+        import torch
+
+        return torch.linalg.vector_norm(x, order, axes, keepdim)
+
+    return function
+
+
+def _read_normalised(node: Any, x: Any) -> Any:
+    """LpNormalization."""
+    from torch.nn import functional as F
+
+    return F.normalize(x, node.get("p", 2), node.get("axis", -1))
+
+
 _WINDOW = ("kernel", "stride", "padding")
 
 register(
@@ -547,6 +618,7 @@ register(
             **{f"max_pool{n}d.default": _aten_max_pool for n in (1, 2)},
             **{f"max_pool{n}d_with_indices.default": _aten_max_pool_with_indices for n in (1, 2)},
         },
+        from_onnx={"MaxPool": Reading(_read_max_pool)},
     ),
     Operator(
         kind="avg_pool", doc="the mean of each window", fields=(*_WINDOW, "ceil_mode", "count_include_pad"),
@@ -554,6 +626,7 @@ register(
         onnx=_avg_pool_onnx,
         aten={"avg_pool1d.default": _aten_avg_pool, "avg_pool2d.default": _aten_avg_pool,
               "avg_pool3d.default": _aten_avg_pool3d},
+        from_onnx={"AveragePool": Reading(_read_avg_pool)},
     ),
     Operator(
         kind="adaptive_avg_pool", doc="means of bins that divide the map into a given number", args={"size": tuple},
@@ -577,11 +650,15 @@ register(
         args={"axes": tuple, "keepdim": bool}, shape=_reduced_shape, macs=AVERAGE,
         keeps=keeps_nothing, forward=_mean, pull=linear_pull, as_vector=_mean_as_vector, onnx=_mean_onnx,
         aten={"mean.dim": _aten_mean, "mean.default": _aten_mean},
+        from_onnx={"GlobalAveragePool": _read_over_positions("mean"),
+                   "ReduceMean": _read_over_axes(lambda x, axes, keepdim: x.mean(axes, keepdim))},
     ),
     Operator(
         kind="sum", doc="the sum over some axes", args={"axes": tuple, "keepdim": bool}, shape=_reduced_shape,
         macs="additions, no multiplication", keeps=keeps_nothing, forward=_sum, pull=_pull_sum, onnx=_sum_onnx,
         aten={"sum.dim_IntList": _aten_sum},
+        from_onnx={"ReduceSum": _read_over_axes(lambda x, axes, keepdim: x.sum(axes, keepdim)),
+                   "ReduceSumSquare": _read_over_axes(lambda x, axes, keepdim: (x * x).sum(axes, keepdim))},
     ),
     Operator(
         kind="max", doc="the largest value along one axis", args={"axes": tuple, "keepdim": bool}, shape=_max_shape,
@@ -593,11 +670,16 @@ register(
         args={"axes": tuple, "keepdim": bool},
         shape=_reduced_shape, macs=COMPARED, keeps=_keeps_ends, forward=_amax, pull=_pull_amax, onnx=_max_onnx,
         aten={"amax.default": _aten_amax},
+        from_onnx={"GlobalMaxPool": _read_over_positions("amax"),
+                   "ReduceMax": _read_over_axes(lambda x, axes, keepdim: x.amax(axes, keepdim)),
+                   "ReduceMin": _read_over_axes(lambda x, axes, keepdim: -(-x).amax(axes, keepdim))},
     ),
     Operator(
         kind="vector_norm", doc="the 1- or 2-norm over some axes", args={"order": int, "axes": tuple, "keepdim": bool},
         shape=_norm_shape, macs="squares and their sum, not a multiply-accumulate by a weight", keeps=keeps_input,
         forward=_vector_norm, onnx=_vector_norm_onnx,
         aten={"linalg_vector_norm.default": _aten_vector_norm, "norm.ScalarOpt_dim": _aten_norm},
+        from_onnx={"ReduceL1": _read_over_axes(_over_norm(1)), "ReduceL2": _read_over_axes(_over_norm(2)),
+                   "LpNormalization": Reading(_read_normalised)},
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from stages.operators.op import Flow, Kept, Op, Operator, Pull, Shape, Tensors, keeps_nothing, register
+from stages.operators.op import Flow, Kept, Op, Operator, Pull, Reading, Shape, Tensors, keeps_nothing, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -569,14 +569,257 @@ def _aten_detach(call: Any, x: Any) -> Any:
 
 
 def _aten_drop(call: Any, x: Any, *_: Any, **__: Any) -> Any:
-    call.refuse_whole_numbers()
-    return x
+    """Copies, and casts: whole numbers are held as floats."""
+    return call.cast(x)
 
 
 def _aten_dropout(call: Any, x: Any, p: float, train: bool) -> Any:
     if train and p:
         call.refuse("dropout that is active in evaluation mode", "training=self.training")
     return x
+
+
+# ------------------------------------------------------------------------------------------------------ ONNX, reading
+
+
+def _read_same(node: Any, x: Any, *_: Any) -> Any:
+    return x
+
+
+def _read_dropout(node: Any, x: Any, ratio: Any = None, training: Any = None) -> Any:
+    if node.results > 1 or (training is not None and node.number(training)):
+        node.refuse("a dropout in training, or its mask", "a model exported in evaluation mode")
+    return x
+
+
+def _read_cast(node: Any, x: Any) -> Any:
+    """Floats stay float32; whole numbers are what embeddings read."""
+    import torch
+
+    to = node.get("to")
+    if to in (1, 10, 11, 16):  # the floating-point types
+        return x if x.is_floating_point() else x.to(torch.float32)
+    return x.to(torch.bool if to == 9 else torch.int64)
+
+
+def _read_reshape(node: Any, x: Any, target: Any) -> Any:
+    sizes = node.whole(target)
+    if not node.get("allowzero", 0):
+        sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
+    return x.reshape(sizes)
+
+
+def _read_flatten(node: Any, x: Any) -> Any:
+    axis = node.get("axis", 1)
+    if axis % x.ndim == 1:
+        return x.flatten(1)
+    return x.reshape(prod(x.shape[: axis % x.ndim]), -1)
+
+
+def _read_transpose(node: Any, x: Any) -> Any:
+    return x.permute(node.get("perm") or list(range(x.ndim))[::-1])
+
+
+def _read_squeeze(node: Any, x: Any, axes: Any = None) -> Any:
+    found = node.axes(axes, x.ndim) or [axis for axis, size in enumerate(x.shape) if size == 1]
+    return x.squeeze(found)
+
+
+def _read_unsqueeze(node: Any, x: Any, axes: Any = None) -> Any:
+    found = node.axes(axes)
+    for axis in sorted(axis % (x.ndim + len(found)) for axis in found):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _read_expand(node: Any, x: Any, target: Any) -> Any:
+    sizes = node.whole(target)
+    missing = max(x.ndim - len(sizes), 0)
+    sizes = [1] * missing + sizes
+    shape = (1,) * (len(sizes) - x.ndim) + tuple(x.shape)
+    return x.expand([own if size == 1 else size for own, size in zip(shape, sizes, strict=True)])
+
+
+def _read_tile(node: Any, x: Any, repeats: Any) -> Any:
+    for axis, count in enumerate(node.whole(repeats)):
+        x = x if count == 1 else x.new_empty(0) if count == 0 else _side_by_side([x] * count, axis)
+    return x
+
+
+def _side_by_side(parts: Sequence[Any], axis: int) -> Any:
+    import torch
+
+    return torch.cat(list(parts), axis)
+
+
+def _read_concat(node: Any, *parts: Any) -> Any:
+    import torch
+
+    like = next(part for part in parts if isinstance(part, torch.Tensor))
+    batch = like.shape[0]
+    found = []
+    for part in parts:
+        part = part if isinstance(part, torch.Tensor) else torch.from_numpy(part)
+        if part.numel() == 0:
+            continue
+        spread = part.shape[0] == 1 != batch and node.get("axis") % like.ndim != 0
+        found.append(part.expand(batch, *part.shape[1:]) if spread else part)
+    return _side_by_side(found, node.get("axis"))
+
+
+def _read_slice(node: Any, x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Any:
+    starts, ends = node.whole(starts), node.whole(ends)
+    over = [axis % x.ndim for axis in (range(len(starts)) if axes is None else node.whole(axes))]
+    steps = [1] * len(starts) if steps is None else node.whole(steps)
+    for start, end, axis, step in zip(starts, ends, over, steps, strict=True):
+        picked = range(x.shape[axis])[start:end:step]
+        if step < 0:
+            x = _entries(x, axis, list(picked))
+        elif len(picked) < x.shape[axis]:
+            x = x[(*[slice(None)] * axis, slice(picked.start, picked.stop, step))]
+    return x
+
+
+def _entries(x: Any, axis: int, index: Sequence[int]) -> Any:
+    import torch
+
+    return x.index_select(axis, torch.tensor(list(index)))
+
+
+def _read_gather(node: Any, x: Any, index: Any) -> Any:
+    import numpy as np
+    import torch
+
+    axis = node.get("axis", 0) % x.ndim
+    if isinstance(index, torch.Tensor):
+        if not node.places or x.ndim != 2 or axis:
+            node.refuse("entries that depend on the input's values", "fixed numbers, or an embedding of the input")
+        return torch.nn.functional.embedding(index, x)
+    numbers = np.asarray(index)
+    if numbers.ndim == 0:
+        return x.select(axis, int(numbers) % x.shape[axis])
+    taken = _entries(x, axis, [int(i) % x.shape[axis] for i in numbers.reshape(-1)])
+    return taken if numbers.ndim == 1 else taken.reshape(*x.shape[:axis], *numbers.shape, *x.shape[axis + 1 :])
+
+
+def _read_split(node: Any, x: Any, sizes: Any = None) -> Any:
+    axis = node.get("axis", 0) % x.ndim
+    given = node.get("split") if sizes is None else node.whole(sizes)
+    if given is None:
+        each = -(-x.shape[axis] // node.results)
+        given = [min(each, x.shape[axis] - i * each) for i in range(node.results)]
+    return list(x.split(given, axis))
+
+
+def _read_pad(node: Any, x: Any, pads: Any = None, value: Any = None, axes: Any = None) -> Any:
+    from torch.nn import functional as F
+
+    amounts = node.get("pads") if pads is None else node.whole(pads)
+    over = list(range(x.ndim)) if axes is None else [axis % x.ndim for axis in node.whole(axes)]
+    before, after = [0] * x.ndim, [0] * x.ndim
+    for i, axis in enumerate(over):
+        before[axis], after[axis] = amounts[i], amounts[len(over) + i]
+    modes = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+    mode = modes[node.get("mode", "constant")]
+    if mode == "constant":
+        flat = [amount for pair in reversed(list(zip(before, after, strict=True))) for amount in pair]
+        fill = node.get("value", 0.0) if value is None else node.number(value)
+        return F.pad(x, flat, value=0.0 if fill == SMALLEST else fill)
+    if before[0] or after[0] or min(*before, *after) < 0:
+        node.refuse(f"{mode} padding {before}, {after}", "borders of a sample")
+    if before[1] or after[1]:  # torch copies borders of positions alone
+        return _entries(x, 1, _border(mode, x.shape[1], before[1], after[1]))
+    flat = [amount for axis in reversed(range(2, x.ndim)) for amount in (before[axis], after[axis])]
+    return F.pad(x, flat, mode=mode)
+
+
+def _border(mode: str, size: int, before: int, after: int) -> list[int]:
+    """Entries of an axis with borders that are copies of what is there."""
+    import numpy as np
+
+    modes: dict[str, Any] = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+    return [int(i) for i in np.pad(np.arange(size), (before, after), mode=modes[mode])]
+
+
+def _read_resize(node: Any, x: Any, roi: Any = None, scales: Any = None, sizes: Any = None) -> Any:
+    """Positions that stay are left out; nearest by ONNX's own formula, linear and cubic where torch has the same."""
+    from torch.nn import functional as F
+
+    axes = [axis % x.ndim for axis in node.get("axes") or range(x.ndim)]
+    if sizes is not None and len(node.whole(sizes)):
+        wanted = dict(zip(axes, node.whole(sizes), strict=True))
+        factors = {axis: size / x.shape[axis] for axis, size in wanted.items()}
+    else:
+        import numpy as np
+
+        factors = dict(zip(axes, map(float, np.asarray(scales).reshape(-1)), strict=True))
+        wanted = {axis: int(x.shape[axis] * factor) for axis, factor in factors.items()}
+    if node.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        node.refuse("sizes that keep the aspect ratio", "sizes as they are")
+    changed = [axis for axis in axes if wanted[axis] != x.shape[axis]]
+    if any(axis < 2 for axis in changed):
+        node.refuse(f"a resize of axes {changed}", "positions of a map alone")
+    if not changed:
+        return x
+    mode, how = node.get("mode", "nearest"), node.get("coordinate_transformation_mode", "half_pixel")
+    if mode == "nearest":
+        for axis in changed:
+            index = _nearest(node, x.shape[axis], wanted[axis], factors[axis], how)
+            size = x.shape[axis]
+            plain = [i * size // wanted[axis] for i in range(wanted[axis])]
+            if index != plain:
+                x, wanted[axis] = _entries(x, axis, index), len(index)
+        target = [wanted.get(axis, x.shape[axis]) for axis in range(2, x.ndim)]
+        return x if target == list(x.shape[2:]) else F.interpolate(x, size=target, mode="nearest")
+    spatial = x.ndim - 2
+    named = {("linear", 1): "linear", ("linear", 2): "bilinear", ("cubic", 2): "bicubic"}.get((mode, spatial))
+    half = how == "half_pixel" or (how == "pytorch_half_pixel" and min(wanted[axis] for axis in changed) > 1)
+    exact = all(abs(factors[axis] * x.shape[axis] - wanted[axis]) < 1e-4 for axis in changed)
+    cubic = mode != "cubic" or abs(node.get("cubic_coeff_a", -0.75) + 0.75) < 1e-6
+    if named is None or not (half or how == "align_corners") or not exact or not cubic or node.get("antialias", 0):
+        node.refuse(f"{mode} over {spatial} axes by {how}", "linear, bilinear or bicubic, half_pixel or align_corners")
+    target = [wanted.get(axis, x.shape[axis]) for axis in range(2, x.ndim)]
+    return F.interpolate(x, size=target, mode=named, align_corners=how == "align_corners")
+
+
+def _nearest(node: Any, size: int, out: int, factor: float, how: str) -> list[int]:
+    """Which entry each output takes (ONNX, Resize: coordinate_transformation_mode and nearest_mode)."""
+    import numpy as np
+
+    i = np.arange(out)
+    places = {
+        "asymmetric": i / factor,
+        "half_pixel": (i + 0.5) / factor - 0.5,
+        "pytorch_half_pixel": (i + 0.5) / factor - 0.5 if out > 1 else i * 0.0,
+        "align_corners": i * (size - 1) / max(out - 1, 1),
+    }
+    if how not in places:
+        node.refuse(f"nearest by {how}", "one of " + ", ".join(places))
+    rounding = node.get("nearest_mode", "round_prefer_floor")
+    at = places[how]
+    rounded = {
+        "floor": np.floor(at), "ceil": np.ceil(at), "round_prefer_ceil": np.floor(at + 0.5),
+        "round_prefer_floor": np.ceil(at - 0.5),
+    }[rounding]  # fmt: skip
+    return [int(k) for k in np.clip(rounded, 0, size - 1)]
+
+
+def _read_depth_to_space(node: Any, x: Any) -> Any:
+    batch, channels, height, width = x.shape
+    block = node.get("blocksize")
+    inner = channels // block**2
+    if node.get("mode", "DCR") == "DCR":
+        parted = x.reshape(batch, block, block, inner, height, width).permute(0, 3, 4, 1, 5, 2)
+    else:
+        parted = x.reshape(batch, inner, block, block, height, width).permute(0, 1, 4, 2, 5, 3)
+    return parted.reshape(batch, inner, height * block, width * block)
+
+
+def _read_space_to_depth(node: Any, x: Any) -> Any:
+    batch, channels, height, width = x.shape
+    block = node.get("blocksize")
+    parted = x.reshape(batch, channels, height // block, block, width // block, block).permute(0, 3, 5, 1, 2, 4)
+    return parted.reshape(batch, channels * block**2, height // block, width // block)
 
 
 _VIEWS = (
@@ -597,11 +840,16 @@ register(
     Operator(
         kind="flatten", doc="all axes as one vector", shape=_flatten_shape, macs="a view", keeps=keeps_nothing,
         forward=_flatten, pull=_pull_reshape, view=True, in_order=True, alias=True, onnx=_flatten_onnx, aten={},
+        from_onnx={"Flatten": Reading(_read_flatten)},
     ),
     Operator(
         kind="reshape", doc="the same elements in order under another shape", args={"to": tuple}, shape=_reshape_shape,
         macs="a view, or a copy", keeps=keeps_nothing, forward=_reshape, pull=_pull_reshape, view=True, in_order=True,
         alias=True, onnx=_reshape_onnx, aten=dict.fromkeys(_VIEWS, _aten_reshape),
+        from_onnx={"Reshape": Reading(_read_reshape, ("value", "-")), "Squeeze": Reading(_read_squeeze),
+                   "Unsqueeze": Reading(_read_unsqueeze), "Identity": Reading(_read_same),
+                   "Dropout": Reading(_read_dropout, ("-",) * 3), "Cast": Reading(_read_cast),
+                   "CastLike": Reading(_read_same)},
     ),
     Operator(
         kind="permute", doc="axes in another order", args={"order": tuple}, shape=_permute_shape, macs="a view",
@@ -610,17 +858,21 @@ register(
             "permute.default": _aten_permute, "transpose.int": _aten_transpose, "t.default": _aten_t,
             "swapaxes.default": _aten_transpose, "numpy_T.default": _aten_t,
         },
+        from_onnx={"Transpose": Reading(_read_transpose), "DepthToSpace": Reading(_read_depth_to_space),
+                   "SpaceToDepth": Reading(_read_space_to_depth)},
     ),
     Operator(
         kind="expand", doc="repeated along axes of size 1", args={"to": tuple}, shape=_expand_shape, macs="a view",
         keeps=keeps_nothing, forward=_expand, pull=_pull_expand, alias=True, onnx=_expand_onnx,
         aten={"expand.default": _aten_expand, "expand_as.default": _aten_expand},
+        from_onnx={"Expand": Reading(_read_expand, ("value", "-"))},
     ),
     Operator(
         kind="concat", doc="values one behind the other along an axis", arity=(1, 10_000), args={"axis": int},
         shape=_concat_shape, macs="a copy", keeps=keeps_nothing, forward=_concat, pull=_pull_concat, joins="side",
         onnx=_concat_onnx,
         aten={"cat.default": _aten_cat, "stack.default": _aten_stack, "hstack.default": _aten_hstack},
+        from_onnx={"Concat": Reading(_read_concat), "Tile": Reading(_read_tile, ("-", "-"))},
     ),
     Operator(
         kind="slice", doc="a range of one axis, with a step",
@@ -633,12 +885,14 @@ register(
             "split.sizes": _aten_split, "unbind.int": _aten_unbind, "slice_scatter.default": _aten_slice_scatter,
             "unfold.default": _aten_unfold, "im2col.default": _aten_im2col, "col2im.default": _aten_col2im,
         },
+        from_onnx={"Slice": Reading(_read_slice, ("-",) * 5), "Split": Reading(_read_split, ("-", "-"))},
     ),
     Operator(
         kind="take", doc="entries of one axis by number",
         args={"axis": int, "index": tuple}, shape=_take_shape, macs="a copy",
         keeps=keeps_nothing, forward=_take, pull=linear_pull, onnx=_take_onnx,
         aten={"index_select.default": _aten_index_select, "index.Tensor": _aten_index, "flip.default": _aten_flip},
+        from_onnx={"Gather": Reading(_read_gather, ("weight", "-"))},
     ),
     Operator(
         kind="pad", doc="borders of zeros, a constant, or copies (reflect, replicate, circular)",
@@ -651,6 +905,7 @@ register(
             **{f"{torch}_pad{n}d.default": _aten_pad_mode(mode) for n in (1, 2) for torch, mode in
                (("reflection", "reflect"), ("replication", "replicate"))},
         },
+        from_onnx={"Pad": Reading(_read_pad, ("-",) * 4)},
     ),
     Operator(
         kind="roll", doc="shifted along axes, what leaves one end enters at the other",
@@ -668,6 +923,7 @@ register(
                for mode, n in (("nearest", 1), ("nearest", 2), ("linear", 1), ("bilinear", 2), ("bicubic", 2))
                for form in ("default", "vec")},
         },
+        from_onnx={"Resize": Reading(_read_resize, ("-",) * 4)},
     ),
 )  # fmt: skip
 

@@ -89,11 +89,13 @@ def channel_rule(name: str) -> ChannelRule:
 def axis_of(op: Op, axis: str) -> tuple[str, int]:
     """The axis an update of this layer counts along, and its channels: a depthwise layer's channels are both axes.
 
+    A recurrent layer's and an embedding's are hidden units and features: the output axis, whatever is asked for.
+
     Raises:
         UsageError: no such axis.
     """
     require(axis in AXES, "channel axis", repr(axis), "one of " + ", ".join(AXES))
-    if axis == "output" or op.is_depthwise:
+    if axis == "output" or op.is_depthwise or op.operator.by_output:
         return "output", op.out_channels
     return "input", op.in_channels
 

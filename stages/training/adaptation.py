@@ -247,6 +247,8 @@ class _Task(Generic[N]):
         self.fresh, self.spec, self.how, self.seed = fresh, spec, how, seed
         self.x, self.labels, self.ways = x, labels, int(labels.max()) + 1
         self.on_step, self.stop, self.done = on_step, stop, 0
+        self.untrained: N | None = None
+        """A net whose frozen part alone has run: the first to be trained."""
         drawn = [x, *(self._draw(number) for number in range(how.views))]
         lots: Sequence[Source] = store(drawn, lambda: self._cached(drawn)) if how.cache_prefix else drawn
         # the support itself never changes: its frozen part runs once, not in every iteration
@@ -255,7 +257,7 @@ class _Task(Generic[N]):
 
     def train(self, rows: NDArray[np.int64], rate: float) -> tuple[N, tuple[float, ...]]:
         """A fresh net trained on these rows of the support, and its loss at each iteration."""
-        net = self.fresh()
+        net, self.untrained = self.untrained or self.fresh(), None
         if rate == 0 or not net.parameters():
             return net, ()
         how = replace(self.how.optimizing, learning_rate=rate)
@@ -297,7 +299,7 @@ class _Task(Generic[N]):
 
     def _cached(self, lots: Sequence[Floats]) -> Caches:
         """The frozen layers' outputs of these inputs."""
-        net = self.fresh()
+        net = self.untrained = self.untrained or self.fresh()
         return [cache_prefix(net, lot, micro_batch=self.how.micro_batch) for lot in lots]
 
     def _draw(self, number: int) -> Floats:

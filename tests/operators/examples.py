@@ -6,6 +6,7 @@ live `scale` before each input.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -25,7 +26,7 @@ class Example:
 
     op: Op
     domain: str = "all"
-    """`all` numbers, `positive` ones, or `distinct`: no two within one another's rounding."""
+    """`all` numbers, `positive` ones, `entries` of a table, or `distinct`: no two within one another's rounding."""
 
     @property
     def id(self) -> str:
@@ -44,6 +45,8 @@ class Example:
         if self.domain == "distinct":  # a permutation of equally spaced numbers
             count = prod(shape)
             return ((torch.randperm(count, generator=rng, dtype=torch.float64) - count / 2 + 0.3) / 7).reshape(shape)
+        if self.domain == "entries":  # numbers below 5, also after a scale of 1.3
+            return torch.randint(0, 4, shape, generator=rng).double()
         values = 2 * torch.randn(shape, generator=rng, dtype=torch.float64)
         return values.abs() + 0.5 if self.domain == "positive" else values
 
@@ -89,6 +92,22 @@ def pool(kind: str, shape: Shape, kernel: Shape, **attributes: Any) -> Example:
 
 def reduction(kind: str, shape: Shape, axes: Shape, keepdim: bool, **attributes: Any) -> Example:
     return make(kind, shape, axes=axes, keepdim=keepdim, domain="distinct", **attributes)
+
+
+def opaque(
+    function: str, *in_shapes: Shape, out: Shape, args: Sequence[Any] | None = None, dtype: str = "float32",
+    result: int = 0, macs: int = 0, domain: str = "all",
+) -> Example:  # fmt: skip
+    """A pure function of torch, its inputs first unless `args` says otherwise."""
+    inputs = [value_of(i, shape) for i, shape in enumerate(in_shapes)]
+    call = {"args": inputs if args is None else list(args), "kwargs": {}, "full": [{"batch": 1}, *out]}
+    text = json.dumps({**call, "dtype": dtype, "result": result})
+    return make("opaque", *in_shapes, out=out, function=function, arguments=text, macs=macs, domain=domain)
+
+
+def value_of(i: int, shape: Shape, dtype: str = "float32") -> dict[str, Any]:
+    """An input as an argument of an opaque function, the batch first."""
+    return {"x": i, "full": [{"batch": 1}, *shape], "dtype": dtype}
 
 
 MAP, LINE, TOKENS, VECTOR = (4, 6, 5), (4, 7), (5, 6), (6,)
@@ -144,6 +163,29 @@ EXAMPLES: tuple[Example, ...] = (
     make("attention", (2, 5, 4), (2, 5, 4), (2, 5, 4), (2, 5, 5), scale=0.5, causal=False),
     make("attention", (2, 5, 4), (2, 5, 4), (2, 5, 4), (5, 5), scale=0.5, causal=False),
     make("attention", (3, 2, 5, 4), (3, 2, 5, 4), (3, 2, 5, 4), (2, 1, 5), scale=0.5, causal=False),
+    # over steps, and tables
+    *(make(kind, TOKENS, hidden=3, reverse=reverse, biased=biased) for kind in ("gru", "lstm")
+      for reverse, biased in ((False, True), (True, False))),
+    make("gru", (1, 4), hidden=5, reverse=False, biased=True),
+    make("embedding", VECTOR, out=(6, 3), entries=6, domain="entries"),
+    make("embedding", (2, 3), out=(2, 3, 4), entries=5, domain="entries"),
+    # other functions of torch
+    opaque("erf.default", MAP, out=MAP),
+    opaque("cumsum.default", MAP, out=MAP, args=[value_of(0, MAP), -1]),
+    opaque("maximum.default", MAP, MAP, out=MAP, domain="distinct"),
+    opaque("lerp.Tensor", MAP, MAP, out=MAP, args=[value_of(0, MAP), value_of(1, MAP), {"tensor": "value0", "shape": [5]}]),
+    opaque("gather.default", TOKENS, out=(5, 2), args=[
+        value_of(0, TOKENS), 2, {"numbers": [1, 0] * 15, "shape": [3, 5, 2], "dtype": "int64"}]),
+    opaque("topk.default", VECTOR, out=(2,), args=[value_of(0, VECTOR), 2, -1], domain="distinct"),
+    opaque("gt.Scalar", MAP, out=MAP, args=[value_of(0, MAP), 0.5], dtype="bool"),
+    opaque("where.self", MAP, MAP, MAP, out=MAP, args=[
+        value_of(0, MAP, "bool"), value_of(1, MAP), value_of(2, MAP)]),
+    opaque("repeat.default", VECTOR, out=(12,), args=[value_of(0, VECTOR), [1, 2]]),
+    opaque("bmm.default", (2, 3), (3, 4), out=(2, 4), macs=24),
+    Example(replace(  # the batch in the second axis
+        opaque("cumsum.default", TOKENS, out=TOKENS).op, args=(("function", "cumsum.default"), ("arguments", json.dumps({
+            "args": [{"x": 0, "full": [5, {"batch": 1}, 6], "dtype": "float32"}, 0], "kwargs": {},
+            "full": [5, {"batch": 1}, 6], "dtype": "float32", "result": 0})), ("macs", 0)))),
     # norms
     make("batchnorm", MAP, axis=0, eps=1e-5),
     make("batchnorm", TOKENS, axis=1, eps=1e-3),

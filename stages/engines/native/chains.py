@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from stages.engines.native.builder import geometry, map_of
 from stages.engines.native.layers import macs_of
@@ -38,6 +39,7 @@ class Cuts:
     def __init__(self, graph: Graph, units: Sequence[Unit], keep: Sequence[str], floor: int) -> None:
         """`keep`: values that are read behind the prefix. `floor`: floats that the arena has anyway."""
         self.graph, self.units, self.floor = graph, units, floor
+        self.windows = [_window(unit.op) for unit in units]
         self.made = {unit.out: number for number, unit in enumerate(units)}
         self.last_use = dict.fromkeys(self.made, -1) | dict.fromkeys(keep, len(units))
         self.readers: dict[str, int] = dict.fromkeys(self.made, 0)
@@ -110,15 +112,27 @@ class Cuts:
     def _free_rows(self, first: int, last: int, row: int) -> int:
         """Rows of the chain's input that are read no more once output row `row` is about to be written."""
         made = row + 1
-        for unit in reversed(self.units[first + 1 : last + 1]):
-            words = geometry(unit.op)
-            rows, step, pad, apart = (int(words[name]) for name in ("kh", "sh", "ph", "dh"))  # type: ignore[arg-type]
-            made = max(0, min(map_of(unit.op.in_shape).height, (made - 1) * step - pad + (rows - 1) * apart + 1))
-        head = self.units[first].op
-        words = geometry(head)
-        if made >= map_of(head.shape).height:
-            return map_of(head.in_shape).height
-        return max(0, made * int(words["sh"]) - int(words["ph"]))  # type: ignore[arg-type]
+        for unit in reversed(self.windows[first + 1 : last + 1]):
+            made = max(0, min(unit.height, (made - 1) * unit.step - unit.pad + unit.reach))
+        head = self.windows[first]
+        return head.height if made >= head.out_height else max(0, made * head.step - head.pad)
+
+
+class _Window(NamedTuple):
+    """How a unit's output rows lie over its input rows."""
+
+    height: int
+    out_height: int
+    step: int
+    pad: int
+    reach: int
+    """Input rows between the first and the last that an output row reads, both counted."""
+
+
+def _window(op: Op) -> _Window:
+    words = geometry(op)
+    rows, step, pad, apart = (int(words[name]) for name in ("kh", "sh", "ph", "dh"))  # type: ignore[arg-type]
+    return _Window(map_of(op.in_shape).height, map_of(op.shape).height, step, pad, (rows - 1) * apart + 1)
 
 
 def sources(unit: Unit) -> tuple[str, ...]:

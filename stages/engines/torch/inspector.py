@@ -137,7 +137,7 @@ def backward(
         g = pending.pop(op.name)
         inputs = _values(graph, tensors, kept, op.inputs)
         if op.is_layer:
-            gradients: tuple[Tensor, ...] = (_input_gradient(op, tensors, g),)
+            gradients: tuple[Tensor, ...] = (_input_gradient(op, tensors, inputs[0], g),)
             yield LayerGradient(op, inputs[0], gradients[0], kept[op.name], g)
         else:
             gradients = _pull(op, tensors, inputs, g)
@@ -155,11 +155,11 @@ def _values(graph: Graph, tensors: Tensors, kept: Tensors, names: Sequence[str])
     return [values[name] for name in names]
 
 
-def _input_gradient(op: Op, tensors: Tensors, gradient: Tensor) -> Tensor:
-    """A layer is linear in its input: no value is needed for it."""
+def _input_gradient(op: Op, tensors: Tensors, x: Tensor, gradient: Tensor) -> Tensor:
+    """Most layers are linear in their input and need no value for it; a recurrent one reads it again."""
     rule = op.operator.pull
     assert rule is not None
-    return rule(op, tensors)(Kept({}, None, None, None), Flow(gradient, fresh=False))[0].gradient
+    return rule(op, tensors)(Kept({0: x}, None, None, None), Flow(gradient, fresh=False))[0].gradient
 
 
 def _pull(op: Op, tensors: Tensors, inputs: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:

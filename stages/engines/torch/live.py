@@ -59,7 +59,8 @@ class Live:
     def _window(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor | slice, ...]]:
         """A view of the whole weight and the index of the live slice in it."""
         weight = tensors[f"{self.op.name}.weight"]
-        if self.op.is_depthwise or self.by_input == self.op.operator.input_first:
+        rows = self.op.is_depthwise or self.op.operator.by_output
+        if rows or self.by_input == self.op.operator.input_first:
             return weight, (self.channels,)  # the weight's first axis counts these channels
         first, second, *kernel = self.op.weight_shape
         by_group = weight.view(self.op.groups, first // self.op.groups, second, *kernel)

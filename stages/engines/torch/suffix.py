@@ -156,7 +156,11 @@ class Suffix:
         if live.weight is not None:
             sliced = saved.get(f"slice {op.name}")
             kept = self._value(op.inputs[0], saved) if sliced is None else sliced
-            found[f"{op.owner}.weight"] = weight_gradient(live, op, kept, gradient)
+            own = op.operator.weight_gradient
+            if own is not None:
+                found[f"{op.owner}.weight"] = own(op, self.tensors, kept, gradient, live.channels)
+            else:
+                found[f"{op.owner}.weight"] = weight_gradient(live, op, kept, gradient)
         if live.bias is not None:
             found[f"{op.owner}.bias"] = bias_gradient(live, op, gradient)
         return found
