@@ -1,4 +1,4 @@
-"""`import`: weights from .h5, .safetensors or .pth, or a random initialisation, as a run record."""
+"""`import`: an ONNX model, weights from .h5, .safetensors or .pth, or a random initialisation, as a run record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stages.artifacts import hdf5
-from stages.artifacts.records import Array, Group, Head, InputSpec, Model, Run
+from stages.artifacts.records import Array, Block, Group, Head, InputSpec, Model, Run
 from stages.errors import DataError, UsageError, require
 from stages.graphs.capture import Captured, capture
 from stages.graphs.folding import fold
@@ -27,9 +27,12 @@ from stages.graphs.onnx_patterns import put_together
 from stages.graphs.onnx_reader import Parsed, compare, module_of, parse, sample_shape
 from stages.graphs.record import graph_tree
 from stages.models import registry
+from stages.models.calibration import calibrated
 from stages.models.deploy import deploy
+from stages.models.inputs import adapt_block
 from stages.models.matching import Matched, match
 from stages.models.modules import final_linear, without_last
+from stages.models.presets import PRESETS
 from stages.models.state import arrays_of, from_state, state_rows
 
 CLASSIFIERS = ("keep", "drop", "features")
@@ -47,6 +50,8 @@ class Importing:
     arch_args: Mapping[str, Any] = field(default_factory=dict)
     input: InputSpec | None = None
     """Needed for user models; registry names know their own."""
+    preset: str = ""
+    """How the weights want their pictures: a name of `models.presets`; empty for the architecture's own scaling."""
     scale: tuple[float, ...] = ()
     offset: tuple[float, ...] = ()
     """Input scaling other than the architecture's, one entry or one per channel."""
@@ -105,28 +110,82 @@ def import_model(settings: Importing, weights: Weights | None = None) -> Run:
     return import_noting(settings, weights).run
 
 
-def import_noting(settings: Importing, weights: Weights | None = None) -> Imported:
-    """`import_model`, with what its user should know.
+def import_noting(settings: Importing, weights: Weights | None = None, start: Block | None = None) -> Imported:
+    """`import_model`, with what its user should know. Random weights are normalised by the samples `start`, if any.
 
     Raises `DataError` when the weights do not fit, `UsageError` for settings that cannot be honoured and for a model
     that cannot be captured.
     """
     require(bool(settings.arch), "--arch", "missing", "the architecture of these weights")
     spec = _scaled(settings, settings.input or registry.input_spec(settings.arch, settings.arch_args))
-    module = registry.build(settings.arch, settings.arch_args, allow=settings.arch, seed=settings.seed)
-
-    @cache
-    def initial() -> Captured:
-        return capture(module, spec.shape, result=settings.result)
-
-    matched = None if weights is None else match(module, initial, weights.tensors, ordered=weights.ordered)
+    if weights is None:
+        module = registry.build(settings.arch, settings.arch_args, allow=settings.arch, seed=settings.seed)
+        if start is not None:
+            module = calibrated(module, adapt_block(start, spec))
+        return _record(settings, spec, capture(module, spec.shape, result=settings.result), module, None, given=False)
+    settings, module, initial, matched = _fitted(settings, spec, weights)
     if matched is not None and matched.form == "batchnorm":
         values = {name: torch.from_numpy(np.array(value)) for name, value in matched.tensors.items()}
         module.load_state_dict(values, strict=False)  # what is missing are BatchNorm's counters
         captured = capture(module, spec.shape, result=settings.result)  # hooks and checks see the loaded weights
     else:
         captured = initial()
-    return _record(settings, spec, captured, module, matched, given=weights is not None)
+    found = _record(settings, spec, captured, module, matched, given=True)
+    return replace(found, notes=(*found.notes, *_on_scaling(settings, spec)))
+
+
+def _fitted(
+    settings: Importing, spec: InputSpec, weights: Weights
+) -> tuple[Importing, Any, Callable[[], Captured], Matched]:
+    """The architecture with the arguments under which the weights fit, and how. Raises `DataError` where none does."""
+    misfits = []
+    for arguments in registry.arguments_for(settings.arch, settings.arch_args, weights.tensors):
+        module = registry.build(settings.arch, arguments, allow=settings.arch, seed=settings.seed)
+
+        @cache
+        def initial(module: Any = module) -> Captured:
+            return capture(module, spec.shape, result=settings.result)
+
+        try:
+            matched = match(module, initial, weights.tensors, ordered=weights.ordered)
+        except DataError as error:
+            misfits.append(error)
+        else:
+            return replace(settings, arch_args=arguments), module, initial, matched
+    raise misfits[0]
+
+
+def _on_scaling(settings: Importing, spec: InputSpec) -> tuple[str, ...]:
+    """What is said where nobody said how pictures are scaled."""
+    if spec.kind != "image" or settings.preset or settings.scale or settings.offset:
+        return ()
+    scale, offset = (", ".join(f"{number:.4g}" for number in numbers) for numbers in (spec.scale, spec.offset))
+    return (f"pictures are scaled to pixel * {scale} + {offset}; what the weights want is said by --preset",)
+
+
+def import_file(settings: Importing, path: Path | None, start: Block | None = None) -> Imported:
+    """The run record of a file, whatever it is: an ONNX model, or weights of the architecture that the settings name.
+
+    Without a file random weights, normalised by the samples `start` where there are any.
+
+    Raises as `import_noting` and `import_onnx`.
+    """
+    if path is None:
+        return import_noting(settings, start=start)
+    require(start is None, "--calibrate", f"samples beside {path.name}", "random weights", "leave it out")
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start[4:8] == TFLITE:
+        raise DataError(path.name, "a .tflite file", "an .onnx file, or weights", "export the model to .onnx")
+    named = path.suffix == ".onnx" or (start[:1] == ONNX_START and not settings.arch)
+    if named and not settings.arch:
+        return import_onnx(settings, path.read_bytes(), path.name)
+    require(not named, "--arch", f"{settings.arch} for an .onnx file, which holds its own graph", "the file alone")
+    return import_noting(settings, read_weights(path))
+
+
+TFLITE, ONNX_START = b"TFL3", b"\x08"
+"""What tells files apart: the identifier of a flatbuffer, the tag of ONNX's first field."""
 
 
 def import_onnx(settings: Importing, data: bytes, where: str) -> Imported:
@@ -145,11 +204,12 @@ def import_onnx(settings: Importing, data: bytes, where: str) -> Imported:
         result = parsed.outputs.index("features")
     captured = capture(module, spec.shape, result=result)
     difference = compare(data, module, spec.shape, where)
-    found = _record(replace(settings, arch="onnx"), spec, captured, module, None, given=True)
+    found = _record(settings, spec, captured, module, None, given=True)
     note = "onnxruntime is not installed: not compared with it"
     if difference is not None:
         note = f"outputs differ from onnxruntime's by at most {difference:.2g} of their size"
-    return replace(found, notes=(*found.notes, note))
+    scaling = () if own is not None else _on_scaling(settings, spec)
+    return replace(found, notes=(*found.notes, note, *scaling))
 
 
 def _own_metadata(parsed: Parsed) -> InputSpec | None:
@@ -175,7 +235,8 @@ def _record(
     """The run record of a captured module; `given` where its weights are not random."""
     last = final_linear(captured)
     if settings.classifier == "features" and not last:
-        raise UsageError("--classifier", f"features, but {settings.arch} ends before its classifier", "keep or drop")
+        found = f"features, but {settings.arch or 'the model'} ends before its classifier"
+        raise UsageError("--classifier", found, "keep or drop")
     cut = "" if settings.classifier == "features" else last
     if [cut] == [op.name for op in captured.graph.layers]:
         raise UsageError(cut, "the classifier is the only layer", "layers that give features", "--classifier features")
@@ -208,12 +269,15 @@ def _model(
         own = (weight, tensors.get(f"{cut}.bias", np.zeros(len(weight), np.float32)))
         graph, tensors = without_last(graph, tensors)
     model = Model(
-        settings.arch, dict(settings.arch_args), spec, form, tensors, graph=graph_tree(graph), state=rows, rest=rest
+        settings.arch or "onnx", dict(settings.arch_args), spec, form, tensors, graph=graph_tree(graph), state=rows, rest=rest
     )
     return model, own
 
 
 def _scaled(settings: Importing, spec: InputSpec) -> InputSpec:
+    if settings.preset:
+        require(settings.preset in PRESETS, "--preset", repr(settings.preset), ", ".join(PRESETS))
+        spec = PRESETS[settings.preset].of(settings.arch).applied(spec)
     channels = spec.shape[0]
     for option, values in (("--scale", settings.scale), ("--offset", settings.offset)):
         require(len(values) in (0, 1, channels), option, f"{len(values)} values", f"1 or {channels}")

@@ -175,6 +175,7 @@ def _model(model: Model) -> dict[str, Any]:
             "scale": list(spec.scale),
             "offset": list(spec.offset),
             **(sound if spec.kind == "sound" else {}),
+            **({"crop": spec.crop, "interpolation": spec.interpolation} if spec.kind == "image" else {}),
             "prepared": None if spec.prepared is None else preparation_json(spec.prepared),
         },
         "head": None if model.head is None else _head(model.head),

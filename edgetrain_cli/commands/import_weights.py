@@ -15,14 +15,21 @@ from stages.settings.importing import NewModel, Weights
 @command("import", history=True)
 def import_weights(
     io: Stage,
-    arch: Annotated[
-        str, typer.Option("--arch", metavar="NAME", help="Architecture: mcunet-5fps, ..., or package.module:factory.")
-    ],
     model: NewModel,
     settings: Weights,
     weights: Annotated[
         str | None,
-        typer.Argument(metavar="WEIGHTS", help="An .h5, .safetensors or .pth file; without it, random weights."),
+        typer.Argument(
+            metavar="WEIGHTS", help="An .onnx, .h5, .safetensors or .pth file; without it, random weights."
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch",
+            metavar="NAME",
+            help="Architecture: mcunet-5fps, ..., or package.module:factory; an .onnx file needs none.",
+        ),
     ] = None,
     out: Out = "-",
     classes: Annotated[
@@ -30,31 +37,42 @@ def import_weights(
         typer.Option("--classes", metavar="FILE", help="Class names, one per line; implies keep."),
         Recorded(),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate", metavar="FILE", help="Samples whose statistics a network from scratch normalises by."
+        ),
+        Recorded(),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Make a run record from weights.
+    """Make a run record from a model or its weights.
 
-    Those of another tool, or random ones.
+    Those of another tool, or random ones. An .onnx file holds its own graph; .tflite is not read.
 
-    Pixels are scaled to 2 * (pixel / 255) - 1 unless --scale and --offset say otherwise.
+    Pixels are scaled to 2 * (pixel / 255) - 1 unless --preset, or --scale and --offset, say otherwise. A deep network
+    from scratch hardly learns without --calibrate: training folds its BatchNorms as they are.
 
-    Example: edgetrain import --arch mcunet-5fps weights.h5 -o base.h5
+    Examples: edgetrain import --arch mcunet-5fps weights.h5 -o base.h5; edgetrain import model.onnx -o base.h5
     """
     from stages.engines.choice import need_torch
 
     need_torch("import")
-    from stages.importing import class_list, import_noting, numbers, read_weights
+    from stages.importing import class_list, import_file, numbers
 
     importing = model.importing(
-        arch,
+        arch or "",
         seed,
+        preset=settings.preset or "",
         scale=numbers(settings.scale, "--scale"),
         offset=numbers(settings.offset, "--offset"),
         classifier=settings.classifier or ("keep" if classes else "drop"),
         classes=class_list(io.named(classes)) if classes else None,
     )
-    imported = import_noting(importing, None if weights is None else read_weights(io.named(weights)))
+    start = None if calibrate is None else io.read_samples(calibrate)
+    imported = import_file(importing, None if weights is None else io.named(weights), start)
     for note in imported.notes:
         io.note(note)
-    io.note(f"{len(imported.run.model.tensors)} tensors of {arch}, {imported.run.model.form} form")
+    found = imported.run.model
+    io.note(f"{len(found.tensors)} tensors of {found.arch}, {found.form} form")
     io.write(imported.run, out)

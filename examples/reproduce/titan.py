@@ -42,6 +42,7 @@ from stages.data.conversion import noisy_labels, share_of, with_noise
 from stages.filtering import Filtering, filter_stream
 from stages.measurement.process import process_memory
 from stages.models import heads, registry
+from stages.models.calibration import calibrated
 from stages.models.deploy import deploy
 from stages.models.inputs import adapt
 from stages.models.modules import state
@@ -276,7 +277,8 @@ def perform(trial: Trial, task: Task, *, lag: int = 1) -> dict[str, Any]:
     task = with_order(task, trial.order, trial.seed)
     arch = (task.arch, task.arch_args)
     spec = registry.input_spec(*arch)
-    module = calibrated(registry.build(*arch, seed=trial.seed), spec, task.stream.take(slice(0, WINDOW)))
+    first = task.stream.take(slice(0, WINDOW))
+    module = calibrated(registry.build(*arch, seed=trial.seed), adapt(np.asarray(first.x), first.layout, spec))
     run = Run(Model(*arch, spec, "batchnorm", state(module)))
     backbone = deploy(run.model)
     start = Weights(backbone, None)
@@ -331,16 +333,6 @@ def perform(trial: Trial, task: Task, *, lag: int = 1) -> dict[str, Any]:
             curve += [{**curve[-1], "round": r, "accuracy": 0.0} for r in range(len(curve) * every, rounds + 1, every)]
     grown = process_memory().get("process_peak_rss_bytes", 0) - before
     return {"curve": curve, "grown_bytes": grown, **check.figures()}
-
-
-def calibrated(module: torch.nn.Module, spec: InputSpec, block: Block) -> torch.nn.Module:
-    """The new network with normalisation by its first samples: what is folded in, a deep one hardly learns without."""
-    for part in module.modules():
-        if isinstance(part, torch.nn.BatchNorm2d):
-            part.momentum = None  # of one batch: its own statistics
-    with torch.no_grad():
-        module.train()(torch.from_numpy(adapt(np.asarray(block.x), block.layout, spec)))
-    return module
 
 
 def accuracy(weights: Weights, block: Block) -> float:

@@ -323,6 +323,10 @@ def model_tree(model: Model) -> Group:
     }
     if spec.kind == "sound":
         attrs |= {name: getattr(spec, name) for name in ("sample_rate_hz", "window_samples", "hop_samples")}
+    if spec.crop:
+        attrs["crop"] = spec.crop
+    if spec.interpolation != "bilinear":
+        attrs["interpolation"] = spec.interpolation
     if spec.prepared is not None:
         attrs["prepared"] = json_text(preparation_json(spec.prepared))
     groups = {"input": Group(attrs), "tensors": _tensor_group(model.tensors)}
@@ -375,6 +379,8 @@ def _model(group: Group, where: str) -> Model:
             scale=tuple(float(v) for v in spec["scale"]),
             offset=tuple(float(v) for v in spec["offset"]),
             prepared=_preparation_in_run(spec, f"{where}/model/input@prepared"),
+            crop=float(spec.get("crop", 0.0)),
+            interpolation=str(spec.get("interpolation", "bilinear")),
             **sound,
         ),
         form=form,

@@ -112,6 +112,9 @@ def check_labelled(y: Array, where: str) -> None:
 # ---------------------------------------------------------------------------------------------------- the run record
 
 
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """The input adapter: how raw samples become the model's input.
@@ -132,6 +135,11 @@ class InputSpec:
     """Sound only: distance between windows."""
     prepared: Preparation | None = None
     """How the samples that the model learnt from had been prepared."""
+    crop: float = 0.0
+    """Images: the shorter side becomes that of the model divided by this, and the middle is cut out; 0: both sides are
+    brought to the model's, whatever the picture's proportions."""
+    interpolation: str = "bilinear"
+    """Images: `bilinear` or `bicubic`, both with antialiasing where they shrink."""
 
     def __post_init__(self) -> None:
         ranks = {"image": 3, "sound": 3, "signal": 2, "features": 1}
@@ -139,6 +147,9 @@ class InputSpec:
             raise SchemaError("/model/input", f"kind {self.kind!r}", "one of " + ", ".join(ranks))
         if len(self.shape) != ranks[self.kind] or min(self.shape) < 1:
             raise SchemaError("/model/input", f"shape {self.shape}", f"{ranks[self.kind]} sizes > 0 for {self.kind}")
+        if not (self.crop == 0 or 0.1 <= self.crop <= 1) or self.interpolation not in INTERPOLATIONS:
+            found = f"crop {self.crop}, interpolation {self.interpolation!r:.40}"
+            raise SchemaError("/model/input", found, f"0, or 0.1 to 1; {' or '.join(INTERPOLATIONS)}")
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ RUN: Mapping[str, Table] = {
             "shape": Attr("ints", "input of the model: C, H, W or 1, frames, bands or C, T or D"),
             "scale": Attr("floats", "per channel: model input = raw * scale + offset"),
             "offset": Attr("floats", "per channel"),
+            "crop": Attr("float", "images: share of the resized shorter side that is cut out", required=False),
+            "interpolation": Attr("str", "images: `bilinear` (without it) or `bicubic`", required=False),
             "sample_rate_hz": Attr("int", "sound: samples per second", required=False),
             "window_samples": Attr("int", "sound: length of an analysis window", required=False),
             "hop_samples": Attr("int", "sound: distance between windows", required=False),

@@ -1,13 +1,14 @@
 """The input adapter: raw samples of a block -> the float32 array that a model reads.
 
-Images: channels repeated (1 to 3) or mixed to luma (3 to 1, ITU-R BT.601), resized by bilinear interpolation with
-antialiasing where they shrink, then value * scale + offset. Sound: log-mel energies. Signals (sensors or a raw waveform
+Images: channels repeated (1 to 3) or mixed to luma (3 to 1, ITU-R BT.601), resized by bilinear or bicubic interpolation
+with antialiasing where they shrink, the middle cut out where the model wants that, then value * scale + offset. Sound: log-mel energies. Signals (sensors or a raw waveform
 over time) and features: as they are, int16 signals as shares of full scale. Only a few samples at a time are floats of
 their own size: beside its samples and its result the adapter needs little memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 
@@ -142,15 +143,31 @@ def _image(x: Array, layout: str, spec: InputSpec) -> Floats:
     if not to_luma and found not in (wanted, 1):
         accepted = "1 or 3" if wanted == 1 else f"1 or {wanted}"
         raise DataError("x", f"{found} channels in layout {layout}", accepted)
-    if _ready(images, spec):
+    if _ready(images, spec) and not spec.crop:
         return images
+    whole = _before_the_cut(images.shape[2:], spec)
+    top, left = (round((a - b) / 2) for a, b in zip(whole, size, strict=True))
     scale, offset = _per_channel(spec)
     result = np.empty((len(x), *spec.shape), np.float32)
-    for part in chunks(len(x), found * max(prod(images.shape[2:]), prod(size))):
-        values = resize(images[part], size)
+    for part in chunks(len(x), found * max(prod(images.shape[2:]), prod(whole))):
+        values = resize(images[part], whole, cubic=spec.interpolation == "bicubic")
+        values = values[:, :, top : top + size[0], left : left + size[1]]
         np.multiply(_luma(values) if to_luma else values, scale, out=result[part])
         result[part] += offset
     return result
+
+
+def _before_the_cut(found: Sequence[int], spec: InputSpec) -> tuple[int, int]:
+    """Height and width of the resized picture: the model's, or with a cut so large that its shorter side is the model's
+    divided by `crop`, in the picture's proportions (torchvision's Resize and CenterCrop)."""
+    height, width = spec.shape[1:]
+    if not spec.crop:
+        return height, width
+    short = max(int(max(height, width) / spec.crop), height, width)
+    tall, wide = found
+    if tall <= wide:
+        return short, max(int(short * wide / tall), width)
+    return max(int(short * tall / wide), height), short
 
 
 def _luma(colours: Floats) -> Floats:

@@ -13,6 +13,7 @@ from stages.graphs.capture import Captured
 from stages.graphs.folding import fold
 from stages.graphs.record import check_tensors, tensor_shapes
 from stages.models.modules import WRONG_CODE, is_weight
+from stages.models.naming import in_order
 from stages.operators import Shape
 
 WHERE = "weights"
@@ -34,8 +35,8 @@ def match(
 ) -> Matched:
     """Fit `weights` to `module`, which is captured where its own names do not say it all.
 
-    First by name: the module's state dict, then its deploy form. When no name is known and the file keeps an order
-    (`ordered`), layer by layer in that order, all shapes agreeing. Raises `DataError` naming the tensor, the shape
+    First by name: the module's state dict, then its deploy form. When no name is known, layer by layer in the file's
+    order (`ordered`), or in that which its names tell, all shapes agreeing. Raises `DataError` naming the tensor, the shape
     found and the shape expected.
     """
     own = _shapes(module)
@@ -50,8 +51,10 @@ def match(
         if shapes.keys() <= weights.keys():
             return _by_name(form, shapes, weights, width)
     form = max(expected, key=lambda form: len(expected[form].keys() & weights.keys()))
-    if ordered and not expected[form].keys() & weights.keys():
-        return _by_order(_layers_of_module(module), _layers_of_graph(captured), weights, width)
+    names = list(weights) if ordered else in_order(weights)
+    if names is not None and not expected[form].keys() & weights.keys():
+        listed = {name: weights[name] for name in names}
+        return _by_order(_layers_of_module(module), _layers_of_graph(captured), listed, width)
     return _by_name(form, expected[form], weights, width)  # raises: a tensor is missing
 
 
@@ -100,8 +103,9 @@ def _by_order(
         raise DataError(WHERE, "unknown names, and two orders of the layers that both fit", "the architecture's names")
     order = executed if not misfits[0] else registered
     tensors = {
-        ours[what][0]: weights[theirs[what][0]] for ours, theirs in zip(order, found, strict=True) for what in ours
-    }
+        ours[what][0]: weights[theirs[what][0]].reshape(ours[what][1])
+        for ours, theirs in zip(order, found, strict=True) for what in ours
+    }  # fmt: skip
     return Matched("batchnorm", tensors, classifier)
 
 
@@ -111,13 +115,18 @@ def _misfit(order: Sequence[Layer], found: Sequence[Layer]) -> str:
         for what, (name, shape) in ours.items():
             if what not in theirs:
                 return f"{next(iter(theirs.values()))[0]} stands where {name} should be"
-            if theirs[what][1] != shape:
+            if _plain(theirs[what][1]) != _plain(shape):
                 return f"{theirs[what][0]} has shape {theirs[what][1]} where {name} has {shape}"
         if theirs.keys() - ours.keys():
             return f"{theirs[min(theirs.keys() - ours.keys())][0]} is unknown to {next(iter(ours.values()))[0]}'s layer"
     if len(order) != len(found):
         return f"{len(found)} layers where the architecture has {len(order)}"
     return ""
+
+
+def _plain(shape: Shape) -> Shape:
+    """A matrix may be written as the weight of a 1x1 convolution."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _grouped(shapes: Mapping[str, Shape]) -> list[Layer]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,12 +20,16 @@ from torch import nn
 from stages.artifacts.records import InputSpec
 from stages.errors import PartMissing, UsageError
 from stages.models.blocks import he_init
+from stages.models.efficientnet_lite import efficientnet_lite0
 from stages.models.mcunet import mcunet_5fps
 from stages.models.mobilenet_v1 import MobileNetV1
 from stages.models.mobilenet_v2 import mobilenet_v2
+from stages.models.mobilenet_v3 import mobilenet_v3_large, mobilenet_v3_small
 from stages.models.proxyless import proxyless_w03
+from stages.models.resnet import ResNet18
 from stages.models.small import Cnn1d, Cnn4, DsCnn, Mlp
 from stages.models.squeezenet import SqueezeNet
+from stages.models.vit import VitTiny
 
 Factory = Callable[..., nn.Module]
 
@@ -37,6 +41,8 @@ class Architecture:
     factory: Factory
     input: InputSpec
     doc: str
+    naming: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """A name in a state dict that tells whose weights these are -> the arguments that they need."""
 
 
 def image_input(channels: int, height: int, width: int) -> InputSpec:
@@ -57,6 +63,9 @@ def signal_input(channels: int, length: int) -> InputSpec:
     return InputSpec("signal", (channels, length))
 
 
+V3_NAMING = {"features.0.0.weight": {"eps": 1e-3}, "conv_stem.weight": {"eps": 1e-5}}
+"""torchvision's and timm's MobileNetV3 differ in BatchNorm's eps."""
+
 ARCHITECTURES: dict[str, Architecture] = {
     "mcunet-5fps": Architecture(
         mcunet_5fps, image_input(3, 128, 128), "MCUNet's 5 FPS ImageNet backbone; mix, channels, size"
@@ -68,6 +77,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         proxyless_w03, image_input(3, 128, 128), "ProxylessNAS, width 0.3; mix, channels, size"
     ),
     "mobilenetv1": Architecture(MobileNetV1, image_input(3, 128, 128), "MobileNetV1; -wX or width, channels, size"),
+    "mobilenetv3-small": Architecture(
+        mobilenet_v3_small, image_input(3, 224, 224), "MobileNetV3 small; mix, eps, channels, size", V3_NAMING
+    ),
+    "mobilenetv3-large": Architecture(
+        mobilenet_v3_large, image_input(3, 224, 224), "MobileNetV3 large; mix, eps, channels, size", V3_NAMING
+    ),
+    "efficientnet-lite0": Architecture(
+        efficientnet_lite0, image_input(3, 224, 224), "EfficientNet-Lite0; mix, channels, size"
+    ),
+    "resnet18": Architecture(ResNet18, image_input(3, 224, 224), "ResNet-18; channels, size"),
+    "vit-tiny": Architecture(
+        VitTiny, image_input(3, 224, 224), "vision transformer of 192 channels, 16 x 16 patches; depth, channels, size"
+    ),
     "squeezenet": Architecture(SqueezeNet, image_input(3, 128, 128), "SqueezeNet 1.1; channels, size"),
     "cnn4": Architecture(Cnn4, image_input(1, 28, 28), "ProtoNet's Conv-4; -wX or width (64), channels, size"),
     "ds-cnn": Architecture(
@@ -99,7 +121,8 @@ def build(arch: str, arch_args: Mapping[str, Any], *, allow: str | None = None, 
         return _user_model(arch, arch_args, allow, seed)
     name, args = _resolve(arch, arch_args)
     known = ARCHITECTURES[name]
-    args = {key: value for key, value in args.items() if key not in INPUT_ARGUMENTS[known.input.kind]}
+    own = INPUT_ARGUMENTS[known.input.kind] - _parameters(name)
+    args = {key: value for key, value in args.items() if key not in own}
     with torch.random.fork_rng(devices=[]):
         module = _call(arch, known.factory, args)
     he_init(module, torch.Generator().manual_seed(seed))
@@ -128,6 +151,18 @@ def input_spec(arch: str, arch_args: Mapping[str, Any]) -> InputSpec:
     frames = _positive(arch, "frames", args.get("frames", spec.shape[1]))
     mel = _positive(arch, "mel", args.get("mel", spec.shape[2]))
     return sound_input(frames, mel, rate_hz)
+
+
+def arguments_for(arch: str, arch_args: Mapping[str, Any], names: Collection[str]) -> list[dict[str, Any]]:
+    """The arguments under which weights of these names may fit, the given ones first: with what their naming asks for,
+    without and with `mix`. What the user states stays."""
+    if ":" in arch:
+        return [dict(arch_args)]
+    name, _ = _resolve(arch, arch_args)
+    asked = next((more for key, more in ARCHITECTURES[name].naming.items() if key in names), {})
+    base = {**asked, **arch_args}
+    mixes = "mix" in _parameters(name) and "mix" not in arch_args
+    return [base, {**base, "mix": True}] if mixes else [base]
 
 
 def _resolve(arch: str, arch_args: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

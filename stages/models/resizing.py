@@ -1,10 +1,11 @@
-"""Pictures resized: bilinear with antialiasing, along one axis after the other, as products with banded matrices.
+"""Pictures resized: bilinear or bicubic with antialiasing, along one axis after the other, as products with banded matrices.
 
 Resizing is linear along each axis. Output i of `wanted` has its centre at c = (i + 1/2) found / wanted, in pixels of
 the input, and weighs the pixel whose centre lies at j + 1/2 by the triangle max(0, 1 - |j + 1/2 - c| / r), the weights
 of one output divided by their sum. r = max(1, found / wanted): a shrinking picture is averaged over all that an output
 covers, a growing one is interpolated between neighbours and held at the edges. This is what
-`torch.nn.functional.interpolate(mode="bilinear", align_corners=False, antialias=True)` computes.
+`torch.nn.functional.interpolate(mode="bilinear", align_corners=False, antialias=True)` computes. Bicubic weighs by
+Keys' cubic with a = -1/2, of reach 2 r, instead of the triangle, as its `mode="bicubic"` does.
 
 The weights of neighbouring outputs lie beside each other, so a few outputs at a time are one small matrix product with
 the few rows or columns that they see.
@@ -49,21 +50,30 @@ def chunks(count: int, each: int) -> Iterator[slice]:
 
 
 @lru_cache(maxsize=64)
-def linear_bands(found: int, wanted: int) -> tuple[Band, ...]:
+def bands_of(found: int, wanted: int, cubic: bool = False) -> tuple[Band, ...]:
     """The weights by which `found` values become `wanted`, in bands of a few rows."""
     scale = found / wanted
     rows = max(1, min(OUTPUTS, int(INPUTS / scale) - 1))
-    reach = max(scale, 1.0)
+    radius = max(scale, 1.0)
+    reach = 2 * radius if cubic else radius
     centres = scale * (np.arange(wanted) + 0.5)
     bands = []
     for start in range(0, wanted, rows):
         own = centres[start : start + rows, None]
         first, last = max(int(own[0, 0] - reach), 0), min(ceil(own[-1, 0] + reach), found)
-        weights = np.clip(1 - np.abs(np.arange(first, last) + 0.5 - own) / reach, 0, None)
+        away = np.abs(np.arange(first, last) + 0.5 - own) / radius
+        weights = _keys(away) if cubic else np.clip(1 - away, 0, None)
         weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
         weights.setflags(write=False)  # every caller gets the same
         bands.append(Band(slice(start, start + len(own)), slice(first, last), weights))
     return tuple(bands)
+
+
+def _keys(s: NDArray[np.float64], a: float = -0.5) -> NDArray[np.float64]:
+    """R. G. Keys (1981), equation 4."""
+    near, far = ((a + 2) * s - (a + 3)) * s * s + 1, a * (((s - 5) * s + 8) * s - 4)
+    found: NDArray[np.float64] = np.where(s <= 1, near, np.where(s < 2, far, 0.0))
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -86,7 +96,7 @@ def cubic_weights(found: int, wanted: int) -> Floats:
     return held
 
 
-def resize(images: Array, size: Sequence[int]) -> Floats:
+def resize(images: Array, size: Sequence[int], *, cubic: bool = False) -> Floats:
     """Numbers (N, C, H, W) of any dtype, in any order in memory -> float32 (N, C, *size), contiguous.
 
     What shrinks goes first, the height before the width: rows lie beside each other in memory, so that large pictures
@@ -94,33 +104,33 @@ def resize(images: Array, size: Sequence[int]) -> Floats:
     """
     (height, width), (tall, wide) = images.shape[2:], size
     if wide < width and tall > height:
-        return _along_height(_along_width(_floats(images), wide), tall)
+        return _along_height(_along_width(_floats(images), wide, cubic), tall, cubic)
     if tall != height and images.strides[1] < images.strides[3] and images.transpose(0, 2, 3, 1).flags.c_contiguous:
         lines = images.transpose(0, 2, 3, 1).reshape(len(images), height, -1)
-        shrunk = _along_height(lines, tall).reshape(len(images), tall, width, -1).transpose(0, 3, 1, 2)
-        return _along_width(_floats(shrunk), wide)
-    return _along_width(_floats(_along_height(images, tall)), wide)
+        shrunk = _along_height(lines, tall, cubic).reshape(len(images), tall, width, -1).transpose(0, 3, 1, 2)
+        return _along_width(_floats(shrunk), wide, cubic)
+    return _along_width(_floats(_along_height(images, tall, cubic)), wide, cubic)
 
 
 def _floats(x: Array) -> Floats:
     return np.ascontiguousarray(x, np.float32)
 
 
-def _along_height(x: Array, wanted: int) -> Array:
+def _along_height(x: Array, wanted: int, cubic: bool) -> Array:
     """(..., H, W) -> float32 (..., wanted, W); the same array where nothing changes."""
     if x.shape[-2] == wanted:
         return x
     result = np.empty((*x.shape[:-2], wanted, x.shape[-1]), np.float32)
-    for band in linear_bands(x.shape[-2], wanted):
+    for band in bands_of(x.shape[-2], wanted, cubic):
         np.matmul(band.weights, _floats(x[..., band.inputs, :]), out=result[..., band.outputs, :])
     return result
 
 
-def _along_width(x: Floats, wanted: int) -> Floats:
+def _along_width(x: Floats, wanted: int, cubic: bool) -> Floats:
     """(..., W) -> (..., wanted); the same array where nothing changes."""
     if x.shape[-1] == wanted:
         return x
     result = np.empty((*x.shape[:-1], wanted), np.float32)
-    for band in linear_bands(x.shape[-1], wanted):
+    for band in bands_of(x.shape[-1], wanted, cubic):
         np.matmul(x[..., band.inputs], band.weights.T, out=result[..., band.outputs])
     return result

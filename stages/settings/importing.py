@@ -46,6 +46,12 @@ class Weights:
         metavar="keep|drop|features",
         choices=CLASSIFIERS,
     )
+    preset: str | None = setting(
+        None,
+        "How the weights want their pictures: resize, cut, mean and deviation.",
+        metavar="torchvision|timm|mcunet|edgetrain",
+        choices=("torchvision", "timm", "mcunet", "edgetrain"),
+    )
     scale: str | None = setting(None, "Model input = raw * scale + offset; one number or one per channel.")
     offset: str | None = setting(None, "See --scale.")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.artifacts.records import Array
-from stages.models.resizing import CHUNK_FLOATS, OUTPUTS, chunks, cubic_weights, linear_bands, resize
+from stages.models.resizing import CHUNK_FLOATS, OUTPUTS, chunks, cubic_weights, bands_of, resize
 from tests.rounding import gamma
 
 UNIT = 2.0**-24
@@ -68,7 +68,7 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
 @pytest.mark.parametrize(("found", "wanted"), [(8, 8), (4000, 224), (96, 128), (7, 100), (1, 5), (5, 1)])
 def test_bands_cover_every_output_once_with_weights_of_sum_one(found: int, wanted: int) -> None:
     dense = np.zeros((wanted, found))
-    for band in linear_bands(found, wanted):
+    for band in bands_of(found, wanted):
         assert len(band.weights) <= OUTPUTS
         dense[band.outputs, band.inputs] += band.weights
     np.testing.assert_allclose(dense.sum(axis=1), 1, rtol=0, atol=found * UNIT)
@@ -78,7 +78,7 @@ def test_bands_cover_every_output_once_with_weights_of_sum_one(found: int, wante
 
 def test_weights_by_hand() -> None:
     """4 to 2: centres at 1 and 3, feet 2 to each side: 3/4, 3/4, 1/4 over their sum, what lies outside left away."""
-    (band,) = linear_bands(4, 2)
+    (band,) = bands_of(4, 2)
     np.testing.assert_allclose(band.weights, np.array([[3, 3, 1, 0], [0, 1, 3, 3]]) / 7, rtol=2 * UNIT)
 
 
@@ -96,7 +96,7 @@ def test_cubic_weights_by_hand() -> None:
 
 
 def test_what_is_kept_cannot_be_changed() -> None:
-    for weights in (linear_bands(4, 2)[0].weights, cubic_weights(4, 7)):
+    for weights in (bands_of(4, 2)[0].weights, cubic_weights(4, 7)):
         with pytest.raises(ValueError, match="read-only"):
             weights[0, 0] = 1
 
