@@ -6,7 +6,8 @@ Kept, and nothing else:
   values, the latter once however many operators ask for the same one;
 * a live layer's input: whole where output channels are live, the live channels where input channels are live or the
   layer is depthwise;
-* never a constant, and never a view: the value it is a view of.
+* never a constant, and never a view: the value it is a view of;
+* never what a cheap opaque function makes of values that are kept (`Operator.made_again`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,18 @@ def holding(graph: Graph, updates: Sequence[LayerUpdate]) -> Holding:
             whole, channels = layer_holds(graph, op, update)
             values |= whole
             slices |= {op.name: channels} if channels else {}
-    return Holding(frozenset(values), own, slices)
+    return Holding(without_remade(graph, values), own, slices)
+
+
+def without_remade(graph: Graph, values: Set[str]) -> frozenset[str]:
+    """Whole values without those that a cheap operator makes again from others that are kept."""
+    at_hand = values | graph.constants
+
+    def again(name: str) -> bool:
+        op = graph[name]
+        return op.operator.made_again(op) and all(graph.root(source) in at_hand for source in op.inputs)
+
+    return frozenset(name for name in values if not again(name))
 
 
 def flow_holds(graph: Graph, flow: Set[str], detached: Set[str]) -> tuple[set[str], dict[str, Keep]]:

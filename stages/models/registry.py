@@ -124,6 +124,7 @@ def build(arch: str, arch_args: Mapping[str, Any], *, allow: str | None = None, 
     own = INPUT_ARGUMENTS[known.input.kind] - _parameters(name)
     args = {key: value for key, value in args.items() if key not in own}
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         module = _call(arch, known.factory, args)
     he_init(module, torch.Generator().manual_seed(seed))
     return module.eval()

@@ -69,7 +69,7 @@ class VitTiny(nn.Module):
         if height % PATCH or width % PATCH:
             raise UsageError("vit-tiny", f"size {height} x {width}", f"multiples of {PATCH}")
         tokens = (height // PATCH) * (width // PATCH) + 1
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, WIDTH))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, WIDTH))
         self.patch_embed = _Patches(channels, WIDTH)
         self.blocks = nn.Sequential(*(_Block(WIDTH, HEADS) for _ in range(depth)))

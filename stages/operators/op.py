@@ -279,6 +279,8 @@ class Operator:
     """Torch, where an index is kept."""
     view: bool = False
     """The output is the input's elements under another shape: it is made again rather than kept."""
+    made_again: Callable[[Op], bool] = _never
+    """The output costs so little that it is made again, rather than kept, where the inputs are kept anyway."""
     in_order: bool = False
     """A view whose elements lie in the input's order."""
     alias: bool = False

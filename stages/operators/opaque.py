@@ -64,7 +64,7 @@ DTYPES = ("float32", "int64", "bool")
 def parsed(op: Op) -> Mapping[str, Any]:
     """The call: `args`, `kwargs`, `full`, `dtype` and `result`. Raises `ValueError` for what is no call."""
     name, _, overload = op["function"].partition(".")
-    if name not in PURE or not overload.replace("_", "").isalnum():
+    if name not in PURE or not overload.isidentifier() or overload.startswith("_"):
         raise ValueError(f"function {op['function']!r:.60}, which is none that may be called")
     return _parsed(op["arguments"])
 
@@ -209,7 +209,7 @@ def _target(function: str) -> Any:
 
     name, _, overload = function.partition(".")
     found = getattr(getattr(torch.ops.aten, name), overload, None)
-    if found is None or found._schema.is_mutable or torch.Tag.nondeterministic_seeded in found.tags:
+    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable or torch.Tag.nondeterministic_seeded in found.tags:
         raise UsageError("operator", f"function {function!r}", "one that this torch has", "use another version of torch")
     return found
 
@@ -361,6 +361,7 @@ register(
         shape=_shape,
         macs=lambda op: int(op["macs"]),
         keeps=_keeps,
+        made_again=lambda op: op["macs"] == 0,
         forward=_run,
         pull=_pull,
         onnx=_onnx,

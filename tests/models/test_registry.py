@@ -80,7 +80,7 @@ def test_last_six_blocks_are_eighteen_layers_and_the_stem_is_in_the_first() -> N
 
 def test_every_architecture_has_small_arguments_here() -> None:
     assert SMALL.keys() == ARCHITECTURES.keys()
-    assert len(SMALL) == 9
+    assert len(SMALL) == 14
 
 
 @pytest.mark.parametrize("arch", SMALL)

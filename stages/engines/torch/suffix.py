@@ -96,7 +96,7 @@ class Suffix:
         if channels is not None:
             saved[f"slice {step.op.name}"] = channels_of(step.op, inputs[0], self.live[step.op.owner].channels)
         if step.out in self.held.values:
-            saved[f"value {step.out}"] = output
+            saved[f"value {step.out}"] = _alone(output)
         own = self.held.own.get(step.out)
         if own is None:
             return
@@ -164,6 +164,11 @@ class Suffix:
         if live.bias is not None:
             found[f"{op.owner}.bias"] = bias_gradient(live, op, gradient)
         return found
+
+
+def _alone(value: Tensor) -> Tensor:
+    """The value without what it is a part of: a slice would keep the whole in memory."""
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
 def _run_again(op: Op, tensors: Mapping[str, Tensor]) -> Pull:
