@@ -23,7 +23,7 @@ SAME = 1e-5
 
 def put_together(parsed: Parsed) -> Parsed:
     """The same graph with whole operators for what is in pieces. A value that others read, too, stays."""
-    for rule in (_functions, _biases, _layernorms, _attentions):
+    for rule in (_functions, _biases, _layernorms, _attentions, _zero_states):
         rule(parsed)
     return parsed
 
@@ -192,6 +192,32 @@ def _scaled_products(
     if products is None or any(other in links.known for other in products.inputs) or len(products.inputs) != 2:
         return None
     return [*products.inputs, step.inputs[1], *mask], scale, [products, *gone]
+
+
+# ------------------------------------------------------------------------------------------------------ initial states
+
+
+def _zero_states(parsed: Parsed) -> None:
+    """Zeros spread over the batch that a recurrent layer starts from: what it does without them."""
+    links = _Links(parsed)
+    for step in parsed.steps:
+        if step.kind in ("GRU", "LSTM", "RNN"):
+            step.inputs[5:7] = ["" if _is_zero(links, name) else name for name in step.inputs[5:7]]
+
+
+def _is_zero(links: _Links, name: str) -> bool:
+    while name in links.maker and links.maker[name].kind in ("Expand", "Identity", "Unsqueeze", "Squeeze", "Slice"):
+        name = links.maker[name].inputs[0]
+    made = links.maker.get(name)
+    if made is not None and made.kind == "ConstantOfShape":
+        return made.attributes.get("value") is None or not _values(made.attributes["value"]).any()
+    return name in links.known and not links.known[name].any()
+
+
+def _values(tensor: Any) -> Array:
+    from onnx import numpy_helper
+
+    return numpy_helper.to_array(tensor)
 
 
 # -------------------------------------------------------------------------------------------- functions of one element

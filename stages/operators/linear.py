@@ -258,6 +258,7 @@ def _read_attention(node: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
 
     mask = mask if mask is None or isinstance(mask, torch.Tensor) else torch.from_numpy(mask)
     k = k.transpose(-1, -2) if node.get("turned") else k
+    k, v = (part.expand(*q.shape[:-2], *part.shape[-2:]) for part in (k, v))  # keys that all heads share
     return F.scaled_dot_product_attention(q, k, v, mask, scale=node.get("scale"))
 
 

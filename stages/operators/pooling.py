@@ -560,6 +560,8 @@ def _read_avg_pool(node: Any, x: Any) -> Any:
     kernel, ceil, counted = node.get("kernel_shape"), bool(node.get("ceil_mode", 0)), node.get("count_include_pad", 0)
     before = x.shape
     x, padding, stride, dilation = read_window(node, x, kernel)
+    if len(kernel) == 3 and set(kernel[1:]) == {1}:  # over channels that were made an axis: LRN in pieces
+        return F.avg_pool3d(x, kernel, stride, padding, ceil, bool(counted))
     if len(kernel) > 2 or set(dilation) != {1} or (x.shape != before and not counted):
         node.refuse("dilated, over more than 2 axes, or with ends that are padded differently", "a plain average")
     if any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):

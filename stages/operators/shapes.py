@@ -656,7 +656,7 @@ def _read_concat(node: Any, *parts: Any) -> Any:
     import torch
 
     like = next(part for part in parts if isinstance(part, torch.Tensor))
-    batch = like.shape[0]
+    batch = max(part.shape[0] for part in parts)
     found = []
     for part in parts:
         part = part if isinstance(part, torch.Tensor) else torch.from_numpy(part)
