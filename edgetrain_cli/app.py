@@ -41,7 +41,7 @@ COMMANDS: dict[str, Listed] = {
     "evaluate": Listed("evaluate:evaluate", "Accuracy with its 95 % interval."),
     "predict": Listed("predict:predict", "Label samples, a folder of pictures or a single one."),
     "pack": Listed("pack:pack", "Turn your data into sample blocks."),
-    "import": Listed("import_weights:import_weights", "Make a run record from weights."),
+    "import": Listed("import_weights:import_weights", "Make a run record from a model or its weights."),
     "export": Listed("export:export", "Write the trained model for other tools."),
     "inspect": Listed("inspect_artifact:inspect_artifact", "Show what is in an artifact or a stream."),
     "join": Listed("join:join", "Join blocks into one."),

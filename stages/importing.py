@@ -174,10 +174,10 @@ def import_file(settings: Importing, path: Path | None, start: Block | None = No
         return import_noting(settings, start=start)
     require(start is None, "--calibrate", f"samples beside {path.name}", "random weights", "leave it out")
     with path.open("rb") as file:
-        start = file.read(8)
-    if start[4:8] == TFLITE:
+        first = file.read(8)
+    if first[4:8] == TFLITE:
         raise DataError(path.name, "a .tflite file", "an .onnx file, or weights", "export the model to .onnx")
-    named = path.suffix == ".onnx" or (start[:1] == ONNX_START and not settings.arch)
+    named = path.suffix == ".onnx" or (first[:1] == ONNX_START and not settings.arch)
     if named and not settings.arch:
         return import_onnx(settings, path.read_bytes(), path.name)
     require(not named, "--arch", f"{settings.arch} for an .onnx file, which holds its own graph", "the file alone")
@@ -216,7 +216,7 @@ def _own_metadata(parsed: Parsed) -> InputSpec | None:
     """How samples are prepared for a model that `export` wrote."""
     try:
         facts = json.loads(parsed.metadata["edgetrain"])["input"]
-        lists = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+        lists: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in facts.items()}
         return InputSpec(**lists)
     except (KeyError, ValueError, TypeError):
         return None
@@ -233,6 +233,8 @@ def _record(
     settings: Importing, spec: InputSpec, captured: Captured, module: Any, matched: Matched | None, *, given: bool
 ) -> Imported:
     """The run record of a captured module; `given` where its weights are not random."""
+    if spec.kind == "features" and captured.reads_tokens:
+        spec = replace(spec, kind="tokens")
     last = final_linear(captured)
     if settings.classifier == "features" and not last:
         found = f"features, but {settings.arch or 'the model'} ends before its classifier"
@@ -269,7 +271,14 @@ def _model(
         own = (weight, tensors.get(f"{cut}.bias", np.zeros(len(weight), np.float32)))
         graph, tensors = without_last(graph, tensors)
     model = Model(
-        settings.arch or "onnx", dict(settings.arch_args), spec, form, tensors, graph=graph_tree(graph), state=rows, rest=rest
+        settings.arch or "onnx",
+        dict(settings.arch_args),
+        spec,
+        form,
+        tensors,
+        graph=graph_tree(graph),
+        state=rows,
+        rest=rest,
     )
     return model, own
 
@@ -423,6 +432,10 @@ def _named(found: Mapping[str, Any], path: Path) -> dict[str, Array]:
     odd = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)
     if odd is not None:
         raise DataError(f"{path.name}: {odd}", f"a {type(found[odd]).__name__}", "a tensor", "save model.state_dict()")
+    for name, value in found.items():
+        kind = _no_plain_numbers(value)
+        if kind:
+            raise DataError(f"{path.name}: {name}", f"a {kind} tensor", "plain real numbers", "save the float model")
     parallel = all(name.startswith("module.") for name in found)
     arrays = {name.removeprefix("module.") if parallel else name: value for name, value in found.items()}
     return {
@@ -430,6 +443,13 @@ def _named(found: Mapping[str, Any], path: Path) -> dict[str, Array]:
         for name, value in arrays.items()
         if not name.endswith("num_batches_tracked")
     }
+
+
+def _no_plain_numbers(value: Tensor) -> str:
+    """What a tensor is that holds something else; empty for plain numbers."""
+    if value.is_quantized:
+        return "quantised"
+    return "complex" if value.is_complex() else "sparse" if value.layout != torch.strided else ""
 
 
 def _float32(array: Array, path: Path, name: str) -> Array:

@@ -405,3 +405,60 @@ def test_the_official_proxyless_state_dict_is_mapped_in_order() -> None:
         np.testing.assert_array_equal(model.tensors[ours], theirs[name])
     assert model.head is not None
     assert model.head.weight.shape == (1000, 384)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8), "quantised"),
+        (torch.ones(3, 3).to_sparse(), "sparse"),
+        (torch.ones(3, 3, dtype=torch.complex64), "complex"),
+    ],
+)
+def test_tensors_that_hold_something_else_are_named(value: Tensor, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"first.weight": torch.ones(2), "odd.weight": value}, path)
+    with pytest.raises(DataError, match=f"odd.weight: a {kind} tensor, expected plain real numbers"):
+        read_weights(path)
+
+
+def test_numbers_of_numpy_in_a_state_dict_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"weight": torch.ones(2), "epoch": np.float64(3)}, path)
+    with pytest.raises(DataError, match=r"not a plain state dict|a float64, expected a tensor"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_recurrent_state_dict_comes_back_under_its_own_names(
+    kind: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "\n".join([
+        "from torch import nn", "class Net(nn.Module):", "    def __init__(self):", "        super().__init__()",
+        f"        self.rnn = nn.{kind.__name__}(5, 6, num_layers=2, bidirectional=True, batch_first=True)",
+        "        self.fc = nn.Linear(12, 3)", "    def forward(self, x):",
+        "        return self.fc(self.rnn(x)[0].mean(1))",
+    ])  # fmt: skip
+    name = f"recurrent_{kind.__name__.lower()}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    from importlib import import_module
+
+    net = randomise(import_module(name).Net())
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    settings = Importing(arch=f"{name}:Net", input=input_from_text("7x5"), classifier="keep")
+    model = import_model(settings, read_weights(tmp_path / "w.pth"))
+    from stages.exporting import state_dict as written
+
+    found, _ = written(model.model)
+    expected = net.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], value.numpy()) for key, value in expected.items())
+    changed = dict(model.model.tensors)
+    key = next(key for key in changed if key.endswith("l0.weight"))
+    changed[key] = changed[key] + np.float32(1)
+    from dataclasses import replace
+
+    other, _ = written(replace(model.model, tensors=changed))
+    moved = [name for name in expected if not np.array_equal(other[name], expected[name].numpy())]
+    assert moved == [f"rnn.{what}_l0" for what in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]

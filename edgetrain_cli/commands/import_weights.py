@@ -19,9 +19,7 @@ def import_weights(
     settings: Weights,
     weights: Annotated[
         str | None,
-        typer.Argument(
-            metavar="WEIGHTS", help="An .onnx, .h5, .safetensors or .pth file; without it, random weights."
-        ),
+        typer.Argument(metavar="WEIGHTS", help="An .onnx, .h5, .safetensors or .pth file; without it, random weights."),
     ] = None,
     arch: Annotated[
         str | None,

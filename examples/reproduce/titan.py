@@ -33,11 +33,10 @@ from typing import Any
 import h5py
 import numpy as np
 import titan_page
-import torch
 
 from edgetrain_cli.allocator import keep_freed_memory
 from stages.artifacts.live import Version, version_for
-from stages.artifacts.records import Block, End, InputSpec, Model, Run
+from stages.artifacts.records import Block, End, Model, Run
 from stages.data.conversion import noisy_labels, share_of, with_noise
 from stages.filtering import Filtering, filter_stream
 from stages.measurement.process import process_memory

@@ -119,8 +119,9 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 class InputSpec:
     """The input adapter: how raw samples become the model's input.
 
-    `kind` is `image` (shape C, H, W), `sound` (1, frames, mel bands), `signal` (C, T) or `features` (D,). After
-    conversion to float32, channel c becomes value * scale[c] + offset[c]; a single entry stands for all channels.
+    `kind` is `image` (shape C, H, W), `sound` (1, frames, mel bands), `signal` (C, T), `features` (D,) or `tokens`
+    (L,), the numbers of an embedding's entries. After conversion to float32, channel c becomes value * scale[c] +
+    offset[c]; a single entry stands for all channels.
     """
 
     kind: str
@@ -142,7 +143,7 @@ class InputSpec:
     """Images: `bilinear` or `bicubic`, both with antialiasing where they shrink."""
 
     def __post_init__(self) -> None:
-        ranks = {"image": 3, "sound": 3, "signal": 2, "features": 1}
+        ranks = {"image": 3, "sound": 3, "signal": 2, "features": 1, "tokens": 1}
         if self.kind not in ranks:
             raise SchemaError("/model/input", f"kind {self.kind!r}", "one of " + ", ".join(ranks))
         if len(self.shape) != ranks[self.kind] or min(self.shape) < 1:

@@ -72,7 +72,7 @@ RUN: Mapping[str, Table] = {
     ),
     "model/input": Table(
         {
-            "kind": Attr("str", "`image`, `sound`, `signal` or `features`"),
+            "kind": Attr("str", "`image`, `sound`, `signal`, `features` or `tokens`"),
             "shape": Attr("ints", "input of the model: C, H, W or 1, frames, bands or C, T or D"),
             "scale": Attr("floats", "per channel: model input = raw * scale + offset"),
             "offset": Attr("floats", "per channel"),

@@ -135,7 +135,11 @@ def _features(x: Floats, rng: np.random.Generator, how: Augmentation) -> None:
         jitter(x, rng.standard_normal(x.shape, np.float32), how.jitter)
 
 
-_BY_KIND = {"image": _image, "sound": _sound, "signal": _signal, "features": _features}
+def _tokens(x: Floats, rng: np.random.Generator, how: Augmentation) -> None:
+    """Another number is another word: tokens stay as they are."""
+
+
+_BY_KIND = {"image": _image, "sound": _sound, "signal": _signal, "features": _features, "tokens": _tokens}
 
 
 # ------------------------------------------------------------------------------------------------------------- draws

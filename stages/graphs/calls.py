@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from stages.errors import UsageError
-from stages.graphs.origins import Origin
 from stages.graphs.opaque import opaque_call
+from stages.graphs.origins import Origin
 from stages.operators import TABLE, Op, Shape
 from stages.operators.opaque import PURE
 from stages.operators.shapes import DROPPED

@@ -71,6 +71,12 @@ class Captured:
     notes: tuple[str, ...] = ()
     """What a user should know."""
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether an embedding reads the input."""
+        first = self.graph.ops[0].name
+        return any(self.graph.root(op.inputs[0]) == first for op in self.graph.ops if op.kind == "embedding")
+
 
 def capture(module: nn.Module, input_shape: Shape, *, result: int | None = None) -> Captured:
     """What `module` computes for samples of `input_shape`, checked against the module on random samples.
@@ -306,7 +312,9 @@ def _chosen(outputs: Sequence[Any], result: int | None) -> Value:
     if not isinstance(value, Value) or not value.batch_alone:
         raise UsageError(FORWARD, f"returns {_described(value)}", "one tensor (N, ...) computed from the input")
     if value.dtype != "float32":
-        raise UsageError(FORWARD, f"returns {value.dtype}, which has no gradient", "scores", "return the scores themselves")
+        raise UsageError(
+            FORWARD, f"returns {value.dtype}, which has no gradient", "scores", "return the scores themselves"
+        )
     return value
 
 
@@ -400,7 +408,7 @@ def _own_scaling(ops: Sequence[Op]) -> tuple[str, ...]:
     value, steps = ops[0].name, []
     for op in ops[1:]:
         mine = value in op.inputs and len(op.inputs) == 2 and not constants.isdisjoint(op.inputs)
-        if mine or (op.inputs == (value,) and op.is_layer and not op.operator.candidate):
+        if mine or (op.inputs == (value,) and op.is_depthwise and not op.operator.candidate):
             value = op.name
             steps.append(op.kind)
     if not steps:

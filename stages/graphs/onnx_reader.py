@@ -127,12 +127,14 @@ def _package() -> Any:
 
 
 def _decoded(onnx: Any, data: bytes, where: str) -> Any:
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load_model_from_string(data)
     except (DecodeError, ValueError) as error:
-        raise DataError(where, "not an ONNX model, or cut short", "a file that starts and ends as it was saved") from error
+        raise DataError(
+            where, "not an ONNX model, or cut short", "a file that starts and ends as it was saved"
+        ) from error
     if not model.graph.node:
         raise DataError(where, "no operators", "an ONNX model")
     return model
@@ -193,7 +195,9 @@ def _take_node(parsed: Parsed, node: Any, where: str) -> None:
         _take_choice(parsed, node, where)
         return
     if any(attribute.type in (5, 10) for attribute in node.attribute):  # a graph, or several
-        raise UsageError(at, f"control flow ({node.op_type})", "operators alone", "export the model without branches and loops")
+        raise UsageError(
+            at, f"control flow ({node.op_type})", "operators alone", "export the model without branches and loops"
+        )
     from onnx import helper
 
     attributes = {a.name: _decoded_attribute(helper.get_attribute_value(a)) for a in node.attribute}
@@ -241,12 +245,16 @@ def computed(step: Step, arrays: Sequence[Array | None], opset: int, where: str)
     elements = sum(array.size for array in arrays if array is not None)
     names = [f"in{i}" if array is not None else "" for i, array in enumerate(arrays)]
     node = step.proto
-    given = {name: array for name, array in zip(names, arrays, strict=True) if name}
+    given = {name: array for name, array in zip(names, arrays, strict=True) if array is not None}
     alone = helper.make_node(node.op_type, names, list(step.outputs))
     alone.attribute.extend(node.attribute)
-    inputs = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in given.items()]
+    inputs = [
+        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in given.items()
+    ]
     outputs = [helper.make_empty_tensor_value_info(name) for name in step.outputs if name]
-    model = helper.make_model(helper.make_graph([alone], "one", inputs, outputs), opset_imports=[helper.make_opsetid("", opset)])
+    model = helper.make_model(
+        helper.make_graph([alone], "one", inputs, outputs), opset_imports=[helper.make_opsetid("", opset)]
+    )
     try:
         if elements > MOST_FOLDED_ELEMENTS:
             raise ValueError(f"{elements} elements")
@@ -283,7 +291,9 @@ class Node(nn.Module):
         except UsageError:
             raise
         except Exception as error:  # whatever torch makes of operands that do not fit
-            raise UsageError(self.name, f"{self.kind} cannot be computed: {_line(error)}", "operands that fit") from error
+            raise UsageError(
+                self.name, f"{self.kind} cannot be computed: {_line(error)}", "operands that fit"
+            ) from error
 
     def get(self, name: str, default: Any = None) -> Any:
         """An attribute."""
@@ -359,7 +369,7 @@ class OnnxNet(nn.Module):
     def _run(self, steps: Sequence[Step], values: dict[str, Any], batch: int) -> None:
         for step in steps:
             inputs = [values.get(name) if name else None for name in step.inputs]
-            node = self.get_submodule(self._paths[id(step)])
+            node: Any = self.get_submodule(self._paths[id(step)])
             if step.kind == "Expand" and isinstance(inputs[0], np.ndarray) and inputs[0].any():
                 inputs[0] = torch.from_numpy(inputs[0])  # one for each sample: capture sees that they are alike
             if step.branches:
@@ -560,7 +570,9 @@ def sample_shape(parsed: Parsed, where: str) -> Shape:
     declared = parsed.shape[1:]
     if not declared or None in declared:
         shown = " x ".join("?" if size is None else str(size) for size in declared) or "nothing"
-        raise UsageError(where, f"an input of open shape, {shown} per sample", "its sizes", "state them: --input 3x224x224")
+        raise UsageError(
+            where, f"an input of open shape, {shown} per sample", "its sizes", "state them: --input 3x224x224"
+        )
     shape = tuple(int(size) for size in declared if size is not None)
     few = (1, 3, 4)
     if len(shape) == 3 and shape[2] in few and shape[0] not in few:
@@ -631,8 +643,7 @@ class _Judge:
     def __call__(self, name: str, x: Array) -> list[Array]:
         from onnx import reference
 
-        found: list[Array] = reference.ReferenceEvaluator(self._data).run(None, {name: x})
-        return found
+        return [np.asarray(value) for value in reference.ReferenceEvaluator(self._data).run(None, {name: x})]
 
 
 def _difference(ours: Any, theirs: Array) -> float:

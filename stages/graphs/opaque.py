@@ -55,7 +55,9 @@ def _tried(call: Call, args: Sequence[Any], kwargs: Any) -> tuple[Any, int]:
     counter = FlopCounterMode(display=False)
     try:
         with counter:
-            results = call.node.target(*call.like(args), **{name: call.like([part])[0] for name, part in kwargs.items()})
+            results = call.node.target(
+                *call.like(args), **{name: call.like([part])[0] for name, part in kwargs.items()}
+            )
     except Exception as error:  # whatever a function makes of tensors without numbers
         text = " ".join(str(error).split())[:120]
         call.refuse(f"operator {call.written()}: {text}", "one of docs/operators.md, or a function of fixed sizes")
@@ -78,7 +80,7 @@ def notes_on(ops: Sequence[Op]) -> tuple[str, ...]:
         return ()
     named = ", ".join(f"{name} ({function.partition('.')[0]})" for name, function in functions.items())
     uncounted = sorted({op["function"].partition(".")[0] for op in ops if op.kind == "opaque" and _uncounted(op)})
-    notes = (f"no kind of the table, so the torch engine alone runs the model: {named}",)
+    notes: tuple[str, ...] = (f"no kind of the table, so the torch engine alone runs the model: {named}",)
     holding = [op.name for op in ops if op.kind == "opaque" and op.tensors]
     notes += (f"no plan trains the tensors that {', '.join(holding)} reads",) if holding else ()
     unknown = f"torch's counter knows no MACs of {', '.join(uncounted)}: counted as none"
@@ -117,7 +119,7 @@ class _Writing:
             return part if isfinite(part) else {"float": repr(part)}
         if isinstance(part, torch.dtype):
             return {"dtype": _dtype(call, part)}
-        call.refuse(f"{call.written()} with {part!r:.40}", "numbers and tensors")
+        return call.refuse(f"{call.written()} with {part!r:.40}", "numbers and tensors")
 
     def _constant(self, part: Any) -> Any:
         tensor: Tensor = part.tensor

@@ -1,9 +1,10 @@
 """The input adapter: raw samples of a block -> the float32 array that a model reads.
 
 Images: channels repeated (1 to 3) or mixed to luma (3 to 1, ITU-R BT.601), resized by bilinear or bicubic interpolation
-with antialiasing where they shrink, the middle cut out where the model wants that, then value * scale + offset. Sound: log-mel energies. Signals (sensors or a raw waveform
-over time) and features: as they are, int16 signals as shares of full scale. Only a few samples at a time are floats of
-their own size: beside its samples and its result the adapter needs little memory.
+with antialiasing where they shrink, the middle cut out where the model wants that, then value * scale + offset. Sound:
+log-mel energies. Signals (sensors or a raw waveform over time), features and tokens: as they are, int16 signals as
+shares of full scale. Only a few samples at a time are floats of their own size: beside its samples and its result the
+adapter needs little memory.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ LAYOUTS_OF_KIND = {
     "sound": ("NT",),
     "signal": ("NTC", "NCT", "NT"),
     "features": ("ND",),
+    "tokens": ("ND",),
 }
 DTYPES = ("uint8", "int16", "float32")
 INT16_FULL_SCALE = 32768.0
@@ -100,13 +102,16 @@ def _check(x: Array, layout: str, spec: InputSpec) -> None:
     check_layout(layout, x.shape, "x")
     if x.dtype.name not in DTYPES:
         raise DataError("x", f"dtype {x.dtype}", ", ".join(DTYPES), "convert it with `edgetrain pack`")
-    if spec.kind == "features" and x.shape[1:] != spec.shape:
-        raise DataError("x", f"{x.shape[1]} features per sample", f"{spec.shape[0]}, as the model was built for")
+    if spec.kind in ("features", "tokens") and x.shape[1:] != spec.shape:
+        raise DataError("x", f"{x.shape[1]} {spec.kind} per sample", f"{spec.shape[0]}, as the model was built for")
     if min(x.shape[1:]) < 1:
         raise DataError("x", f"shape {x.shape}", "at least one value per sample")
     if x.dtype.kind == "f" and not np.isfinite(x).all():
         bad = int(np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))[0])
         raise DataError(f"x, sample {bad}", "a value that is not finite", "finite numbers")
+    if spec.kind == "tokens" and x.dtype.kind == "f" and (x % 1).any():
+        bad = int(np.flatnonzero((x % 1).any(1))[0])
+        raise DataError(f"x, sample {bad}", "a token that is no whole number", "numbers of the embedding's entries")
 
 
 def _scaled(values: Array, spec: InputSpec) -> Floats:

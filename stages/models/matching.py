@@ -36,8 +36,8 @@ def match(
     """Fit `weights` to `module`, which is captured where its own names do not say it all.
 
     First by name: the module's state dict, then its deploy form. When no name is known, layer by layer in the file's
-    order (`ordered`), or in that which its names tell, all shapes agreeing. Raises `DataError` naming the tensor, the shape
-    found and the shape expected.
+    order (`ordered`), or in that which its names tell, all shapes agreeing. Raises `DataError` naming the tensor, the
+    shape found and the shape expected.
     """
     own = _shapes(module)
     if own.keys() == weights.keys():

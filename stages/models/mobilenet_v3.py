@@ -72,7 +72,8 @@ class _Block(nn.Module):
         h = self.activate(self.expand_bn(self.expand(x))) if self.expands else x
         h = self.excite(self.activate(self.depthwise_bn(self.depthwise(h))))
         h = self.project_bn(self.project(h))
-        return x + h if self.residual else h
+        y: Tensor = x + h if self.residual else h
+        return y
 
 
 class MobileNetV3(nn.Module):

@@ -47,9 +47,7 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "torchvision": Preset(IMAGENET_MEAN, IMAGENET_STD, 0.875),
-    "timm": Preset(
-        IMAGENET_MEAN, IMAGENET_STD, 0.875, "bicubic", {"vit-tiny": Preset(HALF, HALF, 0.9, "bicubic")}
-    ),
+    "timm": Preset(IMAGENET_MEAN, IMAGENET_STD, 0.875, "bicubic", {"vit-tiny": Preset(HALF, HALF, 0.9, "bicubic")}),
     "mcunet": Preset(HALF, HALF, 0.875),
     "edgetrain": Preset(HALF, HALF),
 }

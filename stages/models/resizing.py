@@ -1,4 +1,4 @@
-"""Pictures resized: bilinear or bicubic with antialiasing, along one axis after the other, as products with banded matrices.
+"""Pictures resized: bilinear or bicubic with antialiasing, one axis after the other, as products with banded matrices.
 
 Resizing is linear along each axis. Output i of `wanted` has its centre at c = (i + 1/2) found / wanted, in pixels of
 the input, and weighs the pixel whose centre lies at j + 1/2 by the triangle max(0, 1 - |j + 1/2 - c| / r), the weights

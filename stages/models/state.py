@@ -63,7 +63,9 @@ def state_rows(
         found = next((places[other] for other in same[name] if other in places), [normed.get(name, {})])
         found = [{**row, "also": True} if name in doubled and "tensor" in row else row for row in found]
         rows += [{"name": name, **row, **_reshaped(row, array, captured)} for row in found]
-        if any(row.keys().isdisjoint(("tensor", "gates_of")) or "also" in row or row.get("rows", -1) >= 0 for row in found):
+        if any(
+            row.keys().isdisjoint(("tensor", "gates_of")) or "also" in row or row.get("rows", -1) >= 0 for row in found
+        ):
             rest[name] = array
     return tuple(rows), rest
 
@@ -176,7 +178,7 @@ def _put(state: dict[str, Array], row: Row, value: Array, model: Model) -> None:
 
 
 def _gates(weight: Array, start: int, stop: int) -> Array:
-    """Columns of a recurrent layer's weight (H, columns, gates) as torch has them: (gates * H, columns) or (gates * H,)."""
+    """Columns of a recurrent layer's weight (H, columns, gates) as torch has them: (gates * H, columns)."""
     rows = np.moveaxis(weight[:, start:stop], 2, 0).reshape(-1, stop - start)
     return np.ascontiguousarray(rows)
 

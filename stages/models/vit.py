@@ -23,9 +23,12 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        y: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return y
 
 
 class _Mlp(nn.Module):
@@ -35,7 +38,8 @@ class _Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return y
 
 
 class _Block(nn.Module):
@@ -48,7 +52,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        y: Tensor = x + self.mlp(self.norm2(x))
+        return y
 
 
 class _Patches(nn.Module):
@@ -57,7 +62,8 @@ class _Patches(nn.Module):
         self.proj = nn.Conv2d(channels, width, PATCH, PATCH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        y: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return y
 
 
 class VitTiny(nn.Module):
@@ -78,4 +84,5 @@ class VitTiny(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.patch_embed(x)
         h = torch.cat((self.cls_token.expand(len(h), -1, -1), h), 1) + self.pos_embed
-        return self.norm(self.blocks(h))[:, 0]
+        y: Tensor = self.norm(self.blocks(h))[:, 0]
+        return y

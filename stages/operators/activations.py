@@ -378,7 +378,7 @@ def _read(name: str) -> Reading:
     return Reading(rule)
 
 
-def _read_with(function: Callable[[Any, Any], Any]) -> Reading:
+def _read_with(function: Callable[[Any, Any, Any], Any]) -> Reading:
     """A function of (torch.nn.functional, node, x)."""
 
     def rule(node: Any, x: Any) -> Any:

@@ -288,7 +288,10 @@ def _read_transposed(node: Any, x: Any, weight: Any, bias: Any = None) -> Any:
         node.refuse(f"a transposed convolution over {axes} axes", "1 or 2 spatial axes")
     stride, dilation = node.get("strides") or [1] * axes, node.get("dilations") or [1] * axes
     extra = node.get("output_padding") or [0] * axes
-    whole = [(n - 1) * s + d * (k - 1) + 1 + e for n, k, s, d, e in zip(x.shape[2:], kernel, stride, dilation, extra, strict=True)]
+    whole = [
+        (n - 1) * s + d * (k - 1) + 1 + e
+        for n, k, s, d, e in zip(x.shape[2:], kernel, stride, dilation, extra, strict=True)
+    ]
     how, wanted = node.get("auto_pad", "NOTSET"), node.get("output_shape")
     if wanted or how.startswith("SAME"):
         wanted = wanted or [n * s for n, s in zip(x.shape[2:], stride, strict=True)]

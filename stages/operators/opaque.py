@@ -24,32 +24,31 @@ from stages.operators.op import Keep, Op, Operator, Pull, Reading, Shape, Tensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-PURE = frozenset(
-    """
-    abs acos acosh add addbmm addcdiv addcmul addmm addmv addr affine_grid_generator all amax amin angle any argmax
-    argmin argsort asin asinh atan atan2 atanh avg_pool2d avg_pool3d baddbmm bitwise_and bitwise_not bitwise_or
-    bitwise_xor bmm bucketize cat cdist ceil celu channel_shuffle cholesky clamp clamp_max clamp_min clone col2im
-    constant_pad_nd conv3d conv_transpose3d convolution copysign cos cosh cosine_similarity cummax cummin cumprod cumsum
-    deg2rad diag diag_embed diagonal digamma dist div dot einsum elu eq erf erfc erfinv exp exp2 expand expm1 fill
-    flip floor floor_divide fmax fmin fmod frac full_like gather ge gelu glu grid_sampler grid_sampler_2d grid_sampler_3d
-    gt hardshrink hardsigmoid hardswish hardtanh heaviside huber_loss hypot i0 im2col index index_add index_copy
-    index_fill index_put index_select isfinite isinf isnan kthvalue le leaky_relu lerp lgamma linalg_cross
-    linalg_matrix_exp linalg_vector_norm linear log log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp
-    logaddexp2 logcumsumexp logical_and logical_not logical_or logical_xor logit logsumexp lt masked_fill
-    masked_scatter matmul max max_pool2d_with_indices max_pool3d_with_indices maximum mean median min minimum mish mm
-    mul mv nan_to_num nansum narrow ne neg norm ones_like pairwise_distance permute pixel_shuffle pixel_unshuffle
-    polygamma pow prelu prod rad2deg reciprocal reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 remainder
-    renorm repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape roll rot90 round
-    rsqrt rsub scatter scatter_add scatter_reduce select select_scatter selu sgn sigmoid sign silu sin sinc sinh slice
-    slice_scatter smooth_l1_loss softmax softplus softshrink sort special_entr special_erfcx special_i0e special_i1
-    special_i1e special_log_ndtr special_ndtr special_ndtri special_xlog1py special_zeta sqrt square squeeze stack std
-    std_mean sub sum t take_along_dim tan tanh threshold tile topk trace transpose tril triu trunc unfold unsqueeze
-    upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    upsample_trilinear3d var var_mean view where xlogy zeros_like
-    _adaptive_avg_pool3d _log_softmax _softmax _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _to_copy
-    """.split()
+_NAMES = (
+    "_adaptive_avg_pool3d _log_softmax _softmax _to_copy _upsample_bicubic2d_aa _upsample_bilinear2d_aa "
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d abs acos acosh add addbmm addcdiv addcmul addmm addmv addr "
+    "affine_grid_generator all amax amin angle any argmax argmin argsort asin asinh atan atan2 atanh avg_pool2d "
+    "avg_pool3d baddbmm bitwise_and bitwise_not bitwise_or bitwise_xor bmm bucketize cat cdist ceil celu "
+    "channel_shuffle cholesky clamp clamp_max clamp_min clone col2im constant_pad_nd conv3d conv_transpose3d "
+    "convolution copysign cos cosh cosine_similarity cummax cummin cumprod cumsum deg2rad diag diag_embed diagonal "
+    "digamma dist div dot einsum elu eq erf erfc erfinv exp exp2 expand expm1 fill flip floor floor_divide fmax "
+    "fmin fmod frac full_like gather ge gelu glu grid_sampler grid_sampler_2d grid_sampler_3d gt hardshrink "
+    "hardsigmoid hardswish hardtanh heaviside huber_loss hypot i0 im2col index index_add index_copy index_fill "
+    "index_put index_select isfinite isinf isnan kthvalue le leaky_relu lerp lgamma linalg_cross linalg_matrix_exp "
+    "linalg_vector_norm linear log log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp logaddexp2 "
+    "logcumsumexp logical_and logical_not logical_or logical_xor logit logsumexp lt masked_fill masked_scatter "
+    "matmul max max_pool2d_with_indices max_pool3d_with_indices maximum mean median min minimum mish mm mul mv "
+    "nan_to_num nansum narrow ne neg norm ones_like pairwise_distance permute pixel_shuffle pixel_unshuffle "
+    "polygamma pow prelu prod rad2deg reciprocal reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 "
+    "remainder renorm repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape roll "
+    "rot90 round rsqrt rsub scatter scatter_add scatter_reduce select select_scatter selu sgn sigmoid sign silu sin "
+    "sinc sinh slice slice_scatter smooth_l1_loss softmax softplus softshrink sort special_entr special_erfcx "
+    "special_i0e special_i1 special_i1e special_log_ndtr special_ndtr special_ndtri special_xlog1py special_zeta "
+    "sqrt square squeeze stack std std_mean sub sum t take_along_dim tan tanh threshold tile topk trace transpose "
+    "tril triu trunc unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d "
+    "upsample_nearest2d upsample_nearest3d upsample_trilinear3d var var_mean view where xlogy zeros_like "
 )
+PURE = frozenset(_NAMES.split())
 """Functions of `torch.ops.aten` that may be called, whatever their overload."""
 
 MOST_DEPTH = 6
@@ -209,8 +208,14 @@ def _target(function: str) -> Any:
 
     name, _, overload = function.partition(".")
     found = getattr(getattr(torch.ops.aten, name), overload, None)
-    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable or torch.Tag.nondeterministic_seeded in found.tags:
-        raise UsageError("operator", f"function {function!r}", "one that this torch has", "use another version of torch")
+    if (
+        not isinstance(found, torch._ops.OpOverload)
+        or found._schema.is_mutable
+        or torch.Tag.nondeterministic_seeded in found.tags
+    ):
+        raise UsageError(
+            "operator", f"function {function!r}", "one that this torch has", "use another version of torch"
+        )
     return found
 
 
@@ -295,6 +300,10 @@ ONNX_NAMES = {
 
 
 def _onnx(op: Op, w: Any) -> None:
+    if op["function"] == "trunc.default":  # ONNX has it as a cast alone
+        w.node("Cast", w.inputs(op), w.inner(op, "whole"), to=7)
+        w.node("Cast", [w.inner(op, "whole")], w.output(op), to=1)
+        return
     kind = ONNX_NAMES.get(op["function"])
     if kind is None or _tensors(op) or len(op.inputs) != len(parsed(op)["args"]):
         w.refuse(op, f"form here of {op['function']}", "an operator of docs/operators.md")

@@ -7,14 +7,12 @@ Along the input axis no plan goes: the hidden state is no input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
-from math import prod
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stages.errors import DataError
 from stages.operators.op import (
     Flow,
-    Keep,
     Kept,
     Op,
     Operator,
@@ -91,8 +89,8 @@ def _recurrent(op: Op, inputs: Sequence[Tensor], tensors: Tensors) -> Tensor:
     flat = [part.contiguous() for part in (parts.inputs, parts.hidden, *parts.biases)]
     zero = x.new_zeros(1, len(x), op["hidden"])
     state = zero if op.kind == "gru" else [zero, zero]
-    run = torch.gru if op.kind == "gru" else torch.lstm
-    y: Tensor = run(x, state, flat, bool(op["biased"]), 1, 0.0, False, False, True)[0]  # type: ignore[operator]
+    run: Any = torch.gru if op.kind == "gru" else torch.lstm
+    y: Tensor = run(x, state, flat, bool(op["biased"]), 1, 0.0, False, False, True)[0]
     return y.flip(1) if op["reverse"] else y
 
 
@@ -251,7 +249,9 @@ def _aten_recurrent(kind: str) -> Callable[..., Any]:
             for way in range(directions):
                 start = (layer * directions + way) * each
                 name = f"l{layer}{'_reverse' if way else ''}" if layers * directions > 1 else ""
-                y = call.recurrent(kind, last, params[start : start + each], name, reverse=bool(way), biased=bool(biased))
+                y = call.recurrent(
+                    kind, last, params[start : start + each], name, reverse=bool(way), biased=bool(biased)
+                )
                 outputs.append(y)
                 steps = y.shape[0]
                 ends.append((y, 0 if way else steps - 1))
@@ -307,10 +307,8 @@ def _read_recurrent(node: Any, x: Any, inputs: Any, hidden: Any, bias: Any = Non
         flat += [inputs[i], hidden[i], *([bias[i][0], bias[i][1]] if bias is not None else [])]
     size = hidden.shape[2]
     zero = x.new_zeros(len(inputs), x.shape[1], size)
-    run = torch.gru if kind == "gru" else torch.lstm
-    found = run(
-        x, zero if kind == "gru" else [zero, zero], flat, bias is not None, 1, 0.0, False, both, False
-    )  # type: ignore[operator]
+    run: Any = torch.gru if kind == "gru" else torch.lstm
+    found = run(x, zero if kind == "gru" else [zero, zero], flat, bias is not None, 1, 0.0, False, both, False)
     y = found[0]
     y = y.flip(0) if way == "reverse" else y
     states = y.reshape(y.shape[0], y.shape[1], len(inputs), size).permute(0, 2, 1, 3)
@@ -409,6 +407,7 @@ register(
         macs="reads a table, no multiplication",
         keeps=keeps_nothing,
         trains=True,
+        candidate=False,
         by_output=True,
         channel_axis=_last_axis,
         forward=_embedding,

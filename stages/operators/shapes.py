@@ -779,7 +779,7 @@ def _read_resize(node: Any, x: Any, roi: Any = None, scales: Any = None, sizes: 
     if named is None or not (half or how == "align_corners") or not exact or not cubic or node.get("antialias", 0):
         node.refuse(f"{mode} over {spatial} axes by {how}", "linear, bilinear or bicubic, half_pixel or align_corners")
     target = [wanted.get(axis, x.shape[axis]) for axis in range(2, x.ndim)]
-    return F.interpolate(x, size=target, mode=named, align_corners=how == "align_corners")
+    return F.interpolate(x, size=target, mode=str(named), align_corners=how == "align_corners")
 
 
 def _nearest(node: Any, size: int, out: int, factor: float, how: str) -> list[int]:

@@ -73,11 +73,14 @@ MAY_IMPORT = {
 
 Capture compares what it found with the plain interpreter; engines run the deploy form's `Backbone`."""
 
-ARCHITECTURES = ("blocks", "mcunet", "mobilenet_v1", "mobilenet_v2", "proxyless", "small", "squeezenet")
+ARCHITECTURES = (
+    "blocks", "efficientnet_lite", "mcunet", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3", "proxyless", "resnet",
+    "small", "squeezenet", "vit",
+)  # fmt: skip
 TORCH = [
     *(STAGES / "engines" / "torch").glob("*.py"),
-    *(STAGES / "graphs" / f"{name}.py" for name in ("capture", "calls")),
-    *(STAGES / "models" / f"{name}.py" for name in (*ARCHITECTURES, "registry", "modules", "matching")),
+    *(STAGES / "graphs" / f"{name}.py" for name in ("calls", "capture", "onnx_reader", "onnx_patterns", "opaque")),
+    *(STAGES / "models" / f"{name}.py" for name in (*ARCHITECTURES, "registry", "modules", "matching", "calibration")),
     *(STAGES / "fsl" / f"{name}.py" for name in ("meta_training", "trainer", "team")),
     STAGES / "methods" / "lite_residual_net.py",
     STAGES / "pretraining.py",

@@ -235,7 +235,7 @@ def test_the_commands_see_a_folder_as_they_see_what_pack_makes_of_it(
         distinct(tmp_path / "data"),
         {name: str(tmp_path / f"{name}.h5") for name in ("base", "a", "b", "tr", "te")},
     )
-    import_command("cnn4", size=32, out=at["base"], quiet=True)
+    import_command(arch="cnn4", size=32, out=at["base"], quiet=True)
     for split, name in (("train", "tr"), ("test", "te")):
         pack_command([str(data / split)], at[name], size="32", fit="crop", invert=True, shuffle=False, quiet=True)
     train_command(at["base"], at["tr"], at["a"], last_layer=True, iterations=2, lr=0.001, quiet=True)
@@ -265,7 +265,7 @@ def test_classes_that_are_numbers_meet_whatever_they_are_called(
 ) -> None:
     data = distinct(tmp_path / "data")
     at = {name: str(tmp_path / f"{name}.h5") for name in ("base", "a", "tr", "te")}
-    import_command("cnn4", size=32, out=at["base"], quiet=True)
+    import_command(arch="cnn4", size=32, out=at["base"], quiet=True)
     pack_command([str(data / "train")], at["tr"], size="32", quiet=True)
     train_command(at["base"], at["tr"], at["a"], last_layer=True, iterations=1, lr=0.001, quiet=True)
     found = packed([data / "test"], Opening(image=ImageForm(size=(32, 32))))
@@ -278,7 +278,7 @@ def test_classes_that_are_numbers_meet_whatever_they_are_called(
 
 def test_a_block_of_another_rate_is_refused_by_every_command(tmp_path: Path) -> None:
     at = {name: str(tmp_path / f"{name}.h5") for name in ("base", "s", "a")}
-    import_command("ds-cnn-w16", out=at["base"], quiet=True)
+    import_command(arch="ds-cnn-w16", out=at["base"], quiet=True)
     pack_command([str(recordings(tmp_path / "set"))], at["s"], seconds=1.0, quiet=True)
     for command in (
         lambda: train_command(at["base"], at["s"], at["a"], last_layer=True, iterations=1, lr=0.01, quiet=True),
@@ -294,7 +294,7 @@ def test_a_model_that_knows_names_says_what_it_takes_numbers_for(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     at = {name: str(tmp_path / f"{name}.h5") for name in ("base", "a", "s")}
-    import_command("cnn4", out=at["base"], quiet=True)
+    import_command(arch="cnn4", out=at["base"], quiet=True)
     x = np.random.default_rng(0).integers(0, 256, (6, 28, 28), np.uint8)
     np.savez(tmp_path / "named.npz", x=x, y=np.repeat(["cat", "dog"], 3))
     np.savez(tmp_path / "numbers.npz", x=x, y=np.repeat([0, 1], 3))
@@ -320,7 +320,7 @@ def bracketed(tmp_path: Path) -> tuple[str, Path, str]:
     (root / ".ipynb_checkpoints").mkdir()
     Image.fromarray(pixels).save(root / ".ipynb_checkpoints" / "p.png")
     base, blocks = str(tmp_path / "base.h5"), str(tmp_path / "d.h5")
-    import_command("cnn4", out=base, quiet=True)
+    import_command(arch="cnn4", out=base, quiet=True)
     pack_command([str(root)], blocks, quiet=True)
     return base, root, blocks
 

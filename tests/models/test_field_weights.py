@@ -19,7 +19,15 @@ from tests.zoo.efficient import LiteBlock
 from tests.zoo.mobile import Conv2dNormActivation, InvertedResidual, MobileNetV3
 from tests.zoo.residual import BasicBlock
 
-TORCHVISION_V2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+TORCHVISION_V2 = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 V3_SMALL = [
     (16, 3, 16, 16, True, "RE", 2), (16, 3, 72, 24, False, "RE", 2), (24, 3, 88, 24, False, "RE", 1),
     (24, 5, 96, 40, True, "HS", 2), (40, 5, 240, 40, True, "HS", 1), (40, 5, 240, 40, True, "HS", 1),
@@ -67,7 +75,9 @@ class ResNet18(nn.Module):
 
     def _layer(self, c_in: int, c_out: int, stride: int) -> nn.Sequential:
         shortens = stride != 1 or c_in != c_out
-        short = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)) if shortens else None
+        short = (
+            nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)) if shortens else None
+        )
         return nn.Sequential(BasicBlock(c_in, c_out, stride, short, None), BasicBlock(c_out, c_out, 1, None, None))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +109,8 @@ class EfficientNetLite0(nn.Module):
         stages: list[nn.Module] = [nn.Sequential(Separable(32, 16))]
         width = 16
         for expand, kernel, out, repeats, stride in (
-            (6, 3, 24, 2, 2), (6, 5, 40, 2, 2), (6, 3, 80, 3, 2), (6, 5, 112, 3, 1), (6, 5, 192, 4, 2), (6, 3, 320, 1, 1),
+            (6, 3, 24, 2, 2), (6, 5, 40, 2, 2), (6, 3, 80, 3, 2), (6, 5, 112, 3, 1), (6, 5, 192, 4, 2),
+            (6, 3, 320, 1, 1),
         ):  # fmt: skip
             blocks = []
             for i in range(repeats):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.artifacts.records import Array
-from stages.models.resizing import CHUNK_FLOATS, OUTPUTS, chunks, cubic_weights, bands_of, resize
+from stages.models.resizing import CHUNK_FLOATS, OUTPUTS, bands_of, chunks, cubic_weights, resize
 from tests.rounding import gamma
 
 UNIT = 2.0**-24

@@ -96,11 +96,15 @@ def reduction(kind: str, shape: Shape, axes: Shape, keepdim: bool, **attributes:
 
 def opaque(
     function: str, *in_shapes: Shape, out: Shape, args: Sequence[Any] | None = None, dtype: str = "float32",
-    result: int = 0, macs: int = 0, domain: str = "all",
+    result: int = 0, macs: int = 0, domain: str = "all", full: Sequence[Any] | None = None,
 ) -> Example:  # fmt: skip
-    """A pure function of torch, its inputs first unless `args` says otherwise."""
+    """A pure function of torch, its inputs first unless `args` says otherwise; `full` where the batch is not first."""
     inputs = [value_of(i, shape) for i, shape in enumerate(in_shapes)]
-    call = {"args": inputs if args is None else list(args), "kwargs": {}, "full": [{"batch": 1}, *out]}
+    call = {
+        "args": inputs if args is None else list(args),
+        "kwargs": {},
+        "full": [{"batch": 1}, *out] if full is None else full,
+    }
     text = json.dumps({**call, "dtype": dtype, "result": result})
     return make("opaque", *in_shapes, out=out, function=function, arguments=text, macs=macs, domain=domain)
 
@@ -173,7 +177,8 @@ EXAMPLES: tuple[Example, ...] = (
     opaque("erf.default", MAP, out=MAP),
     opaque("cumsum.default", MAP, out=MAP, args=[value_of(0, MAP), -1]),
     opaque("maximum.default", MAP, MAP, out=MAP, domain="distinct"),
-    opaque("lerp.Tensor", MAP, MAP, out=MAP, args=[value_of(0, MAP), value_of(1, MAP), {"tensor": "value0", "shape": [5]}]),
+    opaque("lerp.Tensor", MAP, MAP, out=MAP, args=[
+        value_of(0, MAP), value_of(1, MAP), {"tensor": "value0", "shape": [5]}]),
     opaque("gather.default", TOKENS, out=(5, 2), args=[
         value_of(0, TOKENS), 2, {"numbers": [1, 0] * 15, "shape": [3, 5, 2], "dtype": "int64"}]),
     opaque("topk.default", VECTOR, out=(2,), args=[value_of(0, VECTOR), 2, -1], domain="distinct"),
@@ -182,10 +187,8 @@ EXAMPLES: tuple[Example, ...] = (
         value_of(0, MAP, "bool"), value_of(1, MAP), value_of(2, MAP)]),
     opaque("repeat.default", VECTOR, out=(12,), args=[value_of(0, VECTOR), [1, 2]]),
     opaque("bmm.default", (2, 3), (3, 4), out=(2, 4), macs=24),
-    Example(replace(  # the batch in the second axis
-        opaque("cumsum.default", TOKENS, out=TOKENS).op, args=(("function", "cumsum.default"), ("arguments", json.dumps({
-            "args": [{"x": 0, "full": [5, {"batch": 1}, 6], "dtype": "float32"}, 0], "kwargs": {},
-            "full": [5, {"batch": 1}, 6], "dtype": "float32", "result": 0})), ("macs", 0)))),
+    opaque("cumsum.default", TOKENS, out=TOKENS, full=[5, {"batch": 1}, 6], args=[
+        {"x": 0, "full": [5, {"batch": 1}, 6], "dtype": "float32"}, 0]),
     # norms
     make("batchnorm", MAP, axis=0, eps=1e-5),
     make("batchnorm", TOKENS, axis=1, eps=1e-3),

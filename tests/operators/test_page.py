@@ -29,8 +29,8 @@ depend on values is refused by name. How to add a kind: [CONTRIBUTING](../CONTRI
   channels alone (hidden units, features).
 * **Native**: the native engine has it. A part: not along every axis, of every mode or for tokens (values whose features
   are the last axis); the note of `--engine auto` names what it lacks. All kinds run and train in the torch engine.
-* **ONNX** is what `export` writes (opset 17), **from ONNX** which nodes `import` reads so (opsets 11 to 21). GELU, SiLU,
-  Mish, hardswish, LayerNorm and attention that a file holds in pieces are put together again.
+* **ONNX** is what `export` writes (opset 17), **from ONNX** which nodes `import` reads so (opsets 11 to 21). GELU,
+  SiLU, Mish, hardswish, LayerNorm and attention that a file holds in pieces are put together again.
 """
 
 
@@ -105,14 +105,23 @@ def page() -> str:
         name = module.__name__.rpartition(".")[2]
         source = inspect.getsource(module)
         kinds = [operator for operator in TABLE.values() if registers(source, operator.kind)]
-        lines += [f"## {name.capitalize()}", "", "| kind | computes | MACs | kept | plan | native | ONNX | from ONNX | from ATen |"]
+        lines += [
+            f"## {name.capitalize()}",
+            "",
+            "| kind | computes | MACs | kept | plan | native | ONNX | from ONNX | from ATen |",
+        ]
         lines += ["|---|---|---|---|---|---|---|---|---|", *map(row, kinds), ""]
     return "\n".join(lines)
 
 
 def registers(source: str, kind: str) -> bool:
     """Whether a module's source registers this kind."""
-    return f'(kind="{kind}"' in source or f'kind="{kind}",' in source or f'_unary(\n        "{kind}"' in source or f'_unary("{kind}"' in source
+    return (
+        f'(kind="{kind}"' in source
+        or f'kind="{kind}",' in source
+        or f'_unary(\n        "{kind}"' in source
+        or f'_unary("{kind}"' in source
+    )
 
 
 def test_the_page_is_current():

@@ -47,11 +47,11 @@ class Specimen:
         return module.eval()
 
     def example(self, batch: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Random samples [batch, *input_shape]: normal values, or int64 tokens where there is a vocabulary."""
+        """Random samples [batch, *input_shape]: normal values, or whole numbers where there is a vocabulary."""
         rng = torch.Generator().manual_seed(seed)
         shape = (batch, *self.input_shape)
         if self.vocabulary:
-            return torch.randint(self.vocabulary, shape, generator=rng)
+            return torch.randint(self.vocabulary, shape, generator=rng).to(dtype)
         return (self.spread * torch.randn(shape, generator=rng, dtype=torch.float64)).to(dtype)
 
 
