@@ -24,15 +24,16 @@ from stages.engines.parameter import Boundary, Floats, Parameter
 from stages.errors import DataError
 from stages.graphs.graph import Graph
 
-LOT = 8
-"""Samples whose gradients are summed before they join the others'."""
+LOT = 4
+"""Samples whose gradients are summed before they join the others', and that a worker takes at a time: few, so that a
+support set of 25 occupies two workers alike."""
 
 
 def lot_of(number: int, samples: int) -> range:
     """The samples of a lot.
 
-    >>> lot_of(1, 19), lot_of(2, 19)
-    (range(8, 16), range(16, 19))
+    >>> lot_of(1, 11), lot_of(2, 11)
+    (range(4, 8), range(8, 11))
     """
     return range(number * LOT, min((number + 1) * LOT, samples))
 
