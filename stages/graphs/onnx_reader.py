@@ -151,10 +151,23 @@ def _opset(model: Any, where: str) -> int:
 
 
 def _refuse_external(model: Any, where: str) -> None:
-    for tensor in model.graph.initializer:
+    """A tensor in another file could be any file of this machine, so none is read, wherever it stands."""
+    for tensor in _all_tensors(model.graph, model.functions):
         if tensor.data_location == tensor.EXTERNAL:
             fix = "onnx.save(onnx.load(path), path) puts them into the file"
             raise UsageError(where, f"{tensor.name} lies in another file", "tensors in the file itself", fix)
+    if model.graph.sparse_initializer:
+        raise UsageError(where, "sparse tensors", "plain ones")
+
+
+def _all_tensors(graph: Any, functions: Iterable[Any] = ()) -> Iterator[Any]:
+    """Tensors of a graph, of its nodes' attributes, and of graphs in them."""
+    yield from graph.initializer
+    for node in (*graph.node, *(node for function in functions for node in function.node)):
+        for attribute in node.attribute:
+            yield from (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors)
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _all_tensors(inner)
 
 
 def _refuse_nodes(nodes: Iterable[Any], where: str) -> None:

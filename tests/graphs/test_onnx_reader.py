@@ -296,6 +296,20 @@ def external() -> bytes:
     return bytes(model.SerializeToString())
 
 
+def external_constant() -> bytes:
+    """In a node's attribute, inside a branch."""
+    tensor = numpy_helper.from_array(WEIGHT, "secret")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    tensor.ClearField("raw_data")
+    side = helper.make_graph(
+        [helper.make_node("Constant", [], ["b"], value=tensor)], "side", [],
+        [helper.make_tensor_value_info("b", FLOAT, [4, 3, 3, 3])],
+    )  # fmt: skip
+    node = helper.make_node("If", ["c"], ["y"], then_branch=side, else_branch=side)
+    return model_of([node], initial={"c": np.array(True)})
+
+
 def of_another_domain() -> bytes:
     node = helper.make_node("Relu", ["x"], ["y"], domain="com.acme")
     return model_of([node], domains=[helper.make_opsetid("com.acme", 1)])
@@ -336,6 +350,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "opset 8": (lambda: model_of(RELU, opset=8), "opset 8, expected 11 to 21; convert it with onnx.version_converter"),
     "custom operator": (of_another_domain, "custom operator com.acme.Relu"),
     "external data": (external, "w lies in another file"),
+    "external data in a branch": (external_constant, "secret lies in another file"),
     "quantised": (quantised, "a quantised model"),
     "random": (lambda: model_of([helper.make_node("RandomNormalLike", ["x"], ["y"])]), "random numbers"),
     "unknown operator": (lambda: model_of([helper.make_node("Nonsense", ["x"], ["y"])]), "not valid"),
