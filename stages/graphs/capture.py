@@ -75,7 +75,7 @@ class Captured:
     def reads_tokens(self) -> bool:
         """Whether an embedding reads the input."""
         first = self.graph.ops[0].name
-        return any(self.graph.root(op.inputs[0]) == first for op in self.graph.ops if op.kind == "embedding")
+        return any(self.graph.root(op.inputs[0]) == first for op in self.graph.ops if op.operator.entries(op))
 
 
 def capture(module: nn.Module, input_shape: Shape, *, result: int | None = None) -> Captured:
@@ -474,7 +474,7 @@ def _check(
     generator = torch.Generator().manual_seed(0)
     first = next(iter(module.parameters()), torch.zeros(()))
     sample = torch.randn(SAMPLES, *input_shape, generator=generator).to(first)
-    entries = [op["entries"] for op in found.graph.ops if op.kind == "embedding"]
+    entries = [count for op in found.graph.ops if (count := op.operator.entries(op))]
     if entries:
         sample = torch.randint(min(entries), (SAMPLES, *input_shape), generator=generator)
     theirs: dict[str, Tensor] = {}
@@ -504,7 +504,7 @@ def _check(
 
 def _check_alone(found: Captured, x: Tensor) -> None:
     """Raise `UsageError` where an opaque function makes of a sample something else when others lie beside it."""
-    names = {op.name for op in found.graph.ops if op.kind == "opaque"}
+    names = {op.name for op in found.graph.ops if op.operator.called}
     if not names:
         return
     together = _values(found.graph, found.tensors, x, names)

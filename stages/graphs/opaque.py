@@ -75,16 +75,21 @@ def _dtype(call: Call, dtype: torch.dtype) -> str:
 
 def notes_on(ops: Sequence[Op]) -> tuple[str, ...]:
     """What a user should know of the opaque operators of a graph."""
-    functions = {op.name: op["function"] for op in ops if op.kind == "opaque"}
-    if not functions:
+    called = [op for op in ops if op.operator.called]
+    if not called:
         return ()
-    named = ", ".join(f"{name} ({function.partition('.')[0]})" for name, function in functions.items())
-    uncounted = sorted({op["function"].partition(".")[0] for op in ops if op.kind == "opaque" and _uncounted(op)})
+    named = ", ".join(f"{op.name} ({_function(op)})" for op in called)
+    uncounted = sorted({_function(op) for op in called if _uncounted(op)})
     notes: tuple[str, ...] = (f"no kind of the table, so the torch engine alone runs the model: {named}",)
-    holding = [op.name for op in ops if op.kind == "opaque" and op.tensors]
+    holding = [op.name for op in called if op.tensors]
     notes += (f"no plan trains the tensors that {', '.join(holding)} reads",) if holding else ()
     unknown = f"torch's counter knows no MACs of {', '.join(uncounted)}: counted as none"
     return (*notes, unknown) if uncounted else notes
+
+
+def _function(op: Op) -> str:
+    name: str = op["function"].partition(".")[0]
+    return name
 
 
 def _uncounted(op: Op) -> bool:

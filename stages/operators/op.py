@@ -225,6 +225,10 @@ def _never(op: Op) -> bool:
     return False
 
 
+def _no_entries(op: Op) -> int:
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operator:
     """All that is known of one kind of operator."""
@@ -287,6 +291,10 @@ class Operator:
     """The output may share the input's memory."""
     overwrite: Callable[[Op, Sequence[Tensor], int], Tensor] | None = None
     """Torch: the forward rule into the memory of the input of that number, which nobody else needs."""
+    entries: Callable[[Op], int] = _no_entries
+    """How many entries of a table there are of which the input's whole numbers name one; 0 of other operators."""
+    called: bool = False
+    """A function of torch that is called by name: capture makes sure that it does not mix the samples of a batch."""
     given: bool = False
     """The sample itself: what a graph begins with, and holds once."""
     as_vector: Callable[[Op], Op | None] | None = None

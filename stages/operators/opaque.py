@@ -370,6 +370,7 @@ register(
         shape=_shape,
         macs=lambda op: int(op["macs"]),
         keeps=_keeps,
+        called=True,
         made_again=lambda op: op["macs"] == 0,
         forward=_run,
         pull=_pull,

@@ -409,6 +409,7 @@ register(
         trains=True,
         candidate=False,
         by_output=True,
+        entries=lambda op: int(op["entries"]),
         channel_axis=_last_axis,
         forward=_embedding,
         pull=_pull_embedding,
