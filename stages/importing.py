@@ -160,7 +160,7 @@ def _on_scaling(settings: Importing, spec: InputSpec) -> tuple[str, ...]:
     if spec.kind != "image" or settings.preset or settings.scale or settings.offset:
         return ()
     scale, offset = (", ".join(f"{number:.4g}" for number in numbers) for numbers in (spec.scale, spec.offset))
-    return (f"pictures are scaled to pixel * {scale} + {offset}; what the weights want is said by --preset",)
+    return (f"pixels are scaled by {scale}, offset {offset}; what the weights want is said by --preset",)
 
 
 def import_file(settings: Importing, path: Path | None, start: Block | None = None) -> Imported:
