@@ -103,7 +103,7 @@ def test_more_samples_than_an_engine_takes_at_once(engine, backbone):
 @on_every_engine
 def test_gradients_add_up_until_somebody_sets_them_to_0(engine, backbone, x):
     net = net_of(backbone, PLAN, engine)
-    boundary = net.prefix(x)
+    boundary = net.prefix(x[:2])  # of more samples there are several sums, each added in its turn
     features, kept = net.forward(boundary)
     net.backward(kept, LOSS(features)[1])
     once = [parameter.gradient.copy() for parameter in net.parameters()]
