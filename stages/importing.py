@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stages.artifacts import hdf5
 from stages.artifacts.records import Array, Block, Group, Head, InputSpec, Model, Run
-from stages.errors import DataError, UsageError, require
+from stages.errors import DataError, SchemaError, UsageError, require
 from stages.graphs.capture import Captured, capture
 from stages.graphs.folding import fold
 from stages.graphs.onnx_patterns import put_together
@@ -124,7 +124,7 @@ def import_noting(settings: Importing, weights: Weights | None = None, start: Bl
             module = calibrated(module, adapt_block(start, spec))
         return _record(settings, spec, capture(module, spec.shape, result=settings.result), module, None, given=False)
     settings, module, initial, matched = _fitted(settings, spec, weights)
-    if matched is not None and matched.form == "batchnorm":
+    if matched.form == "batchnorm":
         values = {name: torch.from_numpy(np.array(value)) for name, value in matched.tensors.items()}
         module.load_state_dict(values, strict=False)  # what is missing are BatchNorm's counters
         captured = capture(module, spec.shape, result=settings.result)  # hooks and checks see the loaded weights
@@ -200,7 +200,7 @@ def import_onnx(settings: Importing, data: bytes, where: str) -> Imported:
     spec = _scaled(settings, settings.input or own or _guessed(parsed, where))
     module = module_of(parsed, spec.shape, where).eval()
     result = settings.result
-    if result is None and own is not None and len(parsed.outputs) > 1:
+    if result is None and own is not None and "features" in parsed.outputs:
         result = parsed.outputs.index("features")
     captured = capture(module, spec.shape, result=result)
     difference = compare(data, module, spec.shape, where)
@@ -213,13 +213,22 @@ def import_onnx(settings: Importing, data: bytes, where: str) -> Imported:
 
 
 def _own_metadata(parsed: Parsed) -> InputSpec | None:
-    """How samples are prepared for a model that `export` wrote."""
+    """How samples are prepared for a model that `export` wrote; None where the file says no such thing.
+
+    How they had been packed before that is not read back.
+    """
     try:
         facts = json.loads(parsed.metadata["edgetrain"])["input"]
-        lists: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in facts.items()}
-        return InputSpec(**lists)
-    except (KeyError, ValueError, TypeError):
+        return InputSpec(
+            str(facts["kind"]), tuple(map(int, facts["shape"])), tuple(map(float, facts["scale"])),
+            tuple(map(float, facts["offset"])), *(int(facts[name]) for name in SOUND_SIZES),
+            crop=float(facts.get("crop", 0)), interpolation=str(facts.get("interpolation", "bilinear")),
+        )  # fmt: skip
+    except (KeyError, ValueError, TypeError, AttributeError, SchemaError):
         return None
+
+
+SOUND_SIZES = ("sample_rate_hz", "window_samples", "hop_samples")
 
 
 def _guessed(parsed: Parsed, where: str) -> InputSpec:

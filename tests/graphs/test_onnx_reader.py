@@ -25,6 +25,7 @@ from stages.graphs.onnx_reader import OnnxNet, parse, readable
 from stages.importing import Importing, import_file, import_onnx, input_from_text
 from stages.models.deploy import deploy, open_graph
 from stages.models.heads import logits
+from stages.models.registry import image_input
 from tests.rounding import as_tensors, longest_sum, no_worse
 
 FLOAT = TensorProto.FLOAT
@@ -103,6 +104,17 @@ def test_what_export_writes_comes_back_with_its_input_and_head(tmp_path: Path) -
     x = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
     exact = run(deploy(first).graph, as_tensors(deploy(first).tensors, torch.float64), torch.from_numpy(x).double())
     no_worse(deploy(again).features(x), deploy(first).features(x), exact, longest_sum(deploy(again).graph))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"input": 3}', '{"input": {"kind": "image", "shape": "abc", "scale": [1], "offset": [0]}}',
+             '{"input": {"kind": "smell", "shape": [3], "scale": [1], "offset": [0], "sample_rate_hz": 0}}'],
+)  # fmt: skip
+def test_metadata_of_another_making_are_passed_over(text: str) -> None:
+    model = onnx.load_model_from_string(exported(Small(), (3, 16, 16)))
+    model.metadata_props.add(key="edgetrain", value=text)
+    found = import_onnx(Importing(), bytes(model.SerializeToString()), "f").run.model
+    assert found.input == image_input(3, 16, 16)
 
 
 def test_pictures_with_channels_last_are_turned() -> None:
