@@ -96,7 +96,7 @@ def total_rows(totals: Mapping[str, Any]) -> list[tuple[str, str]]:
     threads = "1 thread" if totals["threads"] == 1 else f"{totals['threads']} threads"
     rows += [
         ("forward pass", _time(totals["forward_s"], totals["forward_spread_s"])),
-        ("full training step by autograd", _time(totals["full_step_s"], totals["full_step_spread_s"])),
+        ("full training step", _time(totals["full_step_s"], totals["full_step_spread_s"])),
         ("times", f"{threads}, median ± quartiles over {totals['repeats']}"),
         ("energy", totals["energy_source"]),
     ]
