@@ -51,7 +51,9 @@ def import_weights(
     Pixels are scaled to 2 * (pixel / 255) - 1 unless --preset, or --scale and --offset, say otherwise. A deep network
     from scratch hardly learns without --calibrate: training folds its BatchNorms as they are.
 
-    Examples: edgetrain import --arch mcunet-5fps weights.h5 -o base.h5; edgetrain import model.onnx -o base.h5
+    Example: edgetrain import --arch mobilenetv3-small --preset torchvision weights.pth -o base.h5
+
+    Example: edgetrain import model.onnx -o base.h5
     """
     from stages.engines.choice import need_torch
 
