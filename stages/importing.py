@@ -203,7 +203,7 @@ def import_onnx(settings: Importing, data: bytes, where: str) -> Imported:
     if result is None and own is not None and "features" in parsed.outputs:
         result = parsed.outputs.index("features")
     captured = capture(module, spec.shape, result=result)
-    difference = compare(data, module, spec.shape, where)
+    difference = compare(data, module, spec.shape, where, captured.entries)
     found = _record(settings, spec, captured, module, None, given=True)
     note = "onnxruntime is not installed: not compared with it"
     if difference is not None:
@@ -220,15 +220,18 @@ def _own_metadata(parsed: Parsed) -> InputSpec | None:
     try:
         facts = json.loads(parsed.metadata["edgetrain"])["input"]
         return InputSpec(
-            str(facts["kind"]), tuple(map(int, facts["shape"])), tuple(map(float, facts["scale"])),
-            tuple(map(float, facts["offset"])), *(int(facts[name]) for name in SOUND_SIZES),
-            crop=float(facts.get("crop", 0)), interpolation=str(facts.get("interpolation", "bilinear")),
-        )  # fmt: skip
+            kind=str(facts["kind"]),
+            shape=tuple(map(int, facts["shape"])),
+            scale=tuple(map(float, facts["scale"])),
+            offset=tuple(map(float, facts["offset"])),
+            sample_rate_hz=int(facts["sample_rate_hz"]),
+            window_samples=int(facts["window_samples"]),
+            hop_samples=int(facts["hop_samples"]),
+            crop=float(facts.get("crop", 0)),
+            interpolation=str(facts.get("interpolation", "bilinear")),
+        )
     except (KeyError, ValueError, TypeError, AttributeError, SchemaError):
         return None
-
-
-SOUND_SIZES = ("sample_rate_hz", "window_samples", "hop_samples")
 
 
 def _guessed(parsed: Parsed, where: str) -> InputSpec:

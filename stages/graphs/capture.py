@@ -77,6 +77,11 @@ class Captured:
         first = self.graph.ops[0].name
         return any(self.graph.root(op.inputs[0]) == first for op in self.graph.ops if op.operator.entries(op))
 
+    @property
+    def entries(self) -> int:
+        """Whole numbers below this may be an embedding's input; 0 where there is no embedding."""
+        return min((count for op in self.graph.ops if (count := op.operator.entries(op))), default=0)
+
 
 def capture(module: nn.Module, input_shape: Shape, *, result: int | None = None) -> Captured:
     """What `module` computes for samples of `input_shape`, checked against the module on random samples.
@@ -474,9 +479,9 @@ def _check(
     generator = torch.Generator().manual_seed(0)
     first = next(iter(module.parameters()), torch.zeros(()))
     sample = torch.randn(SAMPLES, *input_shape, generator=generator).to(first)
-    entries = [count for op in found.graph.ops if (count := op.operator.entries(op))]
+    entries = found.entries
     if entries:
-        sample = torch.randint(min(entries), (SAMPLES, *input_shape), generator=generator)
+        sample = torch.randint(entries, (SAMPLES, *input_shape), generator=generator)
     theirs: dict[str, Tensor] = {}
     layers = {op.name: op for op in found.graph.layers if len(found.graph.uses(op.name)) == 1}
     hooks = [

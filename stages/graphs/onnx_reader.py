@@ -601,8 +601,10 @@ hundreds of layers)."""
 TRIAL_SAMPLES = 3
 
 
-def compare(data: bytes, module: OnnxNet, shape: Shape, where: str) -> float | None:
+def compare(data: bytes, module: OnnxNet, shape: Shape, where: str, entries: int = 0) -> float | None:
     """Largest difference between the module's outputs and onnxruntime's for random samples, relative to their size.
+
+    `entries`: samples are whole numbers below it; 0 for any numbers.
 
     None where onnxruntime is not installed. Raises `DataError` for another function.
     """
@@ -623,8 +625,8 @@ def compare(data: bytes, module: OnnxNet, shape: Shape, where: str) -> float | N
     }  # fmt: skip
     rng = np.random.default_rng(0)
     x = rng.standard_normal((TRIAL_SAMPLES, *shape)).astype(np.float32)
-    if given.type.startswith("tensor(int"):  # numbers of entries, of which there are two at least
-        x = rng.integers(0, 2, x.shape).astype(np.float32)
+    if entries or given.type.startswith("tensor(int"):
+        x = rng.integers(0, entries or 2, x.shape).astype(np.float32)
     theirs_x = np.moveaxis(x, 1, -1) if module.takes_channels_last else x
     batch = given.shape[0] if isinstance(given.shape[0], int) else TRIAL_SAMPLES
     worst, judge = 0.0, _Judge(data)

@@ -133,7 +133,8 @@ class Forward:
         """Let all of these layers change, and of those that did before."""
         graph, before = self._start.graph, boundary_of(self._net)
         self._layers |= layers
-        self._net = make_net(self._start, [whole_update(graph[op]) for op in sorted(self._layers)])
+        in_order = sorted(self._layers, key=graph.position.__getitem__)
+        self._net = make_net(self._start, [whole_update(graph[name]) for name in in_order])
         if self._send and boundary_of(self._net) != before:
             raise DataError(
                 "live directory",

@@ -112,6 +112,21 @@ def test_a_change_in_a_live_layer_beside_the_plans_channels_is_noticed(changed, 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_layers_whose_names_are_not_in_their_order_may_all_change(engine):
+    """A net that begins with its stem, `train-sparse --full` behind it: blocks come before it by the alphabet alone."""
+    args = {"size": 32, "width": 0.35}
+    tensors = state(registry.build("mobilenetv2", args, seed=2))
+    model = Model("mobilenetv2", args, registry.input_spec("mobilenetv2", args), "batchnorm", tensors)
+    start = deploy(model, engine=engine)
+    x = np.random.default_rng(1).integers(0, 255, (6, 32, 32, 3)).astype(np.uint8)
+    block = Block(x, np.arange(6) % 3, "NHWC")
+    changed = {name: value * np.float32(1.01) for name, value in start.tensors.items()}
+    known = Weights(start, None).at(Version(1, changed, None))
+    looked = Forward(start, None).look(block, np.full(6, 1 / 6), known, rng=RNG)
+    check_features(looked.features, known.backbone, adapt(x, "NHWC", start.input))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_frozen_layers_stay_prepared_while_the_plan_is_kept(engine, monkeypatch):
     """Other arrays of the same values are no change, nor are the plan's own channels: no net is built again."""
     forward, block = Forward(backbone(engine), SOME), pool()
