@@ -244,3 +244,10 @@ def test_frozen_operators_give_the_same(name):
 def test_what_has_no_kernel_is_named(graph, found):
     assert found in uncovered(graph)
     assert "middle" in uncovered(graph)
+
+
+def test_a_kernel_that_is_no_parameter_is_refused_by_name() -> None:
+    """A blur, say: the torch engine runs such a model."""
+    graph = between("conv", facts={**WINDOW, "frozen": True})
+    reason = str(uncovered(graph))
+    assert "no parameters of the model" in reason

@@ -723,6 +723,8 @@ def refused(rule: Rule, op: Op) -> str:
     usual = all(1 <= len(shape) <= 3 for shape in (op.shape, *op.in_shapes))
     if not (usual or rule.any_axes):
         return f"values of {sorted({len(shape) for shape in (op.shape, *op.in_shapes)})} axes"
+    if op.operator.trains and op.frozen:
+        return "weights that are no parameters of the model"
     return rule.refuses(op)
 
 
