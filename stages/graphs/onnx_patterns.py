@@ -32,7 +32,7 @@ class _Links:
     """Who makes and who reads each value."""
 
     def __init__(self, parsed: Parsed) -> None:
-        self.known = parsed.known
+        self.known, self.opset = parsed.known, parsed.opset
         self.maker = {output: step for step in parsed.steps for output in step.outputs}
         self.readers: dict[str, int] = dict.fromkeys(parsed.outputs, 1)
         for step in parsed.steps:
@@ -164,7 +164,8 @@ def _attentions(parsed: Parsed) -> None:
 
 def _attention(links: _Links, step: Step) -> tuple[list[str], float, list[Step]] | None:
     shares = links.alone(step.inputs[0], "Softmax")
-    if shares is None or shares.attributes.get("axis", -1) not in (-1, 3) or len(step.inputs) != 2:
+    usual = -1 if links.opset >= 13 else 1
+    if shares is None or shares.attributes.get("axis", usual) not in (-1, 3) or len(step.inputs) != 2:
         return None
     if step.inputs[1] in links.known:
         return None

@@ -2,7 +2,7 @@
 
 torchvision's and timm's names tell it: numbers count, a stem comes before blocks and a classifier at the end, `bn2` is
 the norm behind the second convolution beside it, and timm's `conv_pw` comes first in a block that ends in a `conv_pwl`.
-Shapes are compared afterwards, so a wrong guess is refused.
+Names that do not tell it give no order, and all shapes are compared afterwards.
 """
 
 from __future__ import annotations

@@ -728,7 +728,9 @@ def _read_pad(node: Any, x: Any, pads: Any = None, value: Any = None, axes: Any 
     if before[0] or after[0] or min(*before, *after) < 0:
         node.refuse(f"{mode} padding {before}, {after}", "borders of a sample")
     if before[1] or after[1]:  # torch copies borders of positions alone
-        return _entries(x, 1, _border(mode, x.shape[1], before[1], after[1]))
+        x = _entries(x, 1, _border(mode, x.shape[1], before[1], after[1]))
+    if not any(before[2:]) and not any(after[2:]):
+        return x
     flat = [amount for axis in reversed(range(2, x.ndim)) for amount in (before[axis], after[axis])]
     return F.pad(x, flat, mode=mode)
 
