@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import typer
 
 from edgetrain_cli import __version__
-from edgetrain_cli.allocator import keep_freed_memory
+from edgetrain_cli.libraries import import_numpy, keep_freed_memory
 from edgetrain_cli.manners import NoInput, Stopped
 from edgetrain_cli.settings import for_typer
 from stages.errors import EdgeTrainError, TransferError
@@ -128,21 +128,6 @@ def guarded(command: str, body: Callable[..., None]) -> Callable[..., None]:
             explain(command, error)
 
     return run
-
-
-def import_numpy() -> None:
-    """numpy, whose BLAS starts no threads: products are small here, and threads spin while they wait for the next.
-
-    Whatever else reads the variable, PyTorch's BLAS on Arm or a process started from here, finds it as it was.
-    """
-    variable = "OPENBLAS_NUM_THREADS"
-    if variable in os.environ:
-        return
-    os.environ[variable] = "1"
-    try:
-        importlib.import_module("numpy")
-    finally:
-        del os.environ[variable]
 
 
 def explain(command: str, error: BaseException) -> None:

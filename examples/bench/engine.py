@@ -12,10 +12,16 @@ Contestants, on the same deploy-form backbone (BatchNorm folded) and the same pl
 * torch engine and native: `stages.training` on either engine.
 
 They take turns within each repeat, so that a busy machine is busy for all of them; ratios are medians of the ratios
-within a repeat. Peak memory is that of a fresh process each. The table goes to docs/results/engine.md.
+within a repeat. All run in a process set up like a command's: numpy's BLAS without threads of its own, an allocator
+that keeps what is freed. Peak memory is that of a fresh process each. The table goes to docs/results/engine.md.
 """
 
+# ruff: noqa: E402 - what a command sets up comes before numpy
 from __future__ import annotations
+
+from edgetrain_cli.libraries import import_numpy, keep_freed_memory
+
+import_numpy()
 
 import argparse
 import ctypes
@@ -578,6 +584,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "engine.md")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    keep_freed_memory()
     if options.peak:
         return peak_job(options.peak)
     torch.set_num_threads(options.threads)

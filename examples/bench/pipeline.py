@@ -28,7 +28,7 @@ from statistics import median
 
 import numpy as np
 
-from edgetrain_cli.allocator import keep_freed_memory
+from edgetrain_cli.libraries import keep_freed_memory
 from edgetrain_cli.streams import widen
 from stages.artifacts.hdf5 import decode, encode
 from stages.artifacts.live import LiveDirectory

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetrain_cli.allocator import keep_freed_memory
+from edgetrain_cli.libraries import keep_freed_memory
 from stages.artifacts.records import Block, Head, Model
 from stages.engines.choice import Engine
 from stages.filtering import Filtering, filter_stream

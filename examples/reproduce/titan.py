@@ -34,7 +34,7 @@ import h5py
 import numpy as np
 import titan_page
 
-from edgetrain_cli.allocator import keep_freed_memory
+from edgetrain_cli.libraries import keep_freed_memory
 from stages.artifacts.live import Version, version_for
 from stages.artifacts.records import Block, End, Model, Run
 from stages.data.conversion import noisy_labels, share_of, with_noise

@@ -1,12 +1,30 @@
-"""The C library's allocator, told to keep what one training step frees for the next."""
+"""How a command sets up the libraries below it: numpy's BLAS without threads, an allocator that keeps what is freed."""
 
 from __future__ import annotations
+
+import importlib
+import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 1 << 28
 """Free memory at the heap's end above which it goes back to the system."""
 HEAP_BYTES = 1 << 25
 """Requests below this are served from the heap; the most that glibc accepts."""
+
+
+def import_numpy() -> None:
+    """numpy, whose BLAS starts no threads: products are small here, and threads spin while they wait for the next.
+
+    Whatever else reads the variable, PyTorch's BLAS on Arm or a process started from here, finds it as it was.
+    """
+    variable = "OPENBLAS_NUM_THREADS"
+    if variable in os.environ:
+        return
+    os.environ[variable] = "1"
+    try:
+        importlib.import_module("numpy")
+    finally:
+        del os.environ[variable]
 
 
 def keep_freed_memory() -> None:
