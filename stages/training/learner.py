@@ -9,6 +9,7 @@ import numpy as np
 
 from stages.artifacts.records import Array, Head, LayerUpdate
 from stages.engines.choice import make_net
+from stages.engines.native.heads import linear_loss
 from stages.engines.parameter import Floats, Parameter
 from stages.errors import DataError
 from stages.losses import cross_entropy
@@ -68,6 +69,7 @@ class StreamLearner:
         done: int = 0,
     ) -> None:
         self.net = make_net(backbone, updates)
+        self._same_bits = backbone.engine.same_bits
         self.how, self.micro_batch, self.done = how, micro_batch, done
         self._head = linear_head(head, backbone.graph.feature_dim)
         self._weight = Parameter(np.array(self._head.weight, np.float32))
@@ -103,9 +105,12 @@ class StreamLearner:
         """sum_i w_i * l_i, the loss of a block (the weights are Titan's, arXiv:2505.16563, appendix A.2); the head's
         gradients are added on the way.
 
+        In double precision; by the C library where every machine must give the same bits.
         With w_i = 1 / (|S| |B_y| P_y(i)) its gradient is an unbiased estimate of the window's mean gradient.
         """
         rows = heads.rows(self._head, batch.y, batch.names)
+        if self._same_bits and self._head.known.all():
+            return linear_loss(self._weight, self._bias, rows, np.asarray(batch.weights, np.float32))
         weights = np.asarray(batch.weights, np.float64)
         weight, bias = self._weight, self._bias
 

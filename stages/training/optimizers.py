@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import cos, isfinite, pi, sqrt
+from math import cos, isfinite, pi
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,9 @@ CHUNK = 1 << 14
 """Values that a rule works on at once. The six arrays that Adam reads and writes of so many (64 KiB each) lie in the
 second-level cache of small processors, and an operation on one still outweighs its call."""
 
+COLUMNS = 64
+"""Sums that `square_sum` takes side by side."""
+
 
 def _sgd(weight: Floats, gradient: Floats, state: State, rate: float, how: Optimizing) -> Floats:
     if how.weight_decay:
@@ -108,16 +111,19 @@ def _adam(weight: Floats, gradient: Floats, state: State, rate: float, how: Opti
 def _adamw(weight: Floats, gradient: Floats, state: State, rate: float, how: Optimizing) -> Floats:
     move = _adam_move(gradient, state, rate)
     if how.weight_decay:
-        move += rate * how.weight_decay * weight
+        single = weight.dtype.type
+        move += single(rate) * single(how.weight_decay) * weight
     return move
 
 
 def _adam_move(gradient: Floats, state: State, rate: float) -> Floats:
     """Adam (arXiv:1412.6980, algorithm 1) with beta 0.9 and 0.999, epsilon 1e-8.
 
-    Its divisor sqrt(v / c) + epsilon, c = 1 - 0.999^t, is taken as (sqrt(v) + epsilon sqrt(c)) / sqrt(c).
+    Its divisor sqrt(v / c) + epsilon, c = 1 - 0.999^t, is taken as (sqrt(v) + epsilon sqrt(c)) / sqrt(c). Each
+    operation is one in single precision, in the order of the C library's `et_adam`: both give the same bits.
     """
-    done, mean, square = float(state["step"]), state["exp_avg"], state["exp_avg_sq"]
+    done, mean, square = int(state["step"]), state["exp_avg"], state["exp_avg_sq"]
+    single = gradient.dtype.type  # double in the tests that compare with autograd
     scratch = gradient - mean
     scratch *= 1 - 0.9
     mean += scratch
@@ -125,12 +131,21 @@ def _adam_move(gradient: Floats, state: State, rate: float) -> Floats:
     scratch *= 1 - 0.999
     square *= 0.999
     square += scratch
-    correction = sqrt(1 - 0.999**done)
+    correction = np.sqrt(single(1 - _power(0.999, done)))
     np.sqrt(square, out=scratch)
-    scratch += 1e-8 * correction
+    scratch += single(1e-8) * correction
     np.divide(mean, scratch, out=gradient)
-    gradient *= rate * correction / (1 - 0.9**done)
+    gradient *= single(rate) * correction / single(1 - _power(0.9, done))
     return gradient
+
+
+def _power(base: float, exponent: int) -> float:
+    """By squaring, as the C library has it: the last bit of a pow() is the machine's."""
+    result = 1.0
+    while exponent:
+        result *= base if exponent & 1 else 1.0
+        base, exponent = base * base, exponent >> 1
+    return result
 
 
 OPTIMIZERS: dict[str, Rule] = {"sgd": _sgd, "adam": _adam, "adamw": _adamw}
@@ -226,26 +241,49 @@ def checked_step(optimizer: Optimizer, loss: float, *, rate: float, clip_norm: f
     the parameters are then what they were before the step.
     """
     fix = "lower --lr or limit the gradient with --clip"
-    norm = gradient_norm(optimizer.parameters)
-    if not (isfinite(loss) and isfinite(norm)):
+    squares = gradient_square(optimizer.parameters)
+    factor = clip_factor(squares, clip_norm) if clip_norm else 1.0
+    if not (isfinite(loss) and isfinite(squares) and factor > 0):
         optimizer.clear()
         found = "a gradient is NaN or infinite" if isfinite(loss) else f"the loss is {loss}"
         raise NotFinite(where, found, "finite numbers", fix)
-    factor = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
     if not optimizer.step(rate, factor):
         raise NotFinite(where, "a weight would become NaN or infinite", "finite numbers", fix)
 
 
 @quiet
-def gradient_norm(parameters: Sequence[Parameter]) -> float:
-    """Euclidean norm of all gradients together, summed in float64: finite where they all are."""
-    total = 0.0
+def gradient_square(parameters: Sequence[Parameter]) -> float:
+    """The sum of squares of all gradients together, in float64: finite where they all are."""
+    total = 0.0  # one after the other: `sum` compensates from Python 3.12 on
     for parameter in parameters:
-        flat = parameter.gradient.reshape(-1)
-        for start in range(0, len(flat), CHUNK):
-            part = flat[start : start + CHUNK].astype(np.float64)
-            total += float(part @ part)
-    return sqrt(total)
+        total += square_sum(parameter.gradient.reshape(-1))
+    return total
+
+
+@quiet
+def clip_factor(squares: float, norm: float) -> float:
+    """What brings gradients with this sum of squares down to this norm, 1 at most; 0 where theirs is above 1.8e19.
+
+    In single precision, as the C library's `et_clip_factor` has it.
+    """
+    found = np.sqrt(np.float32(squares))
+    return float(min(np.float32(1), np.float32(norm) / (found + np.float32(1e-6))))
+
+
+def square_sum(values: Floats) -> float:
+    """The sum of squares (N,) in float64: `COLUMNS` sums of every so manyth value, then theirs.
+
+    Each of them is taken in its order, as the C library's `et_square_sum` has it: the same bits on every machine.
+    """
+    sums = np.zeros(COLUMNS)
+    for start in range(0, len(values), CHUNK):
+        part = np.square(values[start : start + CHUNK], dtype=np.float64)
+        whole = len(part) // COLUMNS * COLUMNS
+        for rows in (part[:whole].reshape(-1, COLUMNS), part[None, whole:]):
+            if rows.size:
+                rows[0] += sums[: rows.shape[1]]
+                sums[: rows.shape[1]] = np.add.reduce(rows, axis=0)
+    return float(np.add.accumulate(sums)[-1])
 
 
 def state_arrays(optimizer: Optimizer) -> dict[str, NDArray[Any]]:

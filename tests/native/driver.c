@@ -34,6 +34,48 @@ static struct image read_image(const char *path) {
 static uint32_t random_state = 1;
 static uint32_t next_random(void) { return random_state = random_state * 1664525u + 1013904223u; }
 
+struct pixels { const float *hwc; size_t row; };
+static const void *row_of(void *user, int row) {
+    const struct pixels *p = user;
+    float *alone = allocate(p->row * sizeof(float)); /* so that reading beyond a row is seen; freed with the next */
+    static float *last;
+    free(last);
+    memcpy(last = alone, p->hwc + (size_t)row * p->row, p->row * sizeof(float));
+    return alone;
+}
+static void step_piece(void *user, float *live, const float *gradient, size_t first, size_t count) {
+    (void)first, et_sgd(live, gradient, 0, count, *(const float *)user, 0, 0);
+}
+
+/* One update of one sample as a small device makes it: the picture row by row, a gradient of one piece. Features after. */
+static uint32_t run_small(const uint8_t *data, uint64_t bytes, int width, int poison, const float *input, const float *pull) {
+    struct et_sizes sizes;
+    struct et_net *net;
+    et_inspect(data, bytes, &sizes);
+    const struct et_header *h = (const void *)data;
+    void *context = allocate(sizes.context_bytes), *arena = allocate(sizes.arena_bytes);
+    float *live = allocate((size_t)sizes.live * 4), *gradient = allocate((size_t)sizes.piece * 4);
+    float *features = allocate((size_t)sizes.features * 4), *hwc = allocate((size_t)sizes.input * 4);
+    const size_t channels = h->input_channels, pixels = sizes.input / channels;
+    struct pixels rows = {hwc, channels * h->input_width};
+    float rate = 0.01f;
+    uint32_t hash = 0;
+    for (size_t p = 0; p < pixels; p++)
+        for (size_t c = 0; c < channels; c++) hwc[p * channels + c] = input[c * pixels + p];
+    if (!et_open(&net, data, bytes, context, sizes.context_bytes, arena, sizes.arena_bytes, live, gradient, width)) {
+        memset(arena, poison, sizes.arena_bytes);
+        if (et_set_rows(net, row_of, &rows) != ET_BAD_ARGUMENT) exit(3); /* channels first: no */
+        et_set_input(net, ET_FLOAT_HWC, 0, 0);
+        if (et_set_rows(net, row_of, &rows) || et_set_update(net, step_piece, &rate)) exit(3);
+        et_reset(net);
+        et_prefix(net, 0, 0), et_forward(net, 0, features), et_backward(net, pull);
+        et_prefix(net, 0, 0), et_suffix(net, 0, features);
+        hash = et_crc(0, features, (uint64_t)sizes.features * 4);
+    }
+    free(context), free(arena), free(live), free(gradient), free(features), free(hwc);
+    return hash;
+}
+
 struct result { int code; uint32_t features, gradients, live; };
 
 /* Everything that a net can do, once; poison: the byte that fills the arena before each pass. */
@@ -48,7 +90,9 @@ static struct result run_all(const uint8_t *data, uint64_t bytes, int width, int
     float *live = allocate((size_t)sizes.live * 4), *gradient = allocate(gradients * 4);
     float *input = allocate((size_t)sizes.input * 4), *boundary = allocate((size_t)sizes.boundary * 4);
     float *features = allocate((size_t)sizes.features * 4), *pull = allocate((size_t)sizes.features * 4);
-    uint8_t *saved = allocate((size_t)sizes.live * 4 + 16);
+    uint8_t *saved = allocate((size_t)sizes.live * 4 + 40);
+    float head[2] = {1.5f, -2.5f};
+    uint32_t number = 0;
     result.code = et_open(&net, data, bytes, context, sizes.context_bytes, arena, sizes.arena_bytes, live, gradient, width);
     if (!result.code) {
         et_reset(net);
@@ -64,12 +108,16 @@ static struct result run_all(const uint8_t *data, uint64_t bytes, int width, int
         et_backward(net, pull);
         result.features = et_crc(0, features, (uint64_t)sizes.features * 4);
         result.gradients = et_crc(0, gradient, (uint64_t)gradients * 4);
-        et_sgd(live, gradient, 0, sizes.live, 0.01f, 0, 0, 1);
-        et_save_live(net, saved);
-        if (et_load_live(net, saved, (uint64_t)sizes.live * 4 + 16)) result.code = 99;
+        et_sgd(live, gradient, 0, sizes.live, 0.01f, 0, 0);
+        et_save_live(net, head, 2, 7, saved);
+        if (et_load_live(net, head, 2, &number, saved, et_live_bytes(net, 2)) || number != 7) result.code = 99;
+        saved[number * 3] ^= 4;
+        if (et_load_live(net, head, 2, 0, saved, et_live_bytes(net, 2)) != ET_BAD_LIVE) result.code = 99;
         et_prefix(net, input, 0); /* and once more with everything left in the arena */
         et_suffix(net, 0, features);
         result.live = et_crc(0, features, (uint64_t)sizes.features * 4);
+        if (sizes.sums ? !et_set_update(net, step_piece, 0)
+                       : run_small(data, bytes, width, poison, input, pull) != result.live) result.code = 98;
     }
     free(context), free(arena), free(kept), free(live), free(gradient), free(input), free(boundary), free(features);
     free(pull), free(saved);

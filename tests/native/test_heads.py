@@ -60,7 +60,7 @@ def test_optimisers_move_values_as_torchs_do(name, rng):
         optimizer.step()
         if "sgd" in name:
             momentum, decay = (None, 0.0) if name == "plain sgd" else (at(first), 0.1)
-            lib.et_sgd(at(values), at(gradient), momentum, count, 0.05, 0.9, decay, int(update == 1))
+            lib.et_sgd(at(values), at(gradient), momentum, count, 0.05, 0.9, decay)
         else:
             lib.et_adam(at(values), at(gradient), at(first), at(second), count, 0.05, 0.1, int(name == "adamw"), update)
         assert np.allclose(values, parameter.detach().numpy(), rtol=1e-5, atol=1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stages.engines.native.program import Buffer
@@ -43,7 +43,11 @@ ORDERS: Sequence[Callable[[Slot], tuple[int, ...]]] = (
     lambda slot: (slot.first - slot.last, -slot.floats),
     lambda slot: (-slot.last, -slot.floats),
 )
-"""In which order slots get the lowest place that is free for as long as they live; the best of these is kept."""
+"""In which order slots get the lowest place that is free for as long as they live; the best that is found is kept."""
+
+
+LIFTS = 16
+"""How often the slot that ends highest is put first in an order, and the order tried again."""
 
 
 def place(buffers: Sequence[Buffer], *, separate: bool = False) -> int:
@@ -52,8 +56,7 @@ def place(buffers: Sequence[Buffer], *, separate: bool = False) -> int:
         return _side_by_side(buffers)
     slots = slots_of(buffers)
     best: tuple[int, list[int]] | None = None
-    for order in ORDERS:
-        top = _fill(sorted(slots, key=order))
+    for top in _tries(slots):
         if best is None or top < best[0]:
             best = top, [slot.at for slot in slots]
     if best is None:
@@ -62,6 +65,20 @@ def place(buffers: Sequence[Buffer], *, separate: bool = False) -> int:
         for buffer in slot.members:
             buffer.at = at
     return best[0]
+
+
+def _tries(slots: Sequence[Slot]) -> Iterator[int]:
+    """The top of one placement after the other, until one is as low as can be."""
+    least = _least(slots)
+    for order in ORDERS:
+        ordered = sorted(slots, key=order)
+        for _ in range(LIFTS):
+            top = _fill(ordered)
+            yield top
+            if top == least:
+                return
+            highest = next(i for i, slot in enumerate(ordered) if slot.at + slot.floats == top)
+            ordered.insert(0, ordered.pop(highest))
 
 
 def _side_by_side(buffers: Sequence[Buffer]) -> int:
@@ -90,6 +107,9 @@ def _fill(slots: Sequence[Slot]) -> int:
 
 def bound(buffers: Sequence[Buffer]) -> int:
     """The most floats that live at one step: no placement needs fewer."""
-    slots = slots_of(buffers)
+    return _least(slots_of(buffers))
+
+
+def _least(slots: Sequence[Slot]) -> int:
     times = {slot.first for slot in slots}
     return max((sum(s.floats for s in slots if s.first <= time <= s.last) for time in times), default=0)

@@ -36,8 +36,12 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "et_run": (_INT, (_POINTER, _U32, _U32)),
     "et_keep": (None, (_POINTER, _POINTER)),
     "et_restore": (None, (_POINTER, _POINTER)),
-    "et_sgd": (None, (_POINTER, _POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, _FLOAT, _INT)),
+    "et_set_rows": (_INT, (_POINTER, _POINTER, _POINTER)),
+    "et_set_update": (_INT, (_POINTER, _POINTER, _POINTER)),
+    "et_sgd": (None, (_POINTER, _POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, _FLOAT)),
     "et_adam": (None, (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _FLOAT, _FLOAT, _INT, _U32)),
+    "et_square_sum": (ctypes.c_double, (_POINTER, _SIZE)),
+    "et_clip_factor": (_FLOAT, (ctypes.c_double, _FLOAT)),
     "et_linear": (None, (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE)),
     "et_softmax_loss": (_FLOAT, (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE)),
     "et_linear_gradients": (None, (_POINTER,) * 6 + (_SIZE,) * 3),
@@ -46,8 +50,9 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "et_squared_sums": (None, (_POINTER,) * 3 + (_SIZE,) * 2),
     "et_exp": (_FLOAT, (_FLOAT,)),
     "et_log": (_FLOAT, (_FLOAT,)),
-    "et_save_live": (None, (_POINTER, _POINTER)),
-    "et_load_live": (_INT, (_POINTER, _POINTER, _U64)),
+    "et_live_bytes": (_SIZE, (_POINTER, _SIZE)),
+    "et_save_live": (None, (_POINTER, _POINTER, _SIZE, _U32, _POINTER)),
+    "et_load_live": (_INT, (_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _U64)),
 }
 """Every function of edgetrain.h: what it returns and takes."""
 
@@ -57,7 +62,7 @@ class Sizes(ctypes.Structure):
 
     _fields_ = [
         *[(name, _U64) for name in ("context_bytes", "arena_bytes", "kept_bytes", "constant_bytes", "image_bytes")],
-        *[(name, _U32) for name in ("input", "boundary", "features", "live", "steps", "plan", "sums")],
+        *[(name, _U32) for name in ("input", "boundary", "features", "live", "steps", "plan", "sums", "piece")],
     ]
 
 

@@ -203,14 +203,13 @@ class Lowerer:
         if unit.residual in self.flow:
             shape = self.graph[unit.residual].shape
             pending[unit.residual] = plus(self.builder, unit.residual, shape, g, pending.get(unit.residual), into)
+        if node.pulls:
+            for which, name in enumerate(op.inputs):
+                if name in self.flow:
+                    rule = lowered(op)
+                    pending[name] = rule.backward(self.builder, node, which, g, pending.get(name), into)
         if node.layer is not None and node.layer.update is not None:
             layers.live_gradients(node.layer, slices.get(op.name), g, into)
-        if not node.pulls:
-            return
-        for which, name in enumerate(op.inputs):
-            if name in self.flow:
-                rule = lowered(op)
-                pending[name] = rule.backward(self.builder, node, which, g, pending.get(name), into)
 
     # -------------------------------------------------------------------------------------------------------- prefix
 

@@ -19,7 +19,7 @@ Integers = NDArray[np.int64]
 Tensors = Mapping[str, Floats]
 Recipe = Callable[[Tensors], NDArray[np.generic]]
 
-MAGIC, VERSION, HEADER_BYTES, ALIGN = 0x494E5445, 2, 128, 64
+MAGIC, VERSION, HEADER_BYTES, ALIGN = 0x494E5445, 3, 128, 64
 NONE = 0xFFFFFFFF
 ARENA, CONSTANT, LIVE, GRADIENT = range(4)
 PANEL, CHUNK = 16, 16

@@ -225,6 +225,14 @@ static int check(const struct limits *l, const struct et_header *h, const float 
     return fits ? ET_OK : ET_BAD_STEP;
 }
 
+/* Floats that a step adds to the gradients, and not to the sums behind them; 0 for any other. */
+uint32_t et_piece(const struct et_step *s) {
+    if (s->y == ET_NONE || s->y >> 30 != ET_GRADIENT) return 0;
+    if (s->kind == ET_CONV_DW) return (uint32_t)panels(s);
+    if (s->kind == ET_DEPTHWISE_DW) return (uint32_t)s->kh * (uint32_t)s->kw * (uint32_t)s->ci;
+    return s->kind == ET_BIAS_DW ? (uint32_t)s->n : 0;
+}
+
 static int is_row_kind(int32_t kind) {
     return kind == ET_INPUT || kind == ET_CONV || kind == ET_DEPTHWISE || kind == ET_MAX_POOL || kind == ET_AVG_POOL ||
            kind == ET_UNARY || kind == ET_ADD || kind == ET_COPY;

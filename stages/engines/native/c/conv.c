@@ -127,7 +127,7 @@ KERNEL pointwise(const struct et_step *s, const float *x, const float *w, const 
 #define TWO_PANELS(RS, N) TAPS(RS, N, PAIR_INIT_R, PAIR_V(PAIR_LOAD, 0), PAIR_MAC_R, PAIR_PUT_R)
 
 /* One output row of any dense convolution. Taps outside of the map's columns read zeros, its rows are left out. */
-KERNEL conv_row(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, const float *res,
+KERNEL conv_row(const struct et_step *s, et_taps rows, const float *w, const float *b, float *y, const float *res,
                 const float *zeros) {
     const int last = s->wo - 1, dense = s->dw == 1 && s->ldx == s->ci, run = s->kw * s->ci;
     const ptrdiff_t panel = (ptrdiff_t)s->kh * run * ET_PANEL;

@@ -17,7 +17,7 @@
 
 /* One output pixel, the first `C` channels: taps ky of rows that are there, columns k0..k1. flip: the columns' weights
  * in reverse. */
-KERNEL depthwise_pixel(const struct et_step *s, et_rows rows, const float *w, const float *b, float *o, int ox,
+KERNEL depthwise_pixel(const struct et_step *s, et_taps rows, const float *w, const float *b, float *o, int ox,
                        const int C, const int flip) {
     const int left = ox * s->sw - s->pw;
     const int k0 = left >= 0 ? 0 : (-left + s->dw - 1) / s->dw;
@@ -49,7 +49,7 @@ KERNEL depthwise_pixel(const struct et_step *s, et_rows rows, const float *w, co
 #define FOR_HALF(F) F(0) F(1) F(2) F(3)
 
 /* Output pixels lo..hi, at least HALF, all of whose columns are inside; the last tile overlaps the one before. */
-INL void depthwise_inside(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, int lo,
+INL void depthwise_inside(const struct et_step *s, et_taps rows, const float *w, const float *b, float *y, int lo,
                           int hi, const int K, const int S, const int flip) {
     const int C = s->ci;
     const ptrdiff_t L = s->ldx;
@@ -100,7 +100,7 @@ INL void depthwise_inside(const struct et_step *s, et_rows rows, const float *w,
 }
 
 /* Four output pixels from ox (fewer at the end of the row), channels from c: columns outside of the map are left out. */
-KERNEL depthwise_border(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, int ox,
+KERNEL depthwise_border(const struct et_step *s, et_taps rows, const float *w, const float *b, float *y, int ox,
                         int end, int c, const int flip) {
     for (; c < s->ci; c += VL) {
         const int n = MIN(VL, s->ci - c), count = MIN(4, end - ox), left = ox * s->sw - s->pw;
@@ -124,7 +124,7 @@ KERNEL depthwise_border(const struct et_step *s, et_rows rows, const float *w, c
 }
 
 /* Output pixels ox..end at the borders. */
-KERNEL depthwise_borders(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, int ox,
+KERNEL depthwise_borders(const struct et_step *s, et_taps rows, const float *w, const float *b, float *y, int ox,
                          int end, const int flip) {
     const int wide = s->ci / (4 * VL) * (4 * VL);
     for (int i = ox; wide && i < end; i++)
@@ -132,7 +132,7 @@ KERNEL depthwise_borders(const struct et_step *s, et_rows rows, const float *w, 
     for (int i = ox; wide < s->ci && i < end; i += 4) depthwise_border(s, rows, w, b, y, i, end, wide, flip);
 }
 
-INL void depthwise_line(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y, const int K,
+INL void depthwise_line(const struct et_step *s, et_taps rows, const float *w, const float *b, float *y, const int K,
                         const int S, const int flip) {
     int lo = MIN((s->pw + S - 1) / S, s->wo), hi = s->wi - K + s->pw < 0 ? 0 : (s->wi - K + s->pw) / S + 1;
     hi = MIN(MAX(hi, lo), s->wo);
@@ -146,7 +146,7 @@ INL void depthwise_line(const struct et_step *s, et_rows rows, const float *w, c
 }
 
 /* One output row: y[ox][c] = act(b[c] + sum over taps of x[tap's pixel][c] w[tap][c]). */
-KERNEL depthwise_row(const struct et_step *s, et_rows rows, const float *w, const float *b, float *y) {
+KERNEL depthwise_row(const struct et_step *s, et_taps rows, const float *w, const float *b, float *y) {
     const int key = s->dw == 1 ? s->kw * 16 + s->sw : 0;
     switch (key) {
     case 3 * 16 + 1: depthwise_line(s, rows, w, b, y, 3, 1, 0); break;

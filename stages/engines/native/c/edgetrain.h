@@ -32,7 +32,7 @@ extern "C" {
 #define ET_API __attribute__((visibility("default")))
 #endif
 
-#define ET_VERSION 2        /* of the image's format: an image of another one is refused */
+#define ET_VERSION 3        /* of the image's format: an image of another one is refused */
 #define ET_ALIGN 64         /* bytes: image, arena, live values and gradients begin at such an address */
 
 enum et_code {
@@ -55,6 +55,7 @@ enum et_code {
 struct et_sizes {
     uint64_t context_bytes, arena_bytes, kept_bytes, constant_bytes, image_bytes;
     uint32_t input, boundary, features, live, steps, plan, sums;
+    uint32_t piece; /* the most gradients that one step of the backward pass makes: room of et_set_update */
 };
 
 enum et_input { /* how samples lie in memory */
@@ -79,10 +80,20 @@ ET_API int et_inspect(const void *image, uint64_t bytes, struct et_sizes *sizes)
  * computes features. The image must stay in place. */
 ET_API int et_open(struct et_net **net, const void *image, uint64_t bytes, void *context, uint64_t context_bytes,
                    void *arena, uint64_t arena_bytes, float *live, float *gradient, int width);
-/* Live values as the image has them, gradients 0. */
+/* Live values as the image has them; gradients 0 where they are added up (not after et_set_update). */
 ET_API void et_reset(struct et_net *net);
 /* How et_prefix reads its samples; scale and offset (one per channel) are read at each call and must stay in place. */
 ET_API int et_set_input(struct et_net *net, int input, const float *scale, const float *offset);
+/* A sample that is never whole in memory: rows are asked for from the first to the last, each once, and lie as
+ * et_set_input says, channels last (ET_FLOAT_CHW is refused). et_prefix then takes no sample. rows 0: samples again. */
+typedef const void *et_rows(void *user, int row);
+ET_API int et_set_rows(struct et_net *net, et_rows *rows, void *user);
+/* Updates during the backward pass, where one sample is one update: as soon as a part of the gradient is complete and
+ * its values are read no more, update gets it, sizes.piece floats at most: live values at live[0..count), which are
+ * number first and the following of all, with their gradient. Then et_open's gradient needs no more than sizes.piece
+ * floats. Refused where the image asks for sums. update 0: gradients are added up again. */
+typedef void et_update(void *user, float *live, const float *gradient, size_t first, size_t count);
+ET_API int et_set_update(struct et_net *net, et_update *update, void *user);
 
 /* One sample -> what enters the trained part: left in the arena and, where boundary is not 0, copied there. */
 ET_API int et_prefix(struct et_net *net, const void *sample, float *boundary);
@@ -99,12 +110,17 @@ ET_API int et_run(struct et_net *net, uint32_t first, uint32_t count);
 ET_API void et_keep(struct et_net *net, void *kept);
 ET_API void et_restore(struct et_net *net, const void *kept);
 
-/* Optimisers, over n values in place. Gradients are left as they are. momentum: n floats, or 0. */
+/* Optimisers, over n values in place. Gradients are left as they are. momentum: n floats, zeros at first, or 0. */
 ET_API void et_sgd(float *values, const float *gradient, float *momentum, size_t n, float rate, float share,
-                   float weight_decay, int first);
-/* Adam with beta 0.9 and 0.999, epsilon 1e-8; update counts from 1; decoupled: AdamW. */
+                   float weight_decay);
+/* Adam with beta 0.9 and 0.999, epsilon 1e-8; mean and square: n floats each, zeros at first; update counts from 1;
+ * decoupled: AdamW. */
 ET_API void et_adam(float *values, const float *gradient, float *mean, float *square, size_t n, float rate,
                     float weight_decay, int decoupled, uint32_t update);
+/* The sum of squares of a gradient; and what brings gradients with this sum down to a norm, 1 at most: 0 where theirs is
+ * above 1.8e19. */
+ET_API double et_square_sum(const float *values, size_t n);
+ET_API float et_clip_factor(double squares, float norm);
 
 /* Heads. features (n, d). */
 /* logits (n, c) = features weight^T + bias; weight (c, d), bias (c) or 0. */
@@ -128,9 +144,13 @@ ET_API void et_squared_sums(const float *values, const float *gradient, float *s
 ET_API float et_exp(float x);
 ET_API float et_log(float x);
 
-/* Live values as bytes with the plan's mark and a checksum: sizes.live floats in 4 * live + 16 bytes. */
-ET_API void et_save_live(const struct et_net *net, void *saved);
-ET_API int et_load_live(struct et_net *net, const void *saved, uint64_t bytes);
+/* What training leaves: live values and those of a head as bytes, with the image's mark, a number that grows from one
+ * save to the next, and a checksum. Two such slots, written in turn, survive a power cut: the whole one with the higher
+ * number is the last. et_load_live takes a slot only of this very image and head, and changes nothing else. */
+ET_API size_t et_live_bytes(const struct et_net *net, size_t head_floats);
+ET_API void et_save_live(const struct et_net *net, const float *head, size_t head_floats, uint32_t number, void *slot);
+ET_API int et_load_live(struct et_net *net, float *head, size_t head_floats, uint32_t *number, const void *slot,
+                        uint64_t bytes);
 
 #ifdef __cplusplus
 }

@@ -74,6 +74,14 @@ static int header_fits(const struct et_header *h) {
     return ET_OK;
 }
 
+/* The most that one step of the backward pass adds to the gradients. */
+static uint32_t piece(const struct et_header *h, const uint8_t *base) {
+    const struct et_step *steps = (const struct et_step *)(const void *)(base + h->steps_at);
+    uint32_t most = 0;
+    for (uint32_t i = h->prefix + h->suffix; i < h->steps; i++) most = MAX(most, et_piece(steps + i));
+    return most;
+}
+
 int et_inspect(const void *image, uint64_t bytes, struct et_sizes *sizes) {
     const struct et_header *h = image;
     const uint8_t *base = image;
@@ -96,7 +104,7 @@ int et_inspect(const void *image, uint64_t bytes, struct et_sizes *sizes) {
         sizes->image_bytes = h->image_bytes;
         sizes->input = h->input_channels * h->input_height * h->input_width, sizes->boundary = h->boundary;
         sizes->features = h->features, sizes->live = h->live, sizes->steps = h->steps, sizes->plan = h->plan;
-        sizes->sums = h->sums;
+        sizes->sums = h->sums, sizes->piece = piece(h, base);
     }
     return ET_OK;
 }
@@ -156,7 +164,7 @@ int et_open(struct et_net **result, const void *image, uint64_t bytes, void *con
 void et_reset(struct et_net *net) {
     const struct et_header *h = net->header;
     if (h->live) memcpy(net->space[ET_LIVE], (const uint8_t *)h + h->live_at, (size_t)h->live * 4);
-    if (h->live && net->space[ET_GRADIENT]) memset(net->space[ET_GRADIENT], 0, (size_t)h->live * 4);
+    if (h->live && net->space[ET_GRADIENT] && !net->update) memset(net->space[ET_GRADIENT], 0, (size_t)h->live * 4);
 }
 
 int et_set_input(struct et_net *net, int input, const float *scale, const float *offset) {
@@ -184,24 +192,59 @@ void et_restore(struct et_net *net, const void *kept) {
     }
 }
 
-/* Saved live values: magic, plan, number of values, their checksum, the values. */
-void et_save_live(const struct et_net *net, void *saved) {
-    const struct et_header *h = net->header;
-    const size_t bytes = (size_t)h->live * 4;
-    const uint32_t head[4] = {ET_MAGIC ^ 0xffffffffu, h->plan, h->live, et_crc(h->plan, net->space[ET_LIVE], bytes)};
-    memcpy(saved, head, sizeof head);
-    if (bytes) memcpy((uint8_t *)saved + sizeof head, net->space[ET_LIVE], bytes);
+int et_set_rows(struct et_net *net, et_rows *rows, void *user) {
+    if (rows && net->input == ET_FLOAT_CHW) return ET_BAD_ARGUMENT;
+    net->rows = rows, net->rows_user = user;
+    return ET_OK;
 }
 
-int et_load_live(struct et_net *net, const void *saved, uint64_t bytes) {
+int et_set_update(struct et_net *net, et_update *update, void *user) {
+    if (update && net->header->sums) return ET_BAD_ARGUMENT;
+    net->update = update, net->update_user = user;
+    return ET_OK;
+}
+
+/* A slot: magic, plan, the image's checksum, live values, head values, number, 0, checksum of all else; the values. */
+enum { SLOT_WORDS = 8, SLOT_NUMBER = 5, SLOT_SUM = 7 };
+
+size_t et_live_bytes(const struct et_net *net, size_t head_floats) {
+    return 4 * (SLOT_WORDS + (size_t)net->header->live + head_floats);
+}
+
+static void slot_words(const struct et_net *net, size_t head_floats, uint32_t number, uint32_t *words) {
     const struct et_header *h = net->header;
-    uint32_t head[4];
-    if (bytes != sizeof head + (uint64_t)h->live * 4) return ET_BAD_LIVE;
-    memcpy(head, saved, sizeof head);
-    const uint8_t *values = (const uint8_t *)saved + sizeof head;
-    if (head[0] != (ET_MAGIC ^ 0xffffffffu) || head[1] != h->plan || head[2] != h->live ||
-        head[3] != et_crc(h->plan, values, (uint64_t)h->live * 4))
-        return ET_BAD_LIVE;
-    if (h->live) memcpy(net->space[ET_LIVE], values, (size_t)h->live * 4);
+    const uint32_t made[SLOT_SUM] = {~ET_MAGIC, h->plan, h->checksum, h->live, (uint32_t)head_floats, number, 0};
+    memcpy(words, made, sizeof made);
+}
+
+static uint32_t slot_sum(const uint32_t *words, const void *live, size_t live_bytes, const void *head, size_t head_bytes) {
+    return et_crc(et_crc(et_crc(0, words, 4 * SLOT_SUM), live, live_bytes), head, head_bytes);
+}
+
+void et_save_live(const struct et_net *net, const float *head, size_t head_floats, uint32_t number, void *slot) {
+    const size_t live = (size_t)net->header->live * 4;
+    uint32_t words[SLOT_WORDS];
+    uint8_t *to = slot;
+    slot_words(net, head_floats, number, words);
+    words[SLOT_SUM] = slot_sum(words, net->space[ET_LIVE], live, head, head_floats * 4);
+    memcpy(to, words, sizeof words);
+    if (live) memcpy(to + sizeof words, net->space[ET_LIVE], live);
+    if (head_floats) memcpy(to + sizeof words + live, head, head_floats * 4);
+}
+
+int et_load_live(struct et_net *net, float *head, size_t head_floats, uint32_t *number, const void *slot,
+                 uint64_t bytes) {
+    const size_t live = (size_t)net->header->live * 4;
+    const uint8_t *from = slot;
+    uint32_t words[SLOT_WORDS], mine[SLOT_WORDS];
+    if (bytes != et_live_bytes(net, head_floats)) return ET_BAD_LIVE;
+    memcpy(words, from, sizeof words);
+    slot_words(net, head_floats, words[SLOT_NUMBER], mine);
+    mine[SLOT_SUM] = slot_sum(mine, from + sizeof words, live, from + sizeof words + live, head_floats * 4);
+    for (int i = 0; i < SLOT_WORDS; i++)
+        if (words[i] != mine[i]) return ET_BAD_LIVE;
+    if (live) memcpy(net->space[ET_LIVE], from + sizeof words, live);
+    if (head_floats) memcpy(head, from + sizeof words + live, head_floats * 4);
+    if (number) *number = words[SLOT_NUMBER];
     return ET_OK;
 }

@@ -65,20 +65,23 @@ struct et_net {
     const void *sample;
     const float *scale, *offset, *gradient;
     float *features;
+    et_rows *rows;
+    et_update *update;
+    void *rows_user, *update_user;
     int input, saving;
 };
 
-typedef const float *const *et_rows; /* the input row under each tap row, 0 outside of the map */
+typedef const float *const *et_taps; /* the input row under each tap row, 0 outside of the map */
 
 /* One table per vector width. */
 struct et_kernels {
     void (*pointwise)(const struct et_step *, const float *x, const float *w, const float *b, float *y, const float *r,
                       int pixels);
-    void (*conv_row)(const struct et_step *, et_rows, const float *w, const float *b, float *y, const float *r,
+    void (*conv_row)(const struct et_step *, et_taps, const float *w, const float *b, float *y, const float *r,
                      const float *zeros);
-    void (*depthwise_row)(const struct et_step *, et_rows, const float *w, const float *b, float *y);
-    void (*max_pool_row)(const struct et_step *, et_rows, float *y, uint8_t *index);
-    void (*avg_pool_row)(const struct et_step *, et_rows, float *y, int oy);
+    void (*depthwise_row)(const struct et_step *, et_taps, const float *w, const float *b, float *y);
+    void (*max_pool_row)(const struct et_step *, et_taps, float *y, uint8_t *index);
+    void (*avg_pool_row)(const struct et_step *, et_taps, float *y, int oy);
     void (*add_row)(const struct et_step *, const float *x, const float *r, float *y, int pixels);
     void (*unary)(const struct et_step *, const float *x, float *y, int pixels);
     void (*mean)(const struct et_step *, const float *x, float *y);
@@ -132,6 +135,7 @@ static inline float *et_at(const struct et_net *net, uint32_t reference) {
     return reference == ET_NONE ? 0 : net->space[reference >> 30] + (reference & 0x3fffffffu);
 }
 
+uint32_t et_piece(const struct et_step *);
 int et_check_steps(const struct et_header *, const struct et_step *, const float *constants);
 uint32_t et_crc(uint32_t crc, const void *data, uint64_t bytes);
 

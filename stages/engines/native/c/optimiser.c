@@ -1,12 +1,14 @@
-/* SGD and Adam over values that lie side by side. */
+/* SGD and Adam over values that lie side by side. Every product and sum is one operation in single precision, in the order
+ * in which stages/training/optimizers.py has them: where rounding is fixed, both give the same bits. */
 #include "internal.h"
 
 void et_sgd(float *values, const float *gradient, float *momentum, size_t n, float rate, float share,
-            float weight_decay, int first) {
+            float weight_decay) {
     for (size_t i = 0; i < n; i++) {
-        float g = gradient[i] + weight_decay * values[i];
-        if (momentum) momentum[i] = g = first ? g : share * momentum[i] + g;
-        values[i] -= rate * g;
+        float g = gradient[i];
+        if (weight_decay != 0) g += weight_decay * values[i];
+        if (momentum) momentum[i] = g = momentum[i] * share + g;
+        values[i] -= g * rate;
     }
 }
 
@@ -19,12 +21,27 @@ static double power(double base, uint32_t exponent) {
 
 void et_adam(float *values, const float *gradient, float *mean, float *square, size_t n, float rate, float weight_decay,
              int decoupled, uint32_t update) {
-    const float spread = et_sqrtf((float)(1 - power(0.999, update))), step = (float)((double)rate / (1 - power(0.9, update)));
-    const float keep = decoupled ? (float)(1 - (double)rate * (double)weight_decay) : 1.0f, pull = decoupled ? 0.0f : weight_decay;
+    const float root = et_sqrtf((float)(1 - power(0.999, update))), epsilon = 1e-8f * root;
+    const float factor = rate * root / (float)(1 - power(0.9, update)), decay = rate * weight_decay;
     for (size_t i = 0; i < n; i++) {
-        const float v = values[i] * keep, g = gradient[i] + pull * v;
-        mean[i] += (float)(1 - 0.9) * (g - mean[i]);
-        square[i] = 0.999f * square[i] + (float)(1 - 0.999) * g * g;
-        values[i] = v - step * mean[i] / (et_sqrtf(square[i]) / spread + 1e-8f);
+        float g = gradient[i];
+        if (weight_decay != 0 && !decoupled) g += weight_decay * values[i];
+        mean[i] += (g - mean[i]) * (float)(1 - 0.9);
+        square[i] = square[i] * 0.999f + g * g * (float)(1 - 0.999);
+        float move = mean[i] / (et_sqrtf(square[i]) + epsilon) * factor;
+        if (weight_decay != 0 && decoupled) move += decay * values[i];
+        values[i] -= move;
     }
+}
+
+double et_square_sum(const float *values, size_t n) {
+    double sums[64] = {0}, sum = 0;
+    for (size_t i = 0; i < n; i++) sums[i % 64] += (double)values[i] * (double)values[i];
+    for (size_t i = 0; i < 64; i++) sum += sums[i];
+    return sum;
+}
+
+float et_clip_factor(double squares, float norm) {
+    const float factor = norm / (et_sqrtf((float)squares) + 1e-6f);
+    return factor < 1.0f ? factor : 1.0f;
 }

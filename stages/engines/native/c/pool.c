@@ -8,7 +8,7 @@ INL int first_of(const struct et_step *s, int o, int step, int pad, int in, int 
 
 /* One output row of maxima; index (may be 0) gets the position of each inside its window, the first where several are
  * equal. */
-KERNEL max_pool_row(const struct et_step *s, et_rows rows, float *y, uint8_t *index) {
+KERNEL max_pool_row(const struct et_step *s, et_taps rows, float *y, uint8_t *index) {
     for (int ox = 0; ox < s->wo; ox++, y += s->ldy) {
         const int left = first_of(s, ox, s->sw, s->pw, s->wi, s->wo);
         const int end = s->flags & ET_ADAPTIVE ? (int)(((int64_t)(ox + 1) * s->wi + s->wo - 1) / s->wo) : s->wi;
@@ -71,7 +71,7 @@ INL void window(const struct et_step *s, int o, int k, int step, int pad, int in
 }
 
 /* One output row of means; rows[k] is the window's k-th row. */
-KERNEL avg_pool_row(const struct et_step *s, et_rows rows, float *y, int oy) {
+KERNEL avg_pool_row(const struct et_step *s, et_taps rows, float *y, int oy) {
     int y0, y1, rows_counted, x0, x1, columns;
     window(s, oy, s->kh, s->sh, s->ph, s->hi, s->ho, &y0, &y1, &rows_counted);
     for (int ox = 0; ox < s->wo; ox++, y += s->ldy) {

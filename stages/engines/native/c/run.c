@@ -3,19 +3,20 @@
 
 static void input_row(const struct et_net *net, const struct et_step *s, int row, float *y) {
     const size_t plane = (size_t)s->hi * (size_t)s->wi, width = (size_t)s->wi, channels = (size_t)s->ci;
-    const size_t first = (size_t)row * width;
+    const size_t first = net->rows ? 0 : (size_t)row * width;
+    const void *sample = net->rows ? net->rows(net->rows_user, row) : net->sample;
     if (net->input == ET_FLOAT_CHW) {
-        const float *x = (const float *)net->sample + first;
+        const float *x = (const float *)sample + first;
         if (channels == 3)
             for (size_t i = 0; i < width; i++, y += s->ldy) y[0] = x[i], y[1] = x[i + plane], y[2] = x[i + 2 * plane];
         else
             for (size_t c = 0; c < channels; c++)
                 for (size_t i = 0; i < width; i++) y[i * (size_t)s->ldy + c] = x[c * plane + i];
     } else if (net->input == ET_FLOAT_HWC) {
-        const float *x = (const float *)net->sample + first * channels;
+        const float *x = (const float *)sample + first * channels;
         for (size_t i = 0; i < width; i++) memcpy(y + i * (size_t)s->ldy, x + i * channels, channels * sizeof *x);
     } else {
-        const uint8_t *x = (const uint8_t *)net->sample + first * channels;
+        const uint8_t *x = (const uint8_t *)sample + first * channels;
         for (size_t i = 0; i < width; i++)
             for (size_t c = 0; c < channels; c++)
                 y[i * (size_t)s->ldy + c] = (float)x[i * channels + c] * net->scale[c] + net->offset[c];
@@ -154,13 +155,25 @@ static void run_step(const struct et_net *net, const struct et_step *s) {
     }
 }
 
+/* A step that adds to the gradients, and the update that they are for: the layer's weights are read no more. */
+static void run_update(const struct et_net *net, const struct et_step *s) {
+    const uint32_t first = s->y & 0x3fffffffu, count = et_piece(s);
+    struct et_step alone = *s;
+    alone.y = (uint32_t)ET_GRADIENT << 30;
+    memset(net->space[ET_GRADIENT], 0, (size_t)count * 4);
+    run_step(net, &alone);
+    net->update(net->update_user, net->space[ET_LIVE] + first, net->space[ET_GRADIENT], first, count);
+}
+
 static void run(const struct et_net *net, uint32_t first, uint32_t count) {
     for (uint32_t i = first; i < first + count; i++) {
         const struct et_step *s = net->steps + i;
         if (s->kind == ET_CHAIN) {
             run_chain(net, s + 1, s->n);
             i += (uint32_t)s->n;
-        } else if (net->saving || !(s->flags & ET_SAVING))
+        } else if (net->update && et_piece(s))
+            run_update(net, s);
+        else if (net->saving || !(s->flags & ET_SAVING))
             run_step(net, s);
     }
 }
@@ -175,7 +188,7 @@ static void carry_boundary(const struct et_net *net, const float *in, float *out
 }
 
 int et_prefix(struct et_net *net, const void *sample, float *boundary) {
-    if (!sample) return ET_BAD_ARGUMENT;
+    if (!sample == !net->rows) return ET_BAD_ARGUMENT;
     net->sample = sample, net->saving = 0;
     run(net, 0, net->header->prefix);
     carry_boundary(net, 0, boundary);
