@@ -42,7 +42,7 @@ COMMANDS: dict[str, Listed] = {
     "predict": Listed("predict:predict", "Label samples, a folder of pictures or a single one."),
     "pack": Listed("pack:pack", "Turn your data into sample blocks."),
     "import": Listed("import_weights:import_weights", "Make a run record from a model or its weights."),
-    "export": Listed("export:export", "Write the trained model for other tools."),
+    "export": Listed("export:export", "Write the trained model for other tools, or as a C program."),
     "inspect": Listed("inspect_artifact:inspect_artifact", "Show what is in an artifact or a stream."),
     "join": Listed("join:join", "Join blocks into one."),
     "run": Listed("run:run", "Run a pipeline of stages as one command."),

@@ -21,6 +21,12 @@ def import_weights(
         str | None,
         typer.Argument(metavar="WEIGHTS", help="An .onnx, .h5, .safetensors or .pth file; without it, random weights."),
     ] = None,
+    trained: Annotated[
+        str | None,
+        typer.Option(
+            "--trained", metavar="FILE", help="What an exported C program left; WEIGHTS is the run it was made of."
+        ),
+    ] = None,
     arch: Annotated[
         str | None,
         typer.Option(
@@ -54,7 +60,12 @@ def import_weights(
     Example: edgetrain import --arch mobilenetv3-small --preset torchvision weights.pth -o base.h5
 
     Example: edgetrain import model.onnx -o base.h5
+
+    Example: edgetrain import --trained live.bin adapted.h5 -o back.h5
     """
+    if trained is not None:
+        _trained(io, weights, trained, arch, out)
+        return
     from stages.engines.choice import need_torch
 
     need_torch("import")
@@ -76,3 +87,18 @@ def import_weights(
     found = imported.run.model
     io.note(f"{len(found.tensors)} tensors of {found.arch}, {found.form} form")
     io.write(imported.run, out)
+
+
+def _trained(io: Stage, exported: str | None, left: str, arch: str | None, out: str) -> None:
+    """The run that an exported program was made of, with what it learnt."""
+    from stages.bare_metal.live_file import read_live, trained
+    from stages.bare_metal.program import source_of
+    from stages.errors import require
+
+    require(exported is not None, "--trained", "without a run", "the run that the program was exported from")
+    assert exported is not None
+    run = io.read_run(exported)
+    source = source_of(run, allow=arch)
+    slot = read_live(io.named(left).read_bytes(), source, left)
+    io.note(f"live values of save {slot.number}, and the head's {len(source.head.labels)} classes")
+    io.write(trained(run, source, slot), out)

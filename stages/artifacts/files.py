@@ -6,7 +6,9 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from stages.errors import EdgeTrainError, OutputError, TransferError
@@ -100,3 +102,32 @@ def check_writable(path: Path) -> None:
         problem = OutputError(str(path), "no permission to write", "a writable place")
     if problem is not None:
         raise problem
+
+
+def check_folder(path: Path, mark: str) -> None:
+    """Raise `OutputError` where a folder of files could not be written.
+
+    A new, an empty or an earlier one is taken; `mark` is the file by which an earlier one is known.
+    """
+    if path.is_dir():
+        if any(path.iterdir()) and not (path / mark).exists():
+            raise OutputError(str(path), "a folder with other files", "a new folder, or one that was written before")
+        if not os.access(path, os.W_OK):
+            raise OutputError(str(path), "no permission to write", "a writable place")
+    else:
+        check_writable(path)
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a folder: it appears with all of them; one that is there gets file after file."""
+    if path.is_dir():
+        for name, data in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path / name, data, durable=False)
+        return
+    with TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}-") as beside:
+        new = Path(beside) / "new"
+        for name, data in files.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(new / name, data, durable=False)
+        os.rename(new, path)

@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "randomness",
         "training",
     },
+    "bare_metal": {"errors", "artifacts", "engines", "models", "planning", "training"},
     "valuation": {
         "errors",
         "artifacts",

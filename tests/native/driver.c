@@ -90,9 +90,8 @@ static struct result run_all(const uint8_t *data, uint64_t bytes, int width, int
     float *live = allocate((size_t)sizes.live * 4), *gradient = allocate(gradients * 4);
     float *input = allocate((size_t)sizes.input * 4), *boundary = allocate((size_t)sizes.boundary * 4);
     float *features = allocate((size_t)sizes.features * 4), *pull = allocate((size_t)sizes.features * 4);
-    uint8_t *saved = allocate((size_t)sizes.live * 4 + 40);
-    float head[2] = {1.5f, -2.5f};
-    uint32_t number = 0;
+    const float head[2] = {1.5f, -2.5f};
+    uint32_t slot[8], other[8];
     result.code = et_open(&net, data, bytes, context, sizes.context_bytes, arena, sizes.arena_bytes, live, gradient, width);
     if (!result.code) {
         et_reset(net);
@@ -109,10 +108,11 @@ static struct result run_all(const uint8_t *data, uint64_t bytes, int width, int
         result.features = et_crc(0, features, (uint64_t)sizes.features * 4);
         result.gradients = et_crc(0, gradient, (uint64_t)gradients * 4);
         et_sgd(live, gradient, 0, sizes.live, 0.01f, 0, 0);
-        et_save_live(net, head, 2, 7, saved);
-        if (et_load_live(net, head, 2, &number, saved, et_live_bytes(net, 2)) || number != 7) result.code = 99;
-        saved[number * 3] ^= 4;
-        if (et_load_live(net, head, 2, 0, saved, et_live_bytes(net, 2)) != ET_BAD_LIVE) result.code = 99;
+        et_slot(net, head, 2, 7, slot);
+        if (slot[7] != et_crc(et_crc(et_crc(0, slot, 28), live, (uint64_t)sizes.live * 4), head, 8)) result.code = 99;
+        if (slot[1] != sizes.plan || slot[3] != sizes.live || slot[4] != 2 || slot[5] != 7) result.code = 99;
+        et_slot(net, head, 2, 8, other);
+        if (other[7] == slot[7]) result.code = 99;
         et_prefix(net, input, 0); /* and once more with everything left in the arena */
         et_suffix(net, 0, features);
         result.live = et_crc(0, features, (uint64_t)sizes.features * 4);
@@ -120,7 +120,7 @@ static struct result run_all(const uint8_t *data, uint64_t bytes, int width, int
                        : run_small(data, bytes, width, poison, input, pull) != result.live) result.code = 98;
     }
     free(context), free(arena), free(kept), free(live), free(gradient), free(input), free(boundary), free(features);
-    free(pull), free(saved);
+    free(pull);
     return result;
 }
 

@@ -50,9 +50,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "et_squared_sums": (None, (_POINTER,) * 3 + (_SIZE,) * 2),
     "et_exp": (_FLOAT, (_FLOAT,)),
     "et_log": (_FLOAT, (_FLOAT,)),
-    "et_live_bytes": (_SIZE, (_POINTER, _SIZE)),
-    "et_save_live": (None, (_POINTER, _POINTER, _SIZE, _U32, _POINTER)),
-    "et_load_live": (_INT, (_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _U64)),
+    "et_slot": (None, (_POINTER, _POINTER, _SIZE, _U32, _POINTER)),
 }
 """Every function of edgetrain.h: what it returns and takes."""
 

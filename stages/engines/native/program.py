@@ -104,6 +104,17 @@ class Step:
         """Whether it runs only where a backward pass follows."""
         return bool(int(self.words.get("flags", 0)) & SAVING)  # type: ignore[arg-type]
 
+    @property
+    def piece(self) -> int:
+        """Floats that it adds to the gradients of live values."""
+        number = {name: word for name, word in self.words.items() if not isinstance(word, Ref)}
+        if self.kind == "bias_dw":
+            return number["n"]
+        if self.kind == "depthwise_dw":
+            return number["kh"] * number["kw"] * number["ci"]
+        panels = -(-number.get("co", 0) // PANEL) * PANEL
+        return number["kh"] * number["kw"] * number["ci"] * panels if self.kind == "conv_dw" else 0
+
     def refs(self) -> list[Ref]:
         return [word for word in self.words.values() if isinstance(word, Ref)]
 
@@ -169,6 +180,11 @@ class Lowering:
     def kept_bytes(self) -> int:
         """What stays between the forward and the backward pass of one sample."""
         return 4 * sum(buffer.floats for buffer in self.kept)
+
+    @property
+    def piece_floats(self) -> int:
+        """The most that one step of the backward pass adds to the gradients."""
+        return max((step.piece for step in self.backward), default=0)
 
     @property
     def image_bytes(self) -> int:

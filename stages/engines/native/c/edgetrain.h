@@ -47,8 +47,7 @@ enum et_code {
     ET_SMALL = 8,           /* memory too small */
     ET_UNALIGNED = 9,       /* memory not aligned to ET_ALIGN */
     ET_NO_WIDTH = 10,       /* this processor has no vectors of that width */
-    ET_BAD_ARGUMENT = 11,
-    ET_BAD_LIVE = 12        /* saved live values of another plan, or damaged */
+    ET_BAD_ARGUMENT = 11
 };
 
 /* What an image asks for. Lengths are in floats where the name does not say bytes. */
@@ -144,13 +143,12 @@ ET_API void et_squared_sums(const float *values, const float *gradient, float *s
 ET_API float et_exp(float x);
 ET_API float et_log(float x);
 
-/* What training leaves: live values and those of a head as bytes, with the image's mark, a number that grows from one
- * save to the next, and a checksum. Two such slots, written in turn, survive a power cut: the whole one with the higher
- * number is the last. et_load_live takes a slot only of this very image and head, and changes nothing else. */
-ET_API size_t et_live_bytes(const struct et_net *net, size_t head_floats);
-ET_API void et_save_live(const struct et_net *net, const float *head, size_t head_floats, uint32_t number, void *slot);
-ET_API int et_load_live(struct et_net *net, float *head, size_t head_floats, uint32_t *number, const void *slot,
-                        uint64_t bytes);
+/* What training leaves is a slot: 8 words, the live values, the values of a head. The words of the values as they are:
+ * magic, the plan's mark, the image's checksum, live floats, head floats, a number that grows from one save to the next,
+ * 0, and a checksum of all. To load a slot, compare its words with these before (all but the last two: of another image
+ * or head) and after its values were read (damaged: et_reset). Two slots that are written in turn survive a power cut:
+ * the whole one with the higher number is the last. */
+ET_API void et_slot(const struct et_net *net, const float *head, size_t head_floats, uint32_t number, uint32_t words[8]);
 
 #ifdef __cplusplus
 }

@@ -39,8 +39,7 @@ const char *et_message(int code) {
         "a truncated program image", "a damaged program image (its checksum differs)",
         "a program image with impossible sizes", "a program image with a step that leaves its buffers",
         "a program image that needs a newer library", "memory too small", "memory that is not aligned to 64 bytes",
-        "vectors of a width that this processor does not have", "an argument that makes no sense",
-        "saved live values of another plan, or damaged"};
+        "vectors of a width that this processor does not have", "an argument that makes no sense"};
     return code >= 0 && code < (int)(sizeof messages / sizeof *messages) ? messages[code] : "an unknown error";
 }
 
@@ -204,47 +203,9 @@ int et_set_update(struct et_net *net, et_update *update, void *user) {
     return ET_OK;
 }
 
-/* A slot: magic, plan, the image's checksum, live values, head values, number, 0, checksum of all else; the values. */
-enum { SLOT_WORDS = 8, SLOT_NUMBER = 5, SLOT_SUM = 7 };
-
-size_t et_live_bytes(const struct et_net *net, size_t head_floats) {
-    return 4 * (SLOT_WORDS + (size_t)net->header->live + head_floats);
-}
-
-static void slot_words(const struct et_net *net, size_t head_floats, uint32_t number, uint32_t *words) {
+void et_slot(const struct et_net *net, const float *head, size_t head_floats, uint32_t number, uint32_t words[8]) {
     const struct et_header *h = net->header;
-    const uint32_t made[SLOT_SUM] = {~ET_MAGIC, h->plan, h->checksum, h->live, (uint32_t)head_floats, number, 0};
+    const uint32_t made[7] = {~ET_MAGIC, h->plan, h->checksum, h->live, (uint32_t)head_floats, number, 0};
     memcpy(words, made, sizeof made);
-}
-
-static uint32_t slot_sum(const uint32_t *words, const void *live, size_t live_bytes, const void *head, size_t head_bytes) {
-    return et_crc(et_crc(et_crc(0, words, 4 * SLOT_SUM), live, live_bytes), head, head_bytes);
-}
-
-void et_save_live(const struct et_net *net, const float *head, size_t head_floats, uint32_t number, void *slot) {
-    const size_t live = (size_t)net->header->live * 4;
-    uint32_t words[SLOT_WORDS];
-    uint8_t *to = slot;
-    slot_words(net, head_floats, number, words);
-    words[SLOT_SUM] = slot_sum(words, net->space[ET_LIVE], live, head, head_floats * 4);
-    memcpy(to, words, sizeof words);
-    if (live) memcpy(to + sizeof words, net->space[ET_LIVE], live);
-    if (head_floats) memcpy(to + sizeof words + live, head, head_floats * 4);
-}
-
-int et_load_live(struct et_net *net, float *head, size_t head_floats, uint32_t *number, const void *slot,
-                 uint64_t bytes) {
-    const size_t live = (size_t)net->header->live * 4;
-    const uint8_t *from = slot;
-    uint32_t words[SLOT_WORDS], mine[SLOT_WORDS];
-    if (bytes != et_live_bytes(net, head_floats)) return ET_BAD_LIVE;
-    memcpy(words, from, sizeof words);
-    slot_words(net, head_floats, words[SLOT_NUMBER], mine);
-    mine[SLOT_SUM] = slot_sum(mine, from + sizeof words, live, from + sizeof words + live, head_floats * 4);
-    for (int i = 0; i < SLOT_WORDS; i++)
-        if (words[i] != mine[i]) return ET_BAD_LIVE;
-    if (live) memcpy(net->space[ET_LIVE], from + sizeof words, live);
-    if (head_floats) memcpy(head, from + sizeof words + live, head_floats * 4);
-    if (number) *number = words[SLOT_NUMBER];
-    return ET_OK;
+    words[7] = et_crc(et_crc(et_crc(0, made, sizeof made), net->space[ET_LIVE], (uint64_t)h->live * 4), head, head_floats * 4);
 }
