@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 LIBRARY := stages/engines/native/libedgetrain.so
 
-.PHONY: setup demo test test-all test-isa mutants check docs native native-test native-arm bench bench-engine bench-device bench-native \
-        bench-selection bench-pipeline bench-faults \
+.PHONY: setup demo test test-all test-isa mutants check docs native native-test native-arm mcu bench bench-engine bench-device bench-native \
+        bench-selection bench-pipeline bench-faults bench-mcu \
         reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
 
 help:            ## list the targets
@@ -26,7 +26,7 @@ demo: $(READY)   ## the whole toolkit on real data, in about three minutes
 test: check native native-test  ## format, types and tests, with ten architectures of the zoo
 	$(BIN)/python -m pytest -q
 
-test-all: check native native-test native-arm  ## the same with all architectures of the zoo, and the native engine on Arm
+test-all: check native native-test native-arm mcu  ## the same with all architectures of the zoo, and the native engine on Arm
 	$(BIN)/python -m pytest -q -m ""
 
 # What torch and oneDNN take their kernels from; a processor that lacks one falls back to what it has.
@@ -56,6 +56,9 @@ native-test: $(READY)  ## the C library alone: sanitizers, one buffer per value,
 native-arm: native-test  ## the same bits on Arm, in an emulator; skipped where there is none
 	sh tests/native/arm.sh build/native-test
 
+mcu: native      ## exported programs train on an emulated Cortex-M7; skipped where there is none
+	$(BIN)/python examples/bench/mcu.py --check
+
 check: $(READY)  ## format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,7 +71,7 @@ format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-device bench-engine bench-native bench-selection bench-pipeline bench-faults  ## all benchmarks, written to docs/results
+bench: bench-device bench-engine bench-native bench-selection bench-pipeline bench-faults bench-mcu  ## all benchmarks, written to docs/results
 
 bench-device:    ## what the commands of a device hold and take
 bench-engine:    ## what the sparse engine saves
@@ -76,7 +79,8 @@ bench-native:    ## the native engine beside the sparse engine in PyTorch
 bench-selection: ## what choosing samples brings
 bench-pipeline:  ## what choosing beside training costs: throughput, transport, memory
 bench-faults:    ## 300 random faults in a live pipeline
-bench-device bench-engine bench-native bench-selection bench-pipeline bench-faults: bench-%: $(READY)
+bench-mcu:       ## exported programs on an emulated Cortex-M7: RAM, flash, instructions
+bench-device bench-engine bench-native bench-selection bench-pipeline bench-faults bench-mcu: bench-%: $(READY)
 	$(BIN)/python examples/bench/$*.py
 
 reproduce-tinytrain-cost: $(READY)      ## every cell of TinyTrain's cost tables
