@@ -107,8 +107,10 @@ def cases() -> Iterator[tuple[str, Graph, list[LayerUpdate]]]:
 
     for name in ("mish", "softmax", "groupnorm", "multiply by a gate", "subtract a value per channel", "take", "pad",
                  "adaptive_avg_pool", "upsample", "constant", "divide by a gate", "prelu", "amax", "adaptive_max_pool",
-                 "shuffle", "bicubic False", "concat of rows", "sum"):  # fmt: skip
-        yield name.replace(" ", "_"), CASES[name], plan(CASES[name])
+                 "shuffle", "bicubic False", "concat of rows", "sum", "linear on tokens", "scale on four axes",
+                 "layernorm of columns", "softmax of tokens", "matmul of many with each", "attention, causal",
+                 "attention with a mask of keys that trains"):  # fmt: skip
+        yield name.replace(",", "").replace(" ", "_"), CASES[name], plan(CASES[name])
 
 
 def main(folder: Path) -> None:

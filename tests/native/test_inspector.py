@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stages.engines.native import library
 from stages.engines.native.inspector import Inspector, fisher_bytes, lower_inspection
-from stages.engines.native.lowering import NotCovered
+from stages.engines.native.lowering import NotCovered, uncovered
 from stages.engines.torch import inspector as tape
 from stages.errors import DataError
 from stages.graphs.graph import Graph
@@ -91,11 +91,21 @@ def test_sums_are_those_of_the_tape(case, width):
 @settings(FEW, max_examples=60)
 @given(windows(everything.graphs()))
 def test_sums_through_every_kind_are_those_of_the_tape(case):
+    check_case(case)
+
+
+def check_case(case) -> None:
     graph, window, batch, seed = case
     backbone = table_graphs.random_backbone(graph, seed, torch.float64)
     x = table_graphs.random_input(graph, batch, seed, torch.float64)
     assume(dense.distance_to_kinks(backbone, x) > 1e-4)
     check(backbone, window, x)
+
+
+@settings(FEW, max_examples=60)
+@given(windows(table_graphs.graphs().filter(lambda graph: not uncovered(graph))))
+def test_sums_over_tokens_are_those_of_the_tape(case):
+    check_case(case)
 
 
 @settings(FEW, max_examples=25)

@@ -150,8 +150,104 @@ MOVES = {
 }  # fmt: skip
 """What runs by tables, at least in part."""
 
+
+def on_tokens(*middle: tuple[str, tuple[int, ...], dict], shape: tuple[int, ...] = (35, 6)) -> Graph:
+    """conv -> tokens -> the operators -> a vector -> linear."""
+    if shape == (35, 6):
+        before = [("reshape", (6, 35), {"to": (6, 35)}), ("permute", (35, 6), {"order": (1, 0)})]
+    else:
+        before = [("reshape", shape, {"to": shape})]
+    after = middle[-1][1]
+    count = int(np.prod(after))
+    return through(*before, *middle, ("reshape", (count,), {"to": (count,)}))
+
+
+def attended(shape: tuple[int, ...] = (2, 35, 2), *, causal: bool = False, mask: tuple[int, ...] | None = None,
+             trains: bool = False) -> Graph:  # fmt: skip
+    """conv -> tokens -> queries, keys and values in heads -> attention (with a mask, perhaps of a layer) -> linear."""
+    ops = list(on_tokens(("scale", (35, 6), {"axis": -1, "facts": {"bias": True}})).ops[:5])
+    parts = []
+    for name in ("queries", "keys", "values"):
+        ops.append(op(name, "linear", [ops[4]], (35, 4), {"bias": True}))
+        ops.append(op(f"{name} parted", "reshape", [ops[-1]], (35, 2, 2), to=(35, 2, 2)))
+        ops.append(op(f"{name} headed", "permute", [ops[-1]], (2, 35, 2), order=(1, 0, 2)))
+        if len(shape) == 4:
+            ops.append(op(f"{name} again", "reshape", [ops[-1]], shape, to=shape))
+        parts.append(ops[-1])
+    if mask is not None:
+        ops.append(op("mask", "constant", [], mask))
+        if trains:
+            ops.append(op("masking", "linear", [ops[-1]], mask, {"bias": True}))
+        parts.append(ops[-1])
+    ops.append(op("middle", "attention", parts, shape, scale=0.7, causal=causal))
+    ops.append(op("flat", "reshape", [ops[-1]], (140,), to=(140,)))
+    ops.append(op("last", "linear", [ops[-1]], (5,), {"bias": True}))
+    return Graph(tuple(ops))
+
+
+def multiplied(first: tuple[int, ...], second: tuple[int, ...], shape: tuple[int, ...]) -> Graph:
+    """Two convolutions as values of these shapes, their product, linear."""
+    entry = Op("input", "input", (), (3, 5, 7))
+    ops = [entry]
+    sides = []
+    for name, wanted in (("first", first), ("side", second)):
+        channels, rest = (-(-int(np.prod(wanted)) // 35), wanted)
+        ops.append(op(name, "conv", [entry], (channels, 5, 7), {**WINDOW, "bias": True}))
+        ops.append(op(f"{name} flat", "reshape", [ops[-1]], (35 * channels,), to=(35 * channels,)))
+        count = int(np.prod(rest))
+        ops.append(op(f"{name} cut", "slice", [ops[-1]], (count,), axis=0, start=0, stop=count, step=1))
+        ops.append(op(f"{name} shaped", "reshape", [ops[-1]], rest, to=rest))
+        sides.append(ops[-1])
+    ops.append(op("middle", "matmul", sides, shape))
+    count = int(np.prod(shape))
+    ops.append(op("flat", "reshape", [ops[-1]], (count,), to=(count,)))
+    ops.append(op("last", "linear", [ops[-1]], (5,), {"bias": True}))
+    return Graph(tuple(ops))
+
+
+FOUR = (3, 2, 5, 7)
+BIAS = {"facts": {"bias": True}}
+TOKENS = {
+    "linear on tokens": on_tokens(("linear", (35, 9), BIAS)),
+    "linear on tokens, behind and before others": on_tokens(
+        ("linear", (35, 9), BIAS),
+        ("relu6", (35, 9), {}),
+        ("linear", (35, 4), BIAS),
+        ("gelu", (35, 4), {"approximate": "none"}),
+    ),
+    "linear on columns": on_tokens(("linear", (6, 5, 9), BIAS), shape=MAP),
+    "linear on four axes": on_tokens(("linear", (3, 2, 5, 9), BIAS), shape=FOUR),
+    "linear on one token": on_tokens(("linear", (1, 9), BIAS), shape=(1, 210)),
+    "scale on tokens": on_tokens(("scale", (35, 6), {"axis": -1, **BIAS})),
+    "scale on columns": on_tokens(("scale", MAP, {"axis": 2, **BIAS}), shape=MAP),
+    "scale on four axes": on_tokens(("scale", FOUR, {"axis": -1, **BIAS}), shape=FOUR),
+    "softmax of tokens": on_tokens(("softmax", (35, 6), {"axis": 1})),
+    "softmax of columns": on_tokens(("log_softmax", MAP, {"axis": 2}), shape=MAP),
+    "softmax of four axes": on_tokens(("softmax", FOUR, {"axis": 3}), shape=FOUR),
+    "layernorm of tokens": on_tokens(("layernorm", (35, 6), {"axes": 1, "eps": 1e-3})),
+    "layernorm of columns": on_tokens(("layernorm", MAP, {"axes": 1, "eps": 1e-3}), shape=MAP),
+    "layernorm of planes": on_tokens(("layernorm", MAP, {"axes": 2, "eps": 1e-3}), shape=MAP),
+    "layernorm of four axes": on_tokens(("layernorm", FOUR, {"axes": 1, "eps": 1e-3}), shape=FOUR),
+    "layernorm of all of four axes": on_tokens(("layernorm", FOUR, {"axes": 4, "eps": 1e-3}), shape=FOUR),
+    "matmul": multiplied((9, 6), (6, 11), (9, 11)),
+    "matmul of batches": multiplied((4, 3, 5), (4, 5, 2), (4, 3, 2)),
+    "matmul of four axes": multiplied((2, 3, 4, 5), (2, 3, 5, 6), (2, 3, 4, 6)),
+    "matmul of one with many": multiplied((4, 3, 5), (5, 7), (4, 3, 7)),
+    "matmul of many with each": multiplied((2, 1, 4, 5), (3, 5, 6), (2, 3, 4, 6)),
+    "attention": attended(),
+    "attention, causal": attended(causal=True),
+    "attention of four axes": attended((1, 2, 35, 2)),
+    "attention with a mask": attended(mask=(35, 35)),
+    "attention with a mask for each head": attended(mask=(2, 35, 35)),
+    "attention with a mask of keys": attended(mask=(1, 35)),
+    "attention with a mask that trains": attended(mask=(35, 35), trains=True),
+    "attention with a mask of keys that trains": attended(mask=(2, 1, 35), trains=True),
+}
+"""What runs on rows."""
+
 CASES = {
     **MOVES,
+    **TOKENS,
     "adaptive_max_pool": between("adaptive_max_pool", (6, 2, 3), size=(2, 3)),
     "amax": between("amax", (6,), axes=(1, 2), keepdim=False),
     "prelu": between("prelu", slopes=6),
@@ -236,7 +332,7 @@ def test_frozen_operators_give_the_same(name):
     ("graph", "found"),
     [
         (between("softmax", axis=1), "axis 1"),
-        (between("layernorm", axes=1, eps=1e-5), "last 1 of 3"),
+        (between("scale", facts={"bias": True}, axis=1), "channels along axis 1 of 3"),
         (between("amax", (6, 7), axes=(1,), keepdim=False), "axes"),
         (between("roll", (6, 2048, 2048), shifts=(1,), axes=(1,)), "a table of 25165824 entries"),
     ],

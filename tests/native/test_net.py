@@ -402,13 +402,39 @@ def test_a_plan_of_another_model_is_refused(backbone, update, found):
 @settings(FEW, max_examples=60)
 @given(everything.cases())
 def test_graphs_of_every_kind_train(case):
+    assert uncovered(case[0]) == ""
+    check_training(case)
+
+
+@settings(FEW, max_examples=100)
+@given(table_graphs.cases().filter(lambda case: not uncovered(case[0])))
+def test_tokens_attention_and_whatever_else_is_covered_trains(case):
+    check_training(case)
+
+
+@settings(FEW, max_examples=40)
+@given(table_graphs.cases().filter(lambda case: not uncovered(case[0])))
+def test_memory_and_width_change_nothing_of_whatever_is_covered(case):
     graph, updates, batch, seed = case
-    assert uncovered(graph) == ""
+    backbone = table_graphs.random_backbone(graph, seed, torch.float32)
+    x = table_graphs.random_input(graph, batch, seed, torch.float32).numpy()
+    expected = train(native(backbone, updates, width=1, same_bits=True), x)
+    apart = {"lowering": lower(graph, updates, separate=True)}
+    for options in (apart, {"width": 0}, {"width": 4}):
+        features, gradients = train(native(backbone, updates, same_bits=True, **options), x)
+        assert np.array_equal(features, expected[0], equal_nan=True)
+        assert all(np.array_equal(gradients[name], value, equal_nan=True) for name, value in expected[1].items())
+
+
+def check_training(case) -> None:
+    """Features and gradients against double precision, no worse than the torch engine's."""
+    graph, updates, batch, seed = case
     backbone = table_graphs.random_backbone(graph, seed, torch.float64)
     x = table_graphs.random_input(graph, batch, seed, torch.float64)
     assume(distance_to_kinks(backbone, x) > 1e-4)
     features, dense = table_graphs.dense_gradients(backbone, x, weighted, detached_layers(updates))
     exact = live_slices(graph, updates, dense)
+    assume(all(value.float().isfinite().all() for value in (features, *dense.values())))
     theirs_features, theirs = torch_gradients(backbone, updates, x)
     mine_features, mine = train(native(backbone, updates), x.float().numpy())
     scale = max(1.0, *(float(gradient.norm()) for gradient in dense.values()))

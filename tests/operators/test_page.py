@@ -27,8 +27,8 @@ depend on values is refused by name. How to add a kind: [CONTRIBUTING](../CONTRI
   once, however many operators need it; constants and views are not kept.
 * **Layer**: its weights may train by a plan, by output or input channels; recurrent layers and embeddings by output
   channels alone (hidden units, features).
-* **Native**: the native engine has it. A part: not along every axis, of every mode or for tokens (values whose features
-  are the last axis); the note of `--engine auto` names what it lacks. All kinds run and train in the torch engine.
+* **Native**: the native engine has it. A part: not along every axis or of every mode; the note of `--engine auto` names
+  what it lacks. All kinds run and train in the torch engine.
 * **ONNX** is what `export` writes (opset 17), **from ONNX** which nodes `import` reads so (opsets 11 to 21). GELU,
   SiLU, Mish, hardswish, LayerNorm and attention that a file holds in pieces are put together again.
 """

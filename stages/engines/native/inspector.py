@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from stages.engines.native import layers
 from stages.engines.native.library import aligned, aligned_bytes, inspect, library
 from stages.engines.native.lowering import Lowerer, check_covered
+from stages.engines.native.matrices import over_rows, to_rows
 from stages.engines.native.net import Worker, available_processors
 from stages.engines.native.program import ACTIVATIONS, Buffer, Floats, Lowering, Ref, encode
 from stages.engines.native.rules import Node, flat, plus
@@ -94,21 +95,25 @@ class _Inspecting(Lowerer):
             act = ACTIVATIONS[node.unit.act]
             builder.emit(into, "unary_dx", **flat(op.shape), act=act, x=node.y[0], w=g[0], y=passed[0])
             g = passed
-        at_output = self._sums(op.shape, node.y, g)
+        at_output = self._sums(node, op.shape, node.y, g)
         own = builder.buffer(f"gradient {op.inputs[0]} by {op.name}", prod(op.in_shape))
         layers.input_gradient(node.layer, g, None, own, into)
-        self.places[op.name] = at_output, self._sums(op.in_shape, node.inputs[0], own)
+        self.places[op.name] = at_output, self._sums(node, op.in_shape, node.inputs[0], own)
         name = op.inputs[0]
         if name in self.flow:
             pending[name] = plus(builder, name, op.in_shape, own, pending.get(name), into)
         return None
 
-    def _sums(self, shape: tuple[int, ...], values: Buffer, gradient: Buffer) -> slice:
+    def _sums(self, node: Node, shape: tuple[int, ...], values: Buffer, gradient: Buffer) -> slice:
         """Sum value times gradient over all positions; where among the sums the channels lie."""
-        builder, sizes = self.builder, flat(shape)
-        place: Ref = builder.sums(shape[0])
-        builder.emit(builder.program.backward, "dot", **sizes, x=values[0], r=gradient[0], ldr=sizes["ldx"], y=place)
-        return slice(place.offset, place.offset + shape[0])
+        builder, into, sizes = self.builder, self.builder.program.backward, flat(shape)
+        if layers.on_tokens(node.op):
+            values, gradient = (to_rows(builder, each, shape, into) for each in (values, gradient))
+            sizes = over_rows(prod(shape[:-1]), shape[-1])
+        channels = shape[node.op.channel_axis]
+        place: Ref = builder.sums(channels)
+        builder.emit(into, "dot", **(sizes | {"ldr": sizes["ldx"]}), x=values[0], r=gradient[0], y=place)
+        return slice(place.offset, place.offset + channels)
 
 
 class Inspector:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from stages.artifacts.records import LayerUpdate
 from stages.engines.native.builder import Builder, geometry, is_plain, map_of, padded, panels, taps
 from stages.engines.native.channels import Run
+from stages.engines.native.matrices import over_rows, settle, target_of, to_rows
 from stages.engines.native.program import (
     ACCUMULATE,
     ACTIVATIONS,
@@ -45,28 +46,86 @@ class Part:
         return replace(self.weight, space=GRADIENT)
 
 
+def on_tokens(op: Op) -> bool:
+    """Whether a layer's channels are not the first axis of what it reads, or that value lies in its own order."""
+    return len(op.shape) > 3 or op.channel_axis % len(op.shape) != 0
+
+
 class Layer:
-    """A layer's weights and biases in the image, made once for its forward and backward steps."""
+    """A layer's weights and biases in the image, made once for its forward and backward steps.
+
+    On tokens it runs on rows (`matrices`), whose last axis has what trains side by side: an order of its own.
+    """
 
     def __init__(self, builder: Builder, op: Op, update: LayerUpdate | None) -> None:
         self.builder, self.op, self.update = builder, op, update
         self.by_input = update is not None and update.axis == "input" and not op.is_depthwise
+        self.tokens = on_tokens(op)
         channels = builder.channels
+        self.order_in = self._first_live(op.in_channels, inputs=True)
+        self.order_out = self._first_live(op.out_channels, inputs=False)
+        """The last axis of the rows, where that is not its own order."""
         self.rows, self.columns = channels.of[op.name], channels.of[op.inputs[0]]
+        if self.tokens:
+            self.rows = np.arange(op.out_channels) if self.order_out is None else self.order_out
+            self.columns = np.arange(op.in_channels) if self.order_in is None else self.order_in
+        self.x_rows: Buffer | None = None
+        """What `forward` read, as rows."""
+        self._g_rows: tuple[Buffer, Buffer] | None = None
         self.parts = [self._part(*block) for block in self._blocks()]
         self.bias = self._bias() if op.bias else None
         self.live_bias = self._live_bias()
         if update is not None:
             builder.program.parameters += self._parameters(update)
 
+    @property
+    def words(self) -> dict[str, int | Ref]:
+        """Its geometry: a map's, or as many rows as there are tokens."""
+        if not self.tokens:
+            return geometry(self.op)
+        rows = prod(self.op.shape[:-1])
+        once: dict[str, int | Ref] = dict.fromkeys(("hi", "ho", "kh", "kw", "sh", "sw", "dh", "dw"), 1)
+        return once | {"wi": rows, "wo": rows, "ph": 0, "pw": 0}
+
+    @property
+    def in_pixels(self) -> int:
+        """Of the map, or the rows, that it reads."""
+        return prod(self.op.in_shape[:-1]) if self.tokens else map_of(self.op.in_shape).pixels
+
+    def rows_of_gradient(self, g: Buffer, into: list[Step]) -> Buffer:
+        """The gradient of its output as its steps read it, made once."""
+        if not self.tokens:
+            return g
+        if self._g_rows is None or self._g_rows[0] is not g:
+            made = to_rows(self.builder, g, self.op.shape, into, order=self.order_out, name=f"rows of {g.name}")
+            self._g_rows = g, made
+        return self._g_rows[1]
+
+    def _first_live(self, count: int, *, inputs: bool) -> NDArray[np.int64] | None:
+        """Channels of a token in an order that has the live ones first; None where there is nothing to move."""
+        update = self.update
+        if not self.tokens or update is None or (self.by_input != inputs and not self.op.is_depthwise):
+            return None
+        live = np.array(update.channels, np.int64)
+        order = np.concatenate([live, np.setdiff1d(np.arange(count), live)])
+        return None if (order == np.arange(count)).all() else order
+
+    def _runs(self, *, inputs: bool) -> Sequence[Run]:
+        """The channels of what it reads or writes as runs of live and of frozen ones."""
+        live = self.update.channels if self.update else ()
+        if not self.tokens:
+            return self.builder.channels.runs(self.op.inputs[0] if inputs else self.op.name, live)
+        count = self.op.in_channels if inputs else self.op.out_channels
+        return [run for run in ((0, len(live), True), (len(live), count, False)) if run[0] < run[1]]
+
     # ------------------------------------------------------------------------------------------------------ weights
 
     def _blocks(self) -> list[tuple[int, int, int, int, bool]]:
-        op, live = self.op, self.update.channels if self.update else ()
+        op = self.op
         inside, outside = op.in_channels // op.groups, op.out_channels // op.groups
         if op.is_depthwise:
-            return [(low, high, low, high, on) for low, high, on in self.builder.channels.runs(op.name, live)]
-        runs = self.builder.channels.runs(op.inputs[0] if self.by_input else op.name, live)
+            return [(low, high, low, high, on) for low, high, on in self._runs(inputs=False)]
+        runs = self._runs(inputs=self.by_input)
         blocks = []
         for group in range(op.groups):
             i0, i1, o0, o1 = group * inside, (group + 1) * inside, group * outside, (group + 1) * outside
@@ -115,7 +174,7 @@ class Layer:
             return None
         name, chosen = f"{self.op.name}.bias", np.array(self.update.bias)
         values = self.builder.live(lambda tensors: tensors[name][chosen], len(chosen))
-        return values, self.builder.indices(self.builder.channels.position[self.op.name][chosen])
+        return values, self.builder.indices(np.argsort(self.rows)[chosen])
 
     def merged_bias(self, into: list[Step]) -> Ref | None:
         """The layer's bias, the live entries put among the frozen ones by a step."""
@@ -162,9 +221,36 @@ def _clipped(runs: Sequence[Run], low: int, high: int) -> list[Run]:
 
 def forward(layer: Layer, unit: Unit, x: Buffer, y: Buffer, residual: Buffer | None, into: list[Step]) -> None:
     """The steps of one layer with what is fused behind it, on whole maps."""
-    op, builder = layer.op, layer.builder
     bias = layer.merged_bias(into)
-    words = _sizes(op)
+    if layer.tokens:
+        _forward_on_rows(layer, unit, x, y, residual, bias, into)
+        return
+    _parts_forward(layer, unit, x, y, residual, bias, into)
+
+
+def _forward_on_rows(
+    layer: Layer, unit: Unit, x: Buffer, y: Buffer, residual: Buffer | None, bias: Ref | None, into: list[Step]
+) -> None:
+    """The same on rows; what is added comes in where they are brought back."""
+    op, builder = layer.op, layer.builder
+    layer.x_rows = to_rows(builder, x, op.in_shape, into, order=layer.order_in, name=f"rows of {x.name}")
+    target = target_of(builder, y, op.shape, order=layer.order_out)
+    straight = target is y
+    _parts_forward(layer, unit, layer.x_rows, target, residual if straight else None, bias, into)
+    if straight:
+        return
+    settle(builder, target, y, residual, op.shape, into, order=layer.order_out)
+    if unit.act2:
+        size = map_of(op.shape)
+        words = over_rows(size.pixels, size.channels)
+        builder.emit(into, "unary", **words, act=ACTIVATIONS[unit.act2], x=y[0], y=y[0])
+
+
+def _parts_forward(
+    layer: Layer, unit: Unit, x: Buffer, y: Buffer, residual: Buffer | None, bias: Ref | None, into: list[Step]
+) -> None:
+    op, builder = layer.op, layer.builder
+    words = _sizes(layer)
     if op.is_depthwise:
         for part in layer.parts:
             builder.emit(
@@ -175,7 +261,9 @@ def forward(layer: Layer, unit: Unit, x: Buffer, y: Buffer, residual: Buffer | N
     for number, part in enumerate(layer.parts):
         begins = number == 0 or layer.parts[number - 1].o0 != part.o0
         ends = number + 1 == len(layer.parts) or layer.parts[number + 1].o0 != part.o0
-        last: dict[str, int | Ref] = {"act": ACTIVATIONS[unit.act], "act2": ACTIVATIONS[unit.act2]} if ends else {}
+        last: dict[str, int | Ref] = {"act": ACTIVATIONS[unit.act]} if ends else {}
+        if ends and not (layer.tokens and residual is None):
+            last["act2"] = ACTIVATIONS[unit.act2]
         if ends and residual is not None:
             last |= {"r": residual[part.o0], "ldr": op.out_channels}
         builder.emit(
@@ -185,8 +273,8 @@ def forward(layer: Layer, unit: Unit, x: Buffer, y: Buffer, residual: Buffer | N
         )  # fmt: skip
 
 
-def _sizes(op: Op) -> dict[str, int | Ref]:
-    return geometry(op) | {"ldx": op.in_channels, "ldy": op.out_channels}
+def _sizes(layer: Layer) -> dict[str, int | Ref]:
+    return layer.words | {"ldx": layer.op.in_channels, "ldy": layer.op.out_channels}
 
 
 def moved(ref: Ref | None, by: int) -> Ref | None:
@@ -203,16 +291,17 @@ def saves(layer: Layer, x: Buffer, into: list[Step]) -> tuple[Buffer, int] | Non
     op, update = layer.op, layer.update
     if update is None or not update.channels:
         return None
+    x = layer.x_rows or x
     if (update.axis == "output" and not op.is_depthwise) or update.ratio == 1:
         return x, op.in_channels
-    shape, runs = map_of(op.in_shape), [part for part in _distinct(layer) if part.live]
+    pixels, runs = layer.in_pixels, [part for part in _distinct(layer) if part.live]
     count = len(update.channels)
-    kept = layer.builder.buffer(f"slice {op.name}", shape.pixels * count)
+    kept = layer.builder.buffer(f"slice {op.name}", pixels * count)
     at = 0
     for part in runs:
         layer.builder.emit(
             into, "copy", x=x[part.i0], y=kept[at], ci=part.i1 - part.i0, co=part.i1 - part.i0, ldx=op.in_channels,
-            ldy=count, hi=shape.height, wi=shape.width, ho=shape.height, wo=shape.width, flags=1,
+            ldy=count, hi=1, wi=pixels, ho=1, wo=pixels, flags=1,
         )  # fmt: skip
         at += part.i1 - part.i0
     return kept, count
@@ -226,23 +315,23 @@ def _distinct(layer: Layer) -> list[Part]:
 def live_gradients(layer: Layer, kept: tuple[Buffer, int] | None, g: Buffer, into: list[Step]) -> None:
     """Steps that add to the gradients of the layer's live weights and biases, from that of its output."""
     op, builder = layer.op, layer.builder
+    g = layer.rows_of_gradient(g, into)
     if kept is not None:
         buffer, apart = kept
         offsets = _offsets(layer, buffer, apart)
         for part in layer.parts:
             if part.live:
                 builder.emit(
-                    into, "depthwise_dw" if op.is_depthwise else "conv_dw", **geometry(op), x=buffer[offsets[part.i0]],
+                    into, "depthwise_dw" if op.is_depthwise else "conv_dw", **layer.words, x=buffer[offsets[part.i0]],
                     r=g[part.o0], y=part.gradient, ldx=apart, ldy=op.out_channels, ci=part.i1 - part.i0,
                     co=part.o1 - part.o0,
                 )  # fmt: skip
     if layer.live_bias is not None and layer.update is not None:
         values, index = layer.live_bias
-        shape = map_of(op.shape)
+        pixels = prod(op.shape) // op.out_channels
         builder.emit(
             into, "bias_dw", x=g[0], y=replace(values, space=GRADIENT), m=index, n=len(layer.update.bias), ci=1,
-            co=op.out_channels, ldx=1, ldy=op.out_channels, hi=shape.height, wi=shape.width, ho=shape.height,
-            wo=shape.width,
+            co=op.out_channels, ldx=1, ldy=op.out_channels, hi=1, wi=pixels, ho=1, wo=pixels,
         )  # fmt: skip
 
 
@@ -260,8 +349,19 @@ def _offsets(layer: Layer, buffer: Buffer, apart: int) -> Mapping[int, int]:
 
 def input_gradient(layer: Layer, g: Buffer, add: Buffer | None, dx: Buffer, into: list[Step]) -> None:
     """Steps for dx = add + the gradient of the layer's input."""
+    op, builder, wanted, more_of = layer.op, layer.builder, dx, add
+    g = layer.rows_of_gradient(g, into)
+    if layer.tokens:
+        dx = target_of(builder, wanted, op.in_shape, order=layer.order_in)
+        add = add if dx is wanted else None
+    _parts_backward(layer, g, add, dx, into)
+    if dx is not wanted:
+        settle(builder, dx, wanted, more_of, op.in_shape, into, order=layer.order_in)
+
+
+def _parts_backward(layer: Layer, g: Buffer, add: Buffer | None, dx: Buffer, into: list[Step]) -> None:
     op, builder = layer.op, layer.builder
-    words = geometry(op) | {"ldx": op.in_channels, "ldy": op.out_channels, "ldr": op.in_channels}
+    words = layer.words | {"ldx": op.in_channels, "ldy": op.out_channels, "ldr": op.in_channels}
     if op.is_depthwise:
         for part in layer.parts:
             builder.emit(

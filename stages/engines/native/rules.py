@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
 
-from stages.engines.native import layers, moves
+from stages.engines.native import layers, matrices, moves
 from stages.engines.native.builder import Builder, geometry, map_of
 from stages.engines.native.program import (
     ACTIVATIONS,
@@ -41,6 +41,10 @@ class Node:
     """What `forward` kept for `backward`, where it keeps anything of its own."""
     table: moves.Table | None = None
     """What `forward` moved values by."""
+    rows: dict[str, Buffer] = field(default_factory=dict)
+    """What `forward` made of values on its way (`matrices`)."""
+    places: dict[str, Ref] = field(default_factory=dict)
+    """Constants that both ways read."""
 
     @property
     def op(self) -> Op:
@@ -106,6 +110,8 @@ def _layer_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer
 
 
 def _layer_channels(op: Op) -> str:
+    if layers.on_tokens(op):
+        return "fixed"
     if op.is_depthwise:
         return "same"
     return "fixed" if op.groups > 1 else "own"
@@ -116,9 +122,14 @@ def _refuses_layer(op: Op) -> str:
     return f"a kernel of {rows} rows" if rows > MOST_ROWS else ""
 
 
-def _refuses_tokens(op: Op) -> str:
-    """Layers whose channels are not the first axis."""
-    return "tokens" if op.channel_axis % len(op.shape) else ""
+def _tokens(op: Op) -> str:
+    """Layers whose channels are not the first axis, or of a value that lies in its own order: they run on rows."""
+    return "tokens" if layers.on_tokens(op) else ""
+
+
+def _refuses_middle_axis(op: Op) -> str:
+    last = len(op.shape) - 1
+    return "" if op.channel_axis % len(op.shape) == last else f"channels along axis {op.channel_axis} of {last + 1}"
 
 
 # ---------------------------------------------------------------------------------------------------------- activations
@@ -663,8 +674,8 @@ def _no_gradient(builder: Builder, node: Node, which: int, g: Buffer, add: Buffe
 RULES: dict[str, Rule] = {
     "input": Rule(fixed, _input, _no_gradient, rows=True),
     "conv": Rule(_layer_channels, _layer, _layer_back, rows=True, refuses=_refuses_layer),
-    "linear": Rule(_layer_channels, _layer, _layer_back, refuses=_refuses_tokens),
-    "scale": Rule(same, _layer, _layer_back, rows=True, refuses=_refuses_tokens),
+    "linear": Rule(_layer_channels, _layer, _layer_back, any_axes=True),
+    "scale": Rule(same, _layer, _layer_back, rows=True, refuses=_tokens),
     **{kind: Rule(same, _activation, _bits_back, rows=True, in_place=always, any_axes=True) for kind in BITS},
     **{
         kind: Rule(same, _activation, _activation_back, rows=True, in_place=always, any_axes=True)
@@ -697,14 +708,23 @@ RULES: dict[str, Rule] = {
     "adaptive_max_pool": Rule(same, _adaptive_max, _adaptive_max_back, refuses=_refuses_adaptive_max),
     "amax": Rule(same, _amax, _amax_back, refuses=_refuses_mean),
     "prelu": Rule(same, _prelu, _prelu_back),
+    "matmul": Rule(fixed, matrices.matmul, matrices.matmul_back, any_axes=True),
+    "attention": Rule(
+        fixed, matrices.attention, matrices.attention_back, refuses=matrices.refuses_attention, any_axes=True
+    ),
 }  # fmt: skip
 """One row per kind: the cheapest way."""
 
 MOVED = Rule(fixed, moves.move, moves.move_back, refuses=moves.refuses_move, any_axes=True)
+ON_ROWS = Rule(fixed, _layer, _layer_back, refuses=_refuses_middle_axis, any_axes=True)
+ALONG_ROWS = Rule(fixed, matrices.softmax, matrices.softmax_back, refuses=matrices.refuses_softmax, any_axes=True)
 REDUCED = Rule(fixed, moves.reduce, moves.reduce_back, refuses=moves.refuses_move, any_axes=True)
 GENERAL: dict[str, Rule] = {
     **dict.fromkeys(("reshape", "flatten", "permute", "expand", "roll", "slice", "take", "pad", "upsample"), MOVED),
     **dict.fromkeys(("sum", "mean"), REDUCED),
+    "scale": ON_ROWS,
+    **dict.fromkeys(("softmax", "log_softmax"), ALONG_ROWS),
+    "layernorm": Rule(fixed, matrices.layernorm, matrices.layernorm_back, any_axes=True),
     "concat": Rule(fixed, moves.join, moves.join_back, refuses=moves.refuses_move, any_axes=True),
 }
 """What else runs by tables, whatever its axes."""

@@ -117,7 +117,13 @@ static int check(const struct limits *l, const struct et_header *h, const float 
         break;
     case ET_TRANSPOSE:
         fits = between(s->n, 0, 1) && within(l, s->x, s->n ? count : extent(in, ldx, ci), READ) &&
-               within(l, s->y, s->n ? extent(in, ldy, ci) : count, WRITE) && maybe(l, s->r, extent(in, ldr, ci), READ);
+               within(l, s->y, s->n ? extent(in, ldy, ci) : count, WRITE) && maybe(l, s->r, extent(in, ldr, ci), READ) &&
+               (s->m == ET_NONE || (in <= MOST && indices(l, constants, s->m, (int32_t)in, (int32_t)in)));
+        break;
+    case ET_MATMUL:
+        fits = between(s->n, 0, 1) && within(l, s->x, pointwise ? extent(ci, ldx, in) : extent(in, ldx, ci), READ) &&
+               within(l, s->w, times(ci, co), READ) && within(l, s->y, extent(in, ldy, co), WRITE) &&
+               maybe(l, s->r, extent(in, ldr, co), READ);
         break;
     case ET_MERGE:
         fits = maybe(l, s->w, co16, FIXED) && within(l, s->b, n, READ) && within(l, s->y, co16, WRITE) &&

@@ -87,17 +87,21 @@ INL float slope(int act, float v, float a, float b) {
 /* y = act(x), pixels of ci values; may be in place. */
 KERNEL unary(const struct et_step *s, const float *x, float *y, int pixels) {
     const float a = et_float(s->a0), b = et_float(s->a1);
-    for (int p = 0; p < pixels; p++, x += s->ldx, y += s->ldy)
-#define UNARY(ACT) for (int c = 0; c < s->ci; c++) y[c] = activate(ACT, x[c], a, b);
+    const int straight = s->ldx == s->ci && s->ldy == s->ci; /* as one long pixel: few channels fill no vector */
+    const ptrdiff_t count = straight ? (ptrdiff_t)pixels * s->ci : s->ci;
+    for (int p = 0; p < (straight ? 1 : pixels); p++, x += s->ldx, y += s->ldy)
+#define UNARY(ACT) for (ptrdiff_t c = 0; c < count; c++) y[c] = activate(ACT, x[c], a, b);
         EACH_ACTIVATION(UNARY)
 }
 
 /* dx = g * slope(x) + add; x has ldx floats a pixel, g ldy, add ldr; dx as g. */
 KERNEL unary_dx(const struct et_step *s, const float *x, const float *g, const float *add, float *dx) {
     const float a = et_float(s->a0), b = et_float(s->a1);
-    const int pixels = s->hi * s->wi;
+    const int straight = s->ldx == s->ci && s->ldy == s->ci && (!add || s->ldr == s->ci);
+    const int pixels = straight ? 1 : s->hi * s->wi;
+    const ptrdiff_t count = straight ? (ptrdiff_t)s->hi * s->wi * s->ci : s->ci;
     for (int p = 0; p < pixels; p++, x += s->ldx, g += s->ldy, dx += s->ldy, add = add ? add + s->ldr : 0)
-#define UNARY_DX(ACT) for (int c = 0; c < s->ci; c++) dx[c] = g[c] * slope(ACT, x[c], a, b) + (add ? add[c] : 0.0f);
+#define UNARY_DX(ACT) for (ptrdiff_t c = 0; c < count; c++) dx[c] = g[c] * slope(ACT, x[c], a, b) + (add ? add[c] : 0.0f);
         EACH_ACTIVATION(UNARY_DX)
 }
 

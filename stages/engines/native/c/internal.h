@@ -18,7 +18,7 @@ enum { ET_ARENA = 0, ET_CONSTANT = 1, ET_LIVE = 2, ET_GRADIENT = 3 };
 enum et_kind {
     ET_INPUT = 1, ET_CHAIN, ET_CONV, ET_DEPTHWISE, ET_MAX_POOL, ET_AVG_POOL, ET_MEAN, ET_UNARY, ET_ADD, ET_COPY,
     ET_TRANSPOSE, ET_MERGE, ET_MASK, ET_FEATURES, ET_MULTIPLY, ET_FILL, ET_SOFTMAX, ET_NORM, ET_NEAREST,
-    ET_GATHER, ET_SCATTER, ET_AMAX,
+    ET_GATHER, ET_SCATTER, ET_AMAX, ET_MATMUL,
     ET_GRADIENT_IN = 32, ET_MASK_BACK, ET_CONV_DX, ET_CONV_DW, ET_DEPTHWISE_DX, ET_DEPTHWISE_DW, ET_BIAS_DW,
     ET_MAX_POOL_DX, ET_AVG_POOL_DX, ET_MEAN_DX, ET_UNARY_DX, ET_DOT, ET_SOFTMAX_DX, ET_NORM_DX, ET_NEAREST_DX,
     ET_AMAX_DX
@@ -112,6 +112,7 @@ struct et_kernels {
     void (*amax)(const struct et_step *, const float *x, float *y);
     void (*amax_dx)(const struct et_step *, const float *x, const float *y, const float *g, const float *add,
                     float *dx);
+    void (*matmul)(const struct et_step *, const float *x, const float *b, const float *r, float *y);
     int width;
 };
 extern const struct et_kernels et_kernels_1;

@@ -5,6 +5,7 @@
 #include "elementwise.c"
 #include "norm.c"
 #include "move.c"
+#include "matmul.c"
 
 #define ET_TABLE_(width) et_kernels_##width
 #define ET_TABLE(width) ET_TABLE_(width)
@@ -12,5 +13,5 @@ const struct et_kernels ET_TABLE(ET_VL) = {
     pointwise, conv_row, depthwise_row, max_pool_row, avg_pool_row, add_row, unary, mean, mask, mask_back, conv_dx,
     conv_dw, depthwise_dx, depthwise_dw, bias_dw, max_pool_dx, avg_pool_dx, mean_dx, unary_dx,
     multiply, dot, softmax, softmax_dx, norm, norm_dx, nearest, nearest_dx,
-    gather, scatter, amax, amax_dx, ET_VL,
+    gather, scatter, amax, amax_dx, matmul, ET_VL,
 };

@@ -29,9 +29,15 @@ KERNEL softmax(const struct et_step *s, const float *x, float *y) {
     for (int p = 0; p < pixels; p++, x += s->ldx, y += s->ldy) {
         float top = x[0], sum = 0;
         for (int c = 1; c < s->ci; c++) top = MAX(top, x[c]);
-        for (int c = 0; c < s->ci; c++) sum += et_expf(x[c] - top);
-        const float log_sum = et_log(sum);
-        for (int c = 0; c < s->ci; c++) y[c] = s->n ? x[c] - top - log_sum : et_expf(x[c] - top) / sum;
+        if (s->n) {
+            for (int c = 0; c < s->ci; c++) sum += et_expf(x[c] - top);
+            const float log_sum = et_log(sum);
+            for (int c = 0; c < s->ci; c++) y[c] = x[c] - top - log_sum;
+        } else {
+            for (int c = 0; c < s->ci; c++) y[c] = et_expf(x[c] - top);
+            for (int c = 0; c < s->ci; c++) sum += y[c];
+            for (int c = 0; c < s->ci; c++) y[c] /= sum;
+        }
     }
 }
 

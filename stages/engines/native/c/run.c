@@ -85,12 +85,23 @@ static void run_chain(const struct et_net *net, const struct et_step *steps, int
     for (int oy = 0; oy < steps[count - 1].ho; oy++) make_row(net, steps, count, next, oy);
 }
 
-static void transpose(const struct et_step *s, const float *x, const float *r, float *y) {
-    const ptrdiff_t pixels = (ptrdiff_t)s->hi * s->wi;
-    for (ptrdiff_t p = 0; p < pixels; p++)
-        for (int c = 0; c < s->ci; c++)
-            if (s->n) y[p * s->ldy + c] = x[c * pixels + p] + (r ? r[p * s->ldr + c] : 0.0f);
-            else y[c * pixels + p] = x[p * s->ldx + c];
+/* Pixels of channels to channels of pixels, or (n = 1) back; the p-th pixel of the latter is the index[p]-th of the former. */
+static void transpose(const struct et_step *s, const float *x, const float *r, const int32_t *index, float *y) {
+    enum { SIDE = 16 }; /* of the squares that both sides are walked in: each line of the cache is met once */
+    const ptrdiff_t pixels = (ptrdiff_t)s->hi * s->wi, channels = s->ci;
+    for (ptrdiff_t p0 = 0; p0 < pixels; p0 += SIDE)
+        for (ptrdiff_t c0 = 0; c0 < channels; c0 += SIDE) {
+            const ptrdiff_t p1 = MIN(pixels, p0 + SIDE), c1 = MIN(channels, c0 + SIDE);
+            for (ptrdiff_t p = p0; p < p1; p++) {
+                const ptrdiff_t at = index ? index[p] : p;
+                if (!s->n)
+                    for (ptrdiff_t c = c0; c < c1; c++) y[c * pixels + p] = x[at * s->ldx + c];
+                else if (r)
+                    for (ptrdiff_t c = c0; c < c1; c++) y[at * s->ldy + c] = x[c * pixels + p] + r[at * s->ldr + c];
+                else
+                    for (ptrdiff_t c = c0; c < c1; c++) y[at * s->ldy + c] = x[c * pixels + p];
+            }
+        }
 }
 
 static void fill(const struct et_step *s, float *y) {
@@ -123,7 +134,8 @@ static void run_step(const struct et_net *net, const struct et_step *s) {
     case ET_UNARY: k->unary(s, x, y, s->hi * s->wi); break;
     case ET_ADD: k->add_row(s, x, r, y, s->hi * s->wi); break;
     case ET_MEAN: k->mean(s, x, y); break;
-    case ET_TRANSPOSE: transpose(s, x, r, y); break;
+    case ET_TRANSPOSE: transpose(s, x, r, index, y); break;
+    case ET_MATMUL: k->matmul(s, x, w, r, y); break;
     case ET_MERGE: merge(s, w, b, index, y); break;
     case ET_MASK: k->mask(x, (size_t)s->n, s->act, (uint32_t *)(void *)m); break;
     case ET_MULTIPLY: k->multiply(s, x, r, w, y); break;
