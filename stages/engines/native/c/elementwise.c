@@ -11,58 +11,103 @@ KERNEL add_row(const struct et_step *s, const float *x, const float *r, float *y
         }
 }
 
-INL float activate(int act, float v, float a, float b) {
+#define IF(condition, yes, no) choose(VCMP(condition), (yes), (no))
+
+/* et_expf lane by lane, operation by operation: the same bits. */
+INL vf vexp(vf x) {
+    const vf c = IF(x > 88.0f, vset(88.0f), x), v = IF(c > -87.3f, c, vset(-87.3f));
+    const vf s = v * 1.44269504f;
+    const vi n = vint(s + IF(s < 0.0f, vset(-0.5f), vset(0.5f)));
+    const vf k = vfloat(n), r = (v - k * 0.693145752f) - k * 1.42860677e-6f;
+    const vf p = 0.166666667f + r * (0.0416666667f + r * (0.00833333333f + r * 0.00138888889f));
+    const vf y = (1.0f + r * (1.0f + r * (0.5f + r * p))) * vbits((n + 127) * (1 << 23));
+    return IF(x != x, x, IF(x < -87.3f, vset(0), y));
+}
+/* exp(x) - 1 of x below 0; near 0 by its series. */
+INL vf vexpm1(vf x) {
+    const vf series = x * (1.0f + x * (0.5f + x * (0.166666667f + x * (0.0416666667f + x * 0.00833333333f))));
+    return IF(x > -0.25f, series, vexp(x) - 1.0f);
+}
+/* By exp of the negative absolute value; near 0 by its series. */
+INL vf vtanh(vf x) {
+    const vf a = IF(x < 0.0f, -x, x), e = vexp(-2.0f * a), q = x * x;
+    const vf series = x * (1.0f - q * (0.333333333f - q * (0.133333333f - q * 0.0539682540f)));
+    const vf t = (1.0f - e) / (1.0f + e);
+    return IF(a < 0.25f, series, IF(x < 0.0f, -t, t));
+}
+/* Abramowitz and Stegun 7.1.26 away from 0 (within 2e-7), its series near it. */
+INL vf verf(vf x) {
+    const vf a = IF(x < 0.0f, -x, x), q = x * x, t = 1.0f / (1.0f + 0.3275911f * a);
+    const vf p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    const vf series = x * (1.128379167f - q * (0.376126389f - q * (0.112837917f - q * 0.0268661706f)));
+    const vf e = 1.0f - p * vexp(-q);
+    return IF(a < 0.3f, series, IF(x < 0.0f, -e, e));
+}
+/* max(x, 0) + log(1 + exp(-|x|)), the logarithm as twice the inverse hyperbolic tangent of e / (2 + e). */
+INL vf vsoftplus(vf x) {
+    const vf e = vexp(IF(x < 0.0f, x, -x)), s = e / (2.0f + e), q = s * s;
+    const vf log1p = s * (2.0f + q * (0.666666667f + q * (0.4f + q * (0.285714286f + q * (0.222222222f + q * 0.181818182f)))));
+    return IF(x > 0.0f, x, vset(0)) + log1p;
+}
+INL vf vsigmoid(vf x) {
+    const vf e = vexp(IF(x < 0.0f, x, -x)), s = 1.0f / (1.0f + e);
+    return IF(x != x, x, IF(x < 0.0f, e * s, s));
+}
+
+INL vf activate(int act, vf v, float a, float b) {
+    const vf zero = vset(0), one = vset(1);
     switch (act) {
-    case ET_RELU: return v < 0 ? 0 : v;
-    case ET_RELU6: return v < 0 ? 0 : v > 6 ? 6 : v;
-    case ET_LEAKY_RELU: return v < 0 ? v * a : v;
-    case ET_ELU: return b * (v < 0 ? a * et_expm1f(v) : v);
-    case ET_HARDSWISH: return v * (v <= -3 ? 0.0f : v >= 3 ? 1.0f : v / 6.0f + 0.5f);
-    case ET_HARDSIGMOID: return v <= -3 ? 0.0f : v >= 3 ? 1.0f : v / 6.0f + 0.5f;
-    case ET_SILU: return v * et_sigmoidf(v);
-    case ET_GELU: return 0.5f * v * (1.0f + et_erff(v * 0.70710678f));
-    case ET_GELU_TANH: return 0.5f * v * (1.0f + et_tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-    case ET_SIGMOID: return et_sigmoidf(v);
-    case ET_TANH: return et_tanhf(v);
-    case ET_CLAMP: return v < a ? a : v > b ? b : v;
-    case ET_EXP: return et_expf(v);
-    case ET_SOFTPLUS: return et_softplusf(v * a) / a;
-    case ET_MISH: return v * et_tanhf(et_softplusf(v));
-    case ET_ABS: return v < 0 ? -v : v;
+    case ET_RELU: return IF(v < 0.0f, zero, v);
+    case ET_RELU6: return IF(v < 0.0f, zero, IF(v > 6.0f, vset(6), v));
+    case ET_LEAKY_RELU: return IF(v < 0.0f, v * a, v);
+    case ET_ELU: return b * IF(v < 0.0f, a * vexpm1(v), v);
+    case ET_HARDSWISH: return v * IF(v <= -3.0f, zero, IF(v >= 3.0f, one, v / 6.0f + 0.5f));
+    case ET_HARDSIGMOID: return IF(v <= -3.0f, zero, IF(v >= 3.0f, one, v / 6.0f + 0.5f));
+    case ET_SILU: return v * vsigmoid(v);
+    case ET_GELU: return 0.5f * v * (1.0f + verf(v * 0.70710678f));
+    case ET_GELU_TANH: return 0.5f * v * (1.0f + vtanh(0.79788456f * (v + 0.044715f * v * v * v)));
+    case ET_SIGMOID: return vsigmoid(v);
+    case ET_TANH: return vtanh(v);
+    case ET_CLAMP: return IF(v < a, vset(a), IF(v > b, vset(b), v));
+    case ET_EXP: return vexp(v);
+    case ET_SOFTPLUS: return vsoftplus(v * a) / a;
+    case ET_MISH: return v * vtanh(vsoftplus(v));
+    case ET_ABS: return IF(v < 0.0f, -v, v);
     default: return v;
     }
 }
 
 /* The slope at x. */
-INL float slope(int act, float v, float a, float b) {
+INL vf slope(int act, vf v, float a, float b) {
+    const vf zero = vset(0), one = vset(1);
     switch (act) {
-    case ET_RELU: return v > 0 ? 1.0f : 0.0f;
-    case ET_RELU6: return v > 0 && v < 6 ? 1.0f : 0.0f;
-    case ET_LEAKY_RELU: return v > 0 ? 1.0f : a;
-    case ET_ELU: return b * (v > 0 ? 1.0f : a * et_expf(v));
-    case ET_HARDSWISH: return v < -3 ? 0.0f : v <= 3 ? v / 3.0f + 0.5f : 1.0f;
-    case ET_HARDSIGMOID: return v > -3 && v < 3 ? 1.0f / 6.0f : 0.0f;
-    case ET_SILU: { const float t = et_sigmoidf(v); return t * (1.0f + v * (1.0f - t)); }
-    case ET_GELU: return 0.5f * (1.0f + et_erff(v * 0.70710678f)) + v * 0.39894228f * et_expf(-0.5f * v * v);
+    case ET_RELU: return IF(v > 0.0f, one, zero);
+    case ET_RELU6: return IF(v > 0.0f, IF(v < 6.0f, one, zero), zero);
+    case ET_LEAKY_RELU: return IF(v > 0.0f, one, vset(a));
+    case ET_ELU: return b * IF(v > 0.0f, one, a * vexp(v));
+    case ET_HARDSWISH: return IF(v < -3.0f, zero, IF(v <= 3.0f, v / 3.0f + 0.5f, one));
+    case ET_HARDSIGMOID: return IF(v > -3.0f, IF(v < 3.0f, vset(1.0f / 6.0f), zero), zero);
+    case ET_SILU: { const vf t = vsigmoid(v); return t * (1.0f + v * (1.0f - t)); }
+    case ET_GELU: return 0.5f * (1.0f + verf(v * 0.70710678f)) + v * 0.39894228f * vexp(-0.5f * v * v);
     case ET_GELU_TANH: {
-        const float t = et_tanhf(0.79788456f * (v + 0.044715f * v * v * v));
+        const vf t = vtanh(0.79788456f * (v + 0.044715f * v * v * v));
         return 0.5f * (1.0f + t) + 0.5f * v * (1.0f - t * t) * 0.79788456f * (1.0f + 0.134145f * v * v);
     }
-    case ET_SIGMOID: { const float t = et_sigmoidf(v); return t * (1.0f - t); }
-    case ET_TANH: { const float t = et_tanhf(v); return 1.0f - t * t; }
-    case ET_CLAMP: return v >= a && v <= b ? 1.0f : 0.0f;
-    case ET_EXP: return et_expf(v);
-    case ET_SOFTPLUS: return et_sigmoidf(v * a);
+    case ET_SIGMOID: { const vf t = vsigmoid(v); return t * (1.0f - t); }
+    case ET_TANH: { const vf t = vtanh(v); return 1.0f - t * t; }
+    case ET_CLAMP: return IF(v >= a, IF(v <= b, one, zero), zero);
+    case ET_EXP: return vexp(v);
+    case ET_SOFTPLUS: return vsigmoid(v * a);
     case ET_MISH: {
-        const float t = et_tanhf(et_softplusf(v));
-        return t + v * (1.0f - t * t) * et_sigmoidf(v);
+        const vf t = vtanh(vsoftplus(v));
+        return t + v * (1.0f - t * t) * vsigmoid(v);
     }
-    case ET_ABS: return v > 0 ? 1.0f : v < 0 ? -1.0f : 0.0f;
-    default: return 1.0f;
+    case ET_ABS: return IF(v > 0.0f, one, IF(v < 0.0f, -one, zero));
+    default: return one;
     }
 }
 
-/* One loop per activation, so that each can become a loop of vectors. */
+/* One loop per activation. */
 #define EACH_ACTIVATION(DO)                                                                                            \
     switch (s->act) {                                                                                                  \
     case ET_RELU: DO(ET_RELU) break;                                                                                   \
@@ -90,7 +135,11 @@ KERNEL unary(const struct et_step *s, const float *x, float *y, int pixels) {
     const int straight = s->ldx == s->ci && s->ldy == s->ci; /* as one long pixel: few channels fill no vector */
     const ptrdiff_t count = straight ? (ptrdiff_t)pixels * s->ci : s->ci;
     for (int p = 0; p < (straight ? 1 : pixels); p++, x += s->ldx, y += s->ldy)
-#define UNARY(ACT) for (ptrdiff_t c = 0; c < count; c++) y[c] = activate(ACT, x[c], a, b);
+#define UNARY(ACT)                                                                                                     \
+    for (ptrdiff_t c = 0; c < count; c += VL) {                                                                        \
+        const int n = (int)MIN((ptrdiff_t)VL, count - c);                                                              \
+        put(y + c, n, activate(ACT, get(x + c, n), a, b));                                                             \
+    }
         EACH_ACTIVATION(UNARY)
 }
 
@@ -101,7 +150,12 @@ KERNEL unary_dx(const struct et_step *s, const float *x, const float *g, const f
     const int pixels = straight ? 1 : s->hi * s->wi;
     const ptrdiff_t count = straight ? (ptrdiff_t)s->hi * s->wi * s->ci : s->ci;
     for (int p = 0; p < pixels; p++, x += s->ldx, g += s->ldy, dx += s->ldy, add = add ? add + s->ldr : 0)
-#define UNARY_DX(ACT) for (ptrdiff_t c = 0; c < count; c++) dx[c] = g[c] * slope(ACT, x[c], a, b) + (add ? add[c] : 0.0f);
+#define UNARY_DX(ACT)                                                                                                  \
+    for (ptrdiff_t c = 0; c < count; c += VL) {                                                                        \
+        const int n = (int)MIN((ptrdiff_t)VL, count - c);                                                              \
+        const vf d = get(g + c, n) * slope(ACT, get(x + c, n), a, b);                                                  \
+        put(dx + c, n, add ? d + get(add + c, n) : d + 0.0f);                                                          \
+    }
         EACH_ACTIVATION(UNARY_DX)
 }
 

@@ -154,34 +154,4 @@ static inline float et_expf(float x) {
     const float y = (1.0f + r * (1.0f + r * (0.5f + r * p))) * et_float((n + 127) * (1 << 23));
     return x != x ? x : x < -87.3f ? 0.0f : y;
 }
-/* exp(x) - 1 of x below 0; near 0 by its series. */
-static inline float et_expm1f(float x) {
-    const float series = x * (1.0f + x * (0.5f + x * (0.166666667f + x * (0.0416666667f + x * 0.00833333333f))));
-    return x > -0.25f ? series : et_expf(x) - 1.0f;
-}
-/* tanh by exp of the negative absolute value; near 0 by its series. */
-static inline float et_tanhf(float x) {
-    const float a = x < 0 ? -x : x, e = et_expf(-2.0f * a), q = x * x;
-    const float series = x * (1.0f - q * (0.333333333f - q * (0.133333333f - q * 0.0539682540f)));
-    const float t = (1.0f - e) / (1.0f + e);
-    return a < 0.25f ? series : x < 0 ? -t : t;
-}
-/* The error function: Abramowitz and Stegun 7.1.26 away from 0 (within 2e-7), its series near it. */
-static inline float et_erff(float x) {
-    const float a = x < 0 ? -x : x, q = x * x, t = 1.0f / (1.0f + 0.3275911f * a);
-    const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-    const float series = x * (1.128379167f - q * (0.376126389f - q * (0.112837917f - q * 0.0268661706f)));
-    const float e = 1.0f - p * et_expf(-q);
-    return a < 0.3f ? series : x < 0 ? -e : e;
-}
-/* log(1 + x) of x between 0 and 1: twice the inverse hyperbolic tangent of x / (2 + x). */
-static inline float et_log1pf(float x) {
-    const float s = x / (2.0f + x), q = s * s;
-    return s * (2.0f + q * (0.666666667f + q * (0.4f + q * (0.285714286f + q * (0.222222222f + q * 0.181818182f)))));
-}
-static inline float et_softplusf(float x) { return (x > 0 ? x : 0.0f) + et_log1pf(et_expf(x < 0 ? x : -x)); }
-static inline float et_sigmoidf(float x) {
-    const float e = et_expf(x < 0 ? x : -x), s = 1.0f / (1.0f + e);
-    return x != x ? x : x < 0 ? e * s : s;
-}
 #endif

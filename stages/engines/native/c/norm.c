@@ -34,7 +34,10 @@ KERNEL softmax(const struct et_step *s, const float *x, float *y) {
             const float log_sum = et_log(sum);
             for (int c = 0; c < s->ci; c++) y[c] = x[c] - top - log_sum;
         } else {
-            for (int c = 0; c < s->ci; c++) y[c] = et_expf(x[c] - top);
+            for (int c = 0; c < s->ci; c += VL) {
+                const int n = MIN(VL, s->ci - c);
+                put(y + c, n, vexp(get(x + c, n) - top));
+            }
             for (int c = 0; c < s->ci; c++) sum += y[c];
             for (int c = 0; c < s->ci; c++) y[c] /= sum;
         }

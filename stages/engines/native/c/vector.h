@@ -21,6 +21,9 @@ INL vf choose(vi mask, vf yes, vf no) { return mask ? yes : no; }
 INL vf vld(const float *p) { return *p; }
 INL void vst(float *p, vf v) { *p = v; }
 INL vf vset(float s) { return s; }
+INL vi vint(vf v) { return (int32_t)v; }
+INL vf vfloat(vi v) { return (float)v; }
+INL vf vbits(vi v) { return et_float(v); }
 INL vf vact(vf v, int act) { return act && v < 0 ? 0 : act == ET_RELU6 && v > 6 ? 6 : v; }
 #else
 typedef float vf __attribute__((vector_size(VL * 4)));
@@ -32,6 +35,9 @@ INL vf choose(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no &
 INL vf vld(const float *p) { return *(const vfu *)(const void *)p; }
 INL void vst(float *p, vf v) { *(vfu *)(void *)p = v; }
 INL vf vset(float s) { return s - (vf){0}; }
+INL vi vint(vf v) { return __builtin_convertvector(v, vi); }
+INL vf vfloat(vi v) { return __builtin_convertvector(v, vf); }
+INL vf vbits(vi v) { return (vf)v; }
 INL vf vact(vf v, int act) { /* a value that is no number stays one */
     if (act) {
         v = (vf)((vi)v & ~(vi)(v < 0));
