@@ -109,7 +109,8 @@ def cases() -> Iterator[tuple[str, Graph, list[LayerUpdate]]]:
                  "adaptive_avg_pool", "upsample", "constant", "divide by a gate", "prelu", "amax", "adaptive_max_pool",
                  "shuffle", "bicubic False", "concat of rows", "sum", "linear on tokens", "scale on four axes",
                  "layernorm of columns", "softmax of tokens", "matmul of many with each", "attention, causal",
-                 "attention with a mask of keys that trains"):  # fmt: skip
+                 "attention with a mask of keys that trains", "gru with biases",
+                 "lstm in reverse with biases"):  # fmt: skip
         yield name.replace(",", "").replace(" ", "_"), CASES[name], plan(CASES[name])
 
 

@@ -12,6 +12,7 @@ from stages.engines.native.lowering import uncovered
 from stages.engines.native.rules import GENERAL, RULES
 from stages.graphs.graph import Graph
 from stages.operators import Op
+from stages.operators.recurrent import GATES
 from tests.native.test_net import live_slices, native, pull, train, weighted
 from tests.operators.random_graphs import dense_gradients, random_backbone, random_input
 
@@ -245,9 +246,29 @@ TOKENS = {
 }
 """What runs on rows."""
 
+RECURRENT = {
+    f"{kind}{' in reverse' if reverse else ''}{' with biases' if biased else ''}": on_tokens(
+        (kind, (35, 5), {"hidden": 5, "reverse": reverse, "biased": biased}),
+        ("linear", (35, 4), BIAS),
+    )
+    for kind in ("gru", "lstm")
+    for reverse in (False, True)
+    for biased in (False, True)
+} | {
+    "gru of one step": on_tokens(("gru", (1, 18), {"hidden": 18, "reverse": False, "biased": True}), shape=(1, 210)),
+    "lstm of one unit": on_tokens(("lstm", (35, 1), {"hidden": 1, "reverse": False, "biased": True})),
+    "lstm upon gru": on_tokens(
+        ("gru", (35, 7), {"hidden": 7, "reverse": False, "biased": True}),
+        ("relu", (35, 7), {}),
+        ("lstm", (35, 4), {"hidden": 4, "reverse": True, "biased": True}),
+    ),
+}
+"""What runs step by step of time."""
+
 CASES = {
     **MOVES,
     **TOKENS,
+    **RECURRENT,
     "adaptive_max_pool": between("adaptive_max_pool", (6, 2, 3), size=(2, 3)),
     "amax": between("amax", (6,), axes=(1, 2), keepdim=False),
     "prelu": between("prelu", slopes=6),
@@ -294,7 +315,7 @@ def plan(graph: Graph) -> list[LayerUpdate]:
     """All channels of the first layers and half of the middle one's, so that a gradient passes everything."""
     found = []
     for layer in graph.layers:
-        every = tuple(range(0, layer.out_channels, 2 if layer.name == "middle" else 1))
+        every = tuple(range(0, layer.out_channels, 2 if layer.name == "middle" or layer.kind in GATES else 1))
         found.append(LayerUpdate(layer.name, "output", every, layer.out_channels))
     return found
 

@@ -97,7 +97,7 @@ class _Inspecting(Lowerer):
             g = passed
         at_output = self._sums(node, op.shape, node.y, g)
         own = builder.buffer(f"gradient {op.inputs[0]} by {op.name}", prod(op.in_shape))
-        layers.input_gradient(node.layer, g, None, own, into)
+        node.layer.input_gradient(g, None, own, into)
         self.places[op.name] = at_output, self._sums(node, op.in_shape, node.inputs[0], own)
         name = op.inputs[0]
         if name in self.flow:

@@ -92,6 +92,18 @@ class Layer:
         """Of the map, or the rows, that it reads."""
         return prod(self.op.in_shape[:-1]) if self.tokens else map_of(self.op.in_shape).pixels
 
+    def saves(self, x: Buffer, into: list[Step]) -> tuple[Buffer, int] | None:
+        """What of its input the weight gradient needs, see `saves`."""
+        return saves(self, x, into)
+
+    def input_gradient(self, g: Buffer, add: Buffer | None, dx: Buffer, into: list[Step]) -> None:
+        """dx = add + the gradient of its input."""
+        input_gradient(self, g, add, dx, into)
+
+    def live_gradients(self, kept: tuple[Buffer, int] | None, g: Buffer, into: list[Step]) -> None:
+        """Adds to the gradients of what trains of it."""
+        live_gradients(self, kept, g, into)
+
     def rows_of_gradient(self, g: Buffer, into: list[Step]) -> Buffer:
         """The gradient of its output as its steps read it, made once."""
         if not self.tokens:

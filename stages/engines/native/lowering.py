@@ -11,12 +11,12 @@ from collections.abc import Sequence, Set
 from math import prod
 
 from stages.artifacts.records import LayerUpdate, detached_layers
-from stages.engines.native import arena, layers
+from stages.engines.native import arena
 from stages.engines.native.builder import Builder, map_of, mark_of
 from stages.engines.native.chains import Chain, Cuts, ring_rows
 from stages.engines.native.channels import Channels
 from stages.engines.native.program import Buffer, Lowering, Step
-from stages.engines.native.rules import Node, apply_bits, keep_bits, lowered, plus, refused, rule_of
+from stages.engines.native.rules import Node, apply_bits, keep_bits, layer_of, lowered, plus, refused, rule_of
 from stages.engines.native.units import BITS, Unit, units_of
 from stages.errors import UsageError
 from stages.graphs.checking import check_updates
@@ -128,7 +128,7 @@ class Lowerer:
         op, rule = unit.op, lowered(unit.op)
         self.builder.owner = op.name
         inputs = [self.values[name] for name in op.inputs]
-        layer = layers.Layer(self.builder, op, self.live.get(op.name)) if op.is_layer else None
+        layer = layer_of(self.builder, op, self.live.get(op.name)) if op.is_layer else None
         residual = self.values.get(unit.residual)
         y = self._value(unit.out, over=inputs[0] if lowered(op).in_place(op) else residual)
         node = Node(unit, inputs, y, layer, residual)
@@ -179,7 +179,7 @@ class Lowerer:
             if node.unit.out not in self.flow:
                 continue
             self.builder.owner = node.op.name
-            if node.layer is not None and (kept := layers.saves(node.layer, node.inputs[0], program.suffix)):
+            if node.layer is not None and (kept := node.layer.saves(node.inputs[0], program.suffix)):
                 slices[node.op.name] = kept
             if activation := self.bits_of(node.unit):
                 bits[node.unit.out] = keep_bits(self.builder, activation, node.unit.out, node.y, program.suffix)
@@ -209,7 +209,7 @@ class Lowerer:
                     rule = lowered(op)
                     pending[name] = rule.backward(self.builder, node, which, g, pending.get(name), into)
         if node.layer is not None and node.layer.update is not None:
-            layers.live_gradients(node.layer, slices.get(op.name), g, into)
+            node.layer.live_gradients(slices.get(op.name), g, into)
 
     # -------------------------------------------------------------------------------------------------------- prefix
 
@@ -239,7 +239,7 @@ class Lowerer:
                 held = ring_rows(unit, units[number + 1])
                 shape = map_of(self.graph[unit.out].shape)
                 y = builder.buffer(f"ring {unit.out}", held * shape.width * shape.channels)
-            layer = layers.Layer(builder, unit.op, None) if unit.op.is_layer else None
+            layer = layer_of(builder, unit.op, None) if unit.op.is_layer else None
             lowered(unit.op).forward(builder, Node(unit, inputs, y, layer, self.values.get(unit.residual)), into)
             if rows:
                 into[-1].words["xr"] = rows

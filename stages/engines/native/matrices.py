@@ -37,7 +37,7 @@ def to_rows(
         return x
     rows = builder.buffer(name, prod(shape))
     if lies_by_rows(shape):
-        _gather(builder, x, rows, None, _entries(shape, order), into)
+        _gather(builder, x[0], rows, None, _entries(shape, order), into)
         return rows
     size = map_of(shape)
     builder.emit(
@@ -54,9 +54,9 @@ def target_of(builder: Builder, y: Buffer, shape: Shape, *, order: Integers | No
 
 def settle(
     builder: Builder, rows: Buffer, y: Buffer, add: Buffer | None, shape: Shape, into: list[Step], *,
-    order: Integers | None = None,
+    order: Integers | None = None, at: int = 0,
 ) -> None:  # fmt: skip
-    """y = the value whose rows these are (their last axis in this order), plus `add`, which lies as y."""
+    """y = the value whose rows these are (from `at` on, their last axis in this order), plus `add`, which lies as y."""
     size = map_of(shape)
     words: dict[str, int | Ref] = {"hi": size.height, "wi": size.width, "ho": size.height, "wo": size.width}
     words |= {"ci": size.channels, "ldx": size.channels, "ldy": size.channels, "ldr": size.channels}
@@ -65,10 +65,10 @@ def settle(
         if add is not None:
             builder.emit(into, "add", **words, x=rows[0], r=more, y=y[0])
     elif not lies_by_rows(shape):
-        builder.emit(into, "transpose", **words, x=rows[0], y=y[0], r=more, m=_pixels(builder, shape, order), n=1)
+        builder.emit(into, "transpose", **words, x=rows[at], y=y[0], r=more, m=_pixels(builder, shape, order), n=1)
     else:
         back = None if order is None else np.argsort(order)
-        _gather(builder, rows, y, add, _entries(shape, back), into)
+        _gather(builder, rows[at], y, add, _entries(shape, back), into)
 
 
 def _pixels(builder: Builder, shape: Shape, order: Integers | None) -> Ref | None:
@@ -84,10 +84,10 @@ def _entries(shape: Sequence[int], order: Integers | None) -> Integers:
     return (numbers if order is None else numbers[:, order]).reshape(-1)
 
 
-def _gather(builder: Builder, x: Buffer, y: Buffer, add: Buffer | None, numbers: Integers, into: list[Step]) -> None:
+def _gather(builder: Builder, x: Ref, y: Buffer, add: Buffer | None, numbers: Integers, into: list[Step]) -> None:
     count = len(numbers)
     builder.emit(
-        into, "gather", x=x[0], y=y[0], r=None if add is None else add[0], m=builder.indices(numbers), n=count,
+        into, "gather", x=x, y=y[0], r=None if add is None else add[0], m=builder.indices(numbers), n=count,
         ci=count, co=1, ldx=1, ldy=1, hi=1, wi=1, ho=1, wo=1,
     )  # fmt: skip
 

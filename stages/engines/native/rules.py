@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 
+from stages.artifacts.records import LayerUpdate
 from stages.engines.native import layers, matrices, moves
 from stages.engines.native.builder import Builder, geometry, map_of
 from stages.engines.native.program import (
@@ -22,8 +23,10 @@ from stages.engines.native.program import (
     Tensors,
     float_word,
 )
+from stages.engines.native.recurrent import Recurrent
 from stages.engines.native.units import BITS, Unit
 from stages.operators import Op
+from stages.operators.recurrent import GATES
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Node:
     unit: Unit
     inputs: list[Buffer]
     y: Buffer
-    layer: layers.Layer | None = None
+    layer: layers.Layer | Recurrent | None = None
     residual: Buffer | None = None
     pulls: bool = False
     """A gradient flows through it into at least one input: what that needs must be kept."""
@@ -97,15 +100,26 @@ class Rule:
 # -------------------------------------------------------------------------------------------------------------- layers
 
 
+def layer_of(builder: Builder, op: Op, update: LayerUpdate | None) -> layers.Layer | Recurrent:
+    """A layer's weights in the image."""
+    return Recurrent(builder, op, update) if op.kind in GATES else layers.Layer(builder, op, update)
+
+
 def _layer(builder: Builder, node: Node, into: list[Step]) -> None:
-    assert node.layer is not None
+    assert isinstance(node.layer, layers.Layer)
     layers.forward(node.layer, node.unit, node.inputs[0], node.y, node.residual, into)
+
+
+def _recurrent(builder: Builder, node: Node, into: list[Step]) -> None:
+    assert isinstance(node.layer, Recurrent)
+    keep = node.pulls or node.layer.update is not None
+    node.layer.forward(node.inputs[0], node.y, into, keep=keep)
 
 
 def _layer_back(builder: Builder, node: Node, which: int, g: Buffer, add: Buffer | None, into: list[Step]) -> Buffer:
     assert node.layer is not None
     dx = builder.buffer(f"gradient {node.op.inputs[0]}", prod(node.op.in_shape), over=add)
-    layers.input_gradient(node.layer, g, add, dx, into)
+    node.layer.input_gradient(g, add, dx, into)
     return dx
 
 
@@ -676,6 +690,7 @@ RULES: dict[str, Rule] = {
     "conv": Rule(_layer_channels, _layer, _layer_back, rows=True, refuses=_refuses_layer),
     "linear": Rule(_layer_channels, _layer, _layer_back, any_axes=True),
     "scale": Rule(same, _layer, _layer_back, rows=True, refuses=_tokens),
+    **{kind: Rule(fixed, _recurrent, _layer_back) for kind in GATES},
     **{kind: Rule(same, _activation, _bits_back, rows=True, in_place=always, any_axes=True) for kind in BITS},
     **{
         kind: Rule(same, _activation, _activation_back, rows=True, in_place=always, any_axes=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from stages.graphs.graph import Graph
 from stages.operators import Op
+from stages.operators.recurrent import GATES
 
 BITS = ("relu", "relu6")
 """Activations that a layer computes on its way out, and that keep one bit per value."""
@@ -36,7 +37,8 @@ def units_of(
     for op in graph.ops:
         if op.name not in names or op.name in gone:
             continue
-        unit = _fused(graph, op, names, keep, residuals) if op.is_layer else Unit(op, op.name)
+        fuses = op.is_layer and op.kind not in GATES
+        unit = _fused(graph, op, names, keep, residuals) if fuses else Unit(op, op.name)
         gone |= _between(graph, unit)
         units.append(unit)
     return tuple(units)

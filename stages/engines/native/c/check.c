@@ -125,6 +125,21 @@ static int check(const struct limits *l, const struct et_header *h, const float 
                within(l, s->w, times(ci, co), READ) && within(l, s->y, extent(in, ldy, co), WRITE) &&
                maybe(l, s->r, extent(in, ldr, co), READ);
         break;
+    case ET_GRU:
+    case ET_LSTM: {
+        const uint64_t gates = s->kind == ET_GRU ? 3 : 4, kept = s->kind == ET_GRU ? 4 : 6;
+        fits = within(l, s->x, gates * ci, READ) && within(l, s->r, gates * ci, READ) && within(l, s->w, ci, READ) &&
+               within(l, s->y, ci, WRITE) && within(l, s->m, kept * ci, WRITE);
+        break;
+    }
+    case ET_GRU_DX:
+        fits = within(l, s->x, 4 * ci, READ) && within(l, s->w, ci, READ) && within(l, s->r, ci, READ) &&
+               within(l, s->y, 3 * ci, WRITE) && within(l, s->b, 3 * ci, WRITE) && within(l, s->m, ci, WRITE);
+        break;
+    case ET_LSTM_DX:
+        fits = between(s->n, 0, 1) && within(l, s->x, 6 * ci, READ) && within(l, s->w, ci, READ) &&
+               within(l, s->r, ci, READ) && within(l, s->y, 4 * ci, WRITE) && within(l, s->m, ci, WRITE);
+        break;
     case ET_MERGE:
         fits = maybe(l, s->w, co16, FIXED) && within(l, s->b, n, READ) && within(l, s->y, co16, WRITE) &&
                indices(l, constants, s->m, s->n, s->co);

@@ -4,6 +4,7 @@
 #include "pool.c"
 #include "elementwise.c"
 #include "norm.c"
+#include "recurrent.c"
 #include "move.c"
 #include "matmul.c"
 
@@ -13,5 +14,5 @@ const struct et_kernels ET_TABLE(ET_VL) = {
     pointwise, conv_row, depthwise_row, max_pool_row, avg_pool_row, add_row, unary, mean, mask, mask_back, conv_dx,
     conv_dw, depthwise_dx, depthwise_dw, bias_dw, max_pool_dx, avg_pool_dx, mean_dx, unary_dx,
     multiply, dot, softmax, softmax_dx, norm, norm_dx, nearest, nearest_dx,
-    gather, scatter, amax, amax_dx, matmul, ET_VL,
+    gather, scatter, amax, amax_dx, matmul, gru, gru_dx, lstm, lstm_dx, ET_VL,
 };

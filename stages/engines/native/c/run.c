@@ -136,6 +136,10 @@ static void run_step(const struct et_net *net, const struct et_step *s) {
     case ET_MEAN: k->mean(s, x, y); break;
     case ET_TRANSPOSE: transpose(s, x, r, index, y); break;
     case ET_MATMUL: k->matmul(s, x, w, r, y); break;
+    case ET_GRU: k->gru(s, x, r, w, y, m); break;
+    case ET_GRU_DX: k->gru_dx(s, x, w, r, y, et_at(net, s->b), m); break;
+    case ET_LSTM: k->lstm(s, x, r, w, y, m); break;
+    case ET_LSTM_DX: k->lstm_dx(s, x, w, r, y, m); break;
     case ET_MERGE: merge(s, w, b, index, y); break;
     case ET_MASK: k->mask(x, (size_t)s->n, s->act, (uint32_t *)(void *)m); break;
     case ET_MULTIPLY: k->multiply(s, x, r, w, y); break;
