@@ -114,6 +114,8 @@ def check_folder(path: Path, mark: str) -> None:
             raise OutputError(str(path), "a folder with other files", "a new folder, or one that was written before")
         if not os.access(path, os.W_OK):
             raise OutputError(str(path), "no permission to write", "a writable place")
+    elif path.exists():
+        raise OutputError(str(path), "a file", "a new folder, or one that was written before")
     else:
         check_writable(path)
 

@@ -391,6 +391,7 @@ def test_export_takes_only_folders_of_its_own(folder: Path) -> None:
     (folder / "mine").mkdir(exist_ok=True)
     (folder / "mine" / "thesis.tex").write_text("")
     assert "a folder with other files" in edgetrain(folder, "export", "run.h5", "--format", "c", "-o", "mine", code=73)
+    assert "run.h5: a file" in edgetrain(folder, "export", "run.h5", "--format", "c", "-o", "run.h5", code=73)
     assert [path.name for path in (folder / "mine").iterdir()] == ["thesis.tex"]
     said = edgetrain(folder, "export", "run.h5", "--format", "c", "-o", "program")
     assert "RAM" in said
