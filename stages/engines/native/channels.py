@@ -49,6 +49,16 @@ def map_of(shape: Shape) -> Map:
     return Map(sizes[0], sizes[1], shape[0])
 
 
+def live_first(live: Sequence[int], count: int) -> Integers | None:
+    """So many channels in an order that has the live ones first; None where that is their own.
+
+    >>> live_first((1, 3), 4)
+    array([1, 3, 0, 2])
+    """
+    order = np.concatenate([np.array(live, np.int64), np.setdiff1d(np.arange(count), live)])
+    return None if (order == np.arange(count)).all() else order
+
+
 Run = tuple[int, int, bool]
 """First channel, end, whether they are live."""
 

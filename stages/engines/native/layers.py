@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stages.artifacts.records import LayerUpdate
 from stages.engines.native.builder import Builder, geometry, is_plain, map_of, padded, panels, taps
-from stages.engines.native.channels import Run
+from stages.engines.native.channels import Run, live_first
 from stages.engines.native.matrices import over_rows, settle, target_of, to_rows
 from stages.engines.native.program import (
     ACCUMULATE,
@@ -118,9 +118,7 @@ class Layer:
         update = self.update
         if not self.tokens or update is None or (self.by_input != inputs and not self.op.is_depthwise):
             return None
-        live = np.array(update.channels, np.int64)
-        order = np.concatenate([live, np.setdiff1d(np.arange(count), live)])
-        return None if (order == np.arange(count)).all() else order
+        return live_first(update.channels, count)
 
     def _runs(self, *, inputs: bool) -> Sequence[Run]:
         """The channels of what it reads or writes as runs of live and of frozen ones."""

@@ -232,16 +232,8 @@ def matmul(builder: Builder, node: Node, into: list[Step]) -> None:
     node.rows |= {"a": a, "b": b}
     y = target_of(builder, node.y, op.shape)
     for i, (left, right) in enumerate(_pairs(op)):
-        product(
-            builder,
-            into,
-            a[left * rows * depth],
-            b[right * depth * columns],
-            y[i * rows * columns],
-            rows,
-            depth,
-            columns,
-        )
+        at = a[left * rows * depth], b[right * depth * columns], y[i * rows * columns]
+        product(builder, into, *at, rows, depth, columns)
     settle(builder, y, node.y, None, op.shape, into)
 
 
@@ -284,13 +276,11 @@ def attention(builder: Builder, node: Node, into: list[Step]) -> None:
     inputs = [to_rows(builder, x, shape, into) for x, shape in zip(node.inputs, op.in_shapes, strict=True)]
     node.rows |= dict(zip("qkvm", inputs, strict=False))
     y = target_of(builder, node.y, op.shape)
-    heads, rows, _, _, width = _attended(op)
+    heads, rows, keys, _, width = _attended(op)
     for head in range(heads):
         shares = _shares(builder, node, head, into)
-        _, _, keys, _, _ = _attended(op)
-        product(
-            builder, into, shares[0], inputs[2][head * keys * width], y[head * rows * width], rows, keys, width
-        )  # fmt: skip
+        at = shares[0], inputs[2][head * keys * width], y[head * rows * width]
+        product(builder, into, *at, rows, keys, width)
     settle(builder, y, node.y, None, op.shape, into)
 
 
@@ -366,9 +356,7 @@ def _attention_gradients(builder: Builder, node: Node, g: Buffer, into: list[Ste
         pulled = builder.buffer(f"gradient of shares {op.name}", rows * keys)
         product(builder, into, own, other[0], pulled[0], rows, width, keys)
         scores = builder.buffer(f"gradient of products {op.name}", rows * keys)
-        builder.emit(
-            into, "softmax_dx", **over_rows(rows, keys), x=shares[0], w=pulled[0], y=scores[0], n=0
-        )  # fmt: skip
+        builder.emit(into, "softmax_dx", **over_rows(rows, keys), x=shares[0], w=pulled[0], y=scores[0], n=0)
         q, k = node.rows["q"][head * rows * depth], node.rows["k"][head * keys * depth]
         at = made["q"][head * rows * depth], made["k"][head * keys * depth]
         product(builder, into, scores[0], k, at[0], rows, keys, depth, scale=op["scale"])

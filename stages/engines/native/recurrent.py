@@ -7,6 +7,7 @@ time the cells give the gradients at the gates, step by step; those of weights a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from stages.artifacts.records import LayerUpdate
 from stages.engines.native.builder import Builder, padded, panels
+from stages.engines.native.channels import live_first
 from stages.engines.native.matrices import settle, target_of, to_rows
 from stages.engines.native.program import CHUNK, GRADIENT, Buffer, Integers, Parameter, Ref, Step
 from stages.operators import Op
@@ -57,12 +59,12 @@ class Recurrent:
         self.builder, self.op, self.update = builder, op, update
         self.gates, self.units = GATES[op.kind], int(op["hidden"])
         self.steps, self.size = op.in_shape
-        live = np.array(update.channels if update else (), np.int64)
-        self._order: Integers = np.concatenate([live, np.setdiff1d(np.arange(self.units), live)])
-        self._moved = None if (self._order == np.arange(self.units)).all() else self._order
+        live = update.channels if update else ()
+        self._moved = live_first(live, self.units)
+        self._order: Integers = np.arange(self.units) if self._moved is None else self._moved
         self._blocks = [self._block(*rows) for rows in self._rows_of_blocks(len(live))]
         self._through: Through | None = None
-        if len(live):
+        if live:
             builder.program.parameters.append(self._parameter(live))
 
     @property
@@ -101,7 +103,7 @@ class Recurrent:
         biases = tuple(place(which) for which in (2, 3)) if self.op["biased"] else ()
         return Block(o0, o1, live, place(0), place(1), biases)
 
-    def _parameter(self, live: Integers) -> Parameter:
+    def _parameter(self, live: Sequence[int]) -> Parameter:
         whole = np.arange(self.op.weights).reshape(self.op.weight_shape)
         places = np.full(self.op.weights, -1, np.int64)
         for block in self._blocks:
@@ -111,7 +113,7 @@ class Recurrent:
                     packed = part.reshape(-1).astype(np.int64)
                     mine = np.flatnonzero(packed >= 0)
                     places[packed[mine]] = ref.offset + mine
-        ids = whole[live]
+        ids = whole[np.array(live)]
         return Parameter(f"{self.op.name}.weight", places[ids], ids)
 
     # ------------------------------------------------------------------------------------------------------ forward
