@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stages.artifacts.records import Array, LayerUpdate
-from stages.engines.parameter import Boundary, Floats, Parameter
+from stages.engines.parameter import Boundary, Floats, Parameter, Place
 from stages.engines.timing import LayerTimes
 from stages.errors import PartMissing, require
 from stages.graphs.graph import Graph
@@ -55,6 +55,12 @@ class TrainedNet(Protocol):
         """Model input (N, *input) -> features (N, D)."""
 
     def parameters(self) -> list[Parameter]: ...
+    def turn(self, number: int) -> list[Parameter]:
+        """Train what of the plan has this turn, from 0 on, and nothing else: the parameters that get gradients then."""
+
+    def places(self) -> list[Place]:
+        """Where every live tensor's values lie in the parameters."""
+
     def live_tensors(self) -> dict[str, Floats]:
         """Copies of the live slices by name: `<layer>.weight` (live, ...), `<layer>.bias` (live,)."""
 
@@ -147,8 +153,13 @@ def need_torch(what: str) -> None:
         raise PartMissing(what, "torch is not installed", "torch", REMEDY)
 
 
-def make_net(backbone: Backbone, updates: Sequence[LayerUpdate] = ()) -> TrainedNet:
+def make_net(
+    backbone: Backbone, updates: Sequence[LayerUpdate] = (), turns: Sequence[Sequence[LayerUpdate]] = ()
+) -> TrainedNet:
     """A backbone of which only what `updates` name trains, run by the backbone's engine.
+
+    `turns` are plans that share no channel and make up `updates` together: they train one at a time, the first of them
+    first (`TrainedNet.turn`).
 
     Raises:
         DataError: the updates do not fit the backbone.
@@ -157,10 +168,10 @@ def make_net(backbone: Backbone, updates: Sequence[LayerUpdate] = ()) -> Trained
         from stages.engines.torch.face import TorchNet
         from stages.engines.torch.net import SparseNet
 
-        return TorchNet(SparseNet(backbone, updates))
+        return TorchNet(SparseNet(backbone, updates, turns))
     from stages.engines.native.net import NativeNet
 
-    return NativeNet(backbone.graph, backbone.tensors, updates, same_bits=backbone.engine.same_bits)
+    return NativeNet(backbone.graph, backbone.tensors, updates, same_bits=backbone.engine.same_bits, turns=turns)
 
 
 def make_inspector(backbone: Backbone, window: Collection[str]) -> Inspector:

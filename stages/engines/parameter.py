@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,3 +28,14 @@ class Parameter:
         whole = self.value.flags.c_contiguous and self.gradient.flags.c_contiguous
         if not whole or self.value.shape != self.gradient.shape:
             raise ValueError("a parameter's value and gradient are C-contiguous and of one shape")
+
+
+class Place(NamedTuple):
+    """Where values of a whole tensor lie in a parameter: element `ids[i]` of the flat tensor at `at[i]` of the flat
+    parameter. A live tensor may have several, a parameter too."""
+
+    parameter: Parameter
+    name: str
+    """Of the tensor: `<layer>.weight` or `<layer>.bias`."""
+    at: NDArray[np.int64]
+    ids: NDArray[np.int64]

@@ -29,8 +29,22 @@ needs_native = pytest.mark.skipif(not is_built(), reason="the native library is 
 on_every_engine = pytest.mark.parametrize("engine", [pytest.param("native", marks=needs_native), "torch"])
 
 
-def net_of(backbone: Backbone, updates: Sequence[LayerUpdate], engine: str) -> TrainedNet:
-    return make_net(replace(backbone, engine=Engine(engine)), updates)
+def net_of(
+    backbone: Backbone,
+    updates: Sequence[LayerUpdate],
+    engine: str,
+    turns: Sequence[Sequence[LayerUpdate]] = (),
+) -> TrainedNet:
+    return make_net(replace(backbone, engine=Engine(engine)), updates, turns)
+
+
+def in_turns(updates: Sequence[LayerUpdate], count: int) -> list[tuple[LayerUpdate, ...]]:
+    """A plan's channels and biases dealt out to so many plans that share none; layers that only end gradients stay."""
+    dealt = [
+        [replace(u, channels=u.channels[turn::count], bias=u.bias[turn::count]) for u in updates]
+        for turn in range(count)
+    ]
+    return [tuple(update for update in turn if update.trains or update.detached) for turn in dealt]
 
 
 def closed(loss: Callable[[Tensor], Tensor]) -> Loss:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stages.artifacts.records import LayerUpdate
@@ -21,6 +21,7 @@ from tests.engines.protocol import (
     bounded,
     check_gradients,
     closed,
+    in_turns,
     live_entries,
     live_slices,
     named_gradients,
@@ -98,6 +99,64 @@ def test_more_samples_than_an_engine_takes_at_once(engine, backbone):
     bound.check(features, "features")
     net.backward(kept, LOSS(features)[1])
     check_gradients(named_gradients(net), dense, chain(), PLAN)
+
+
+@on_every_engine
+@FEW
+@given(cases(), st.integers(1, 3))
+def test_channels_that_take_turns_get_their_gradients_and_the_others_none(engine, case, count):
+    backbone, x, bound, dense = bounded(case, weighted, torch.float32)
+    graph, updates, _, _ = case
+    turns = in_turns(updates, count)
+    assume(all(any(update.trains for update in turn) for turn in turns))
+    assume(not any(op.operator.weight_gradient for op in graph.layers))  # units of recurrent layers train together
+    net = net_of(backbone, updates, engine, turns)
+    before, boundary = net.live_tensors(), net.prefix(x.numpy())
+    for number in (*range(count), 0):
+        moving = net.turn(number)
+        features, kept = net.forward(boundary)
+        bound.check(features, "features")
+        net.backward(kept, LOSS(features)[1])
+        others = [p for p in net.parameters() if not any(p is each for each in moving)]
+        assert not any(parameter.gradient.any() for parameter in others)
+        gradients = named_gradients(net)
+        mine = [update for update in turns[number] if update.trains]
+        check_gradients(live_slices(graph, mine, whole(backbone, updates, gradients)), dense, graph, mine)
+    assert all(np.array_equal(before[name], value) for name, value in net.live_tensors().items())
+    for parameter in net.turn(count - 1):
+        parameter.value[...] = 7
+    marked = live_entries(graph, turns[-1], backbone.tensors)
+    for name, value in whole(backbone, updates, net.live_tensors()).items():
+        old = whole(backbone, updates, before)[name]
+        assert np.array_equal(value, np.where(marked[name], 7, old))
+
+
+@on_every_engine
+def test_places_say_where_every_live_value_lies(engine, backbone):
+    for turns in ((), in_turns(PLAN, 2)):
+        net = net_of(backbone, PLAN, engine, turns)
+        found = {name: np.full(value.size, np.nan) for name, value in backbone.tensors.items()}
+        for place in net.places():
+            assert np.isnan(found[place.name][place.ids]).all()
+            found[place.name][place.ids] = place.parameter.value.reshape(-1)[place.at]
+        marked = live_entries(chain(), PLAN, backbone.tensors)
+        for name, value in backbone.tensors.items():
+            live = marked[name].reshape(-1)
+            assert np.array_equal(found[name][live], np.asarray(value).reshape(-1)[live])
+            assert np.isnan(found[name][~live]).all()
+
+
+def whole(backbone: Backbone, updates, live: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors with these live slices of them, zeros elsewhere."""
+    graph, found = backbone.graph, {name: np.zeros(value.shape, np.float32) for name, value in backbone.tensors.items()}
+    for update in updates:
+        alone = replace(update, channels=(), bias=())
+        weight = [replace(alone, channels=(channel,)) for channel in update.channels]
+        bias = [replace(alone, bias=(channel,)) for channel in update.bias]
+        for name, ones in ((f"{update.layer}.weight", weight), (f"{update.layer}.bias", bias)):
+            for one, values in zip(ones, live.get(name, ()), strict=True):
+                found[name][live_entries(graph, [one], found)[name]] = np.reshape(values, -1)
+    return found
 
 
 @on_every_engine

@@ -75,7 +75,9 @@ def torch_gradients(backbone: Backbone, updates, x: torch.Tensor) -> tuple[np.nd
     net = SparseNet(in_single(backbone), updates)
     features = net.suffix(net.prefix(x.float()))
     weighted(features).backward()
-    return features.detach().numpy(), {name: p.grad.numpy() for name, p in net._parameters().items()}
+    return features.detach().numpy(), {
+        name: p.grad.numpy() for name, p in zip(net.live_names, net.parameters(), strict=True)
+    }
 
 
 def rounding(graph: Graph) -> float:

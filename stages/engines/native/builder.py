@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.artifacts.records import LayerUpdate
 from stages.engines.native import arena
 from stages.engines.native.channels import Channels, Map, map_of
 from stages.engines.native.program import (
@@ -17,6 +18,7 @@ from stages.engines.native.program import (
     CONSTANT,
     GRADIENT,
     LIVE,
+    TURN_SHIFT,
     Buffer,
     Lowering,
     Parameter,
@@ -69,12 +71,32 @@ def taps(weight: NDArray[np.generic]) -> NDArray[np.generic]:
     return weight.reshape(len(weight), -1).T
 
 
+@dataclass(frozen=True, slots=True)
+class Lot:
+    """What trains of a layer at the same time."""
+
+    turn: int
+    """0: always; else in the turn of that number."""
+    update: LayerUpdate
+
+    @property
+    def flags(self) -> int:
+        """Of the steps that add to its gradient."""
+        return self.turn << TURN_SHIFT
+
+
 class Builder:
     """Collects a program; `finish` plans its arena."""
 
-    def __init__(self, graph: Graph, channels: Channels) -> None:
+    def __init__(self, graph: Graph, channels: Channels, turns: Sequence[Sequence[LayerUpdate]] = ()) -> None:
+        """`turns`: what of the plan trains in turn, if not all of it always."""
         shape = map_of(graph.input_shape)
         self.graph, self.channels = graph, channels
+        self._turns: dict[str, list[Lot]] = {}
+        for number, updates in enumerate(turns, start=1):
+            for update in updates:
+                if update.trains:
+                    self._turns.setdefault(update.layer, []).append(Lot(number, update))
         self.owner = ""
         """The operator whose steps are being made."""
         self.program = Lowering((shape.channels, shape.height, shape.width), graph.feature_dim)
@@ -109,12 +131,19 @@ class Builder:
         values = np.asarray(numbers, np.int32)
         return self.constant(lambda tensors: values, len(values))
 
-    def live(self, recipe: Recipe, floats: int) -> Ref:
-        """Values that train; their gradients lie at the same offset of the gradients."""
+    def lots(self, update: LayerUpdate | None) -> Sequence[Lot]:
+        """What trains of a layer at the same time: all of it always, or its channels in turn."""
+        return () if update is None else self._turns.get(update.layer, (Lot(0, update),))
+
+    def live(self, recipe: Recipe, floats: int, turns: Mapping[int, int]) -> Ref:
+        """Values that train, so many for each turn; their gradients lie at the same offset of the gradients."""
         at = self.program.live_floats
         self.program.live.append((at, recipe))
         self.program.live_floats += padded(floats)
-        return Ref(LIVE, at)
+        for turn, count in turns.items():
+            self.program.spans.append((turn, at, count))
+            at += count
+        return Ref(LIVE, self.program.live_floats - padded(floats))
 
     def sums(self, floats: int) -> Ref:
         """A place behind the live values' gradients for what the backward pass sums up."""

@@ -59,8 +59,8 @@ def live_first(live: Sequence[int], count: int) -> Integers | None:
     return None if (order == np.arange(count)).all() else order
 
 
-Run = tuple[int, int, bool]
-"""First channel, end, whether they are live."""
+Run = tuple[int, int, int]
+"""First channel, end, and which lot of live ones they are; -1 for frozen ones."""
 
 
 class Channels:
@@ -131,13 +131,13 @@ class Channels:
         sets = self._sets.get(root, [])
         return np.array(sorted(range(count), key=lambda channel: (_rank(channel, sets), channel)), np.int64)
 
-    def runs(self, value: str, live: Sequence[int]) -> list[Run]:
-        """The channels of a value as runs of live and of frozen ones."""
-        mark = np.zeros(len(self.of[value]) + 2, bool)
-        mark[self.position[value][list(live)] + 1] = True
-        inside = mark[1:-1]
-        edges = [0, *(np.flatnonzero(inside[1:] != inside[:-1]) + 1).tolist(), len(inside)]
-        return [(low, high, bool(inside[low])) for low, high in pairwise(edges)]
+    def runs(self, value: str, lots: Sequence[Sequence[int]]) -> list[Run]:
+        """The channels of a value as runs of the same lot of live ones, and of frozen ones."""
+        lot = np.full(len(self.of[value]), -1)
+        for number, live in enumerate(lots):
+            lot[self.position[value][list(live)]] = number
+        edges = [0, *(np.flatnonzero(lot[1:] != lot[:-1]) + 1).tolist(), len(lot)]
+        return [(low, high, int(lot[low])) for low, high in pairwise(edges)]
 
 
 def _rank(channel: int, sets: Sequence[frozenset[int]]) -> int:

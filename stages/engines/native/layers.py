@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.artifacts.records import LayerUpdate
-from stages.engines.native.builder import Builder, geometry, is_plain, map_of, padded, panels, taps
+from stages.engines.native.builder import Builder, Lot, geometry, is_plain, map_of, padded, panels, taps
 from stages.engines.native.channels import Run, live_first
 from stages.engines.native.matrices import over_rows, settle, target_of, to_rows
 from stages.engines.native.program import (
@@ -38,8 +39,13 @@ class Part:
     i1: int
     o0: int
     o1: int
-    live: bool
+    lot: Lot | None
+    """What trains with it; None for the frozen."""
     weight: Ref
+
+    @property
+    def live(self) -> bool:
+        return self.lot is not None
 
     @property
     def gradient(self) -> Ref:
@@ -58,7 +64,7 @@ class Layer:
     """
 
     def __init__(self, builder: Builder, op: Op, update: LayerUpdate | None) -> None:
-        self.builder, self.op, self.update = builder, op, update
+        self.builder, self.op, self.update, self.lots = builder, op, update, builder.lots(update)
         self.by_input = update is not None and update.axis == "input" and not op.is_depthwise
         self.tokens = on_tokens(op)
         channels = builder.channels
@@ -118,19 +124,21 @@ class Layer:
         update = self.update
         if not self.tokens or update is None or (self.by_input != inputs and not self.op.is_depthwise):
             return None
-        return live_first(update.channels, count)
+        return live_first([channel for lot in self.lots for channel in lot.update.channels], count)
 
     def _runs(self, *, inputs: bool) -> Sequence[Run]:
-        """The channels of what it reads or writes as runs of live and of frozen ones."""
-        live = self.update.channels if self.update else ()
+        """The channels of what it reads or writes as runs of one lot, and of frozen ones."""
+        lots = [lot.update.channels for lot in self.lots]
         if not self.tokens:
-            return self.builder.channels.runs(self.op.inputs[0] if inputs else self.op.name, live)
+            return self.builder.channels.runs(self.op.inputs[0] if inputs else self.op.name, lots)
         count = self.op.in_channels if inputs else self.op.out_channels
-        return [run for run in ((0, len(live), True), (len(live), count, False)) if run[0] < run[1]]
+        ends = list(accumulate(map(len, lots), initial=0))
+        runs = [*((low, high, lot) for lot, (low, high) in enumerate(pairwise(ends))), (ends[-1], count, -1)]
+        return [run for run in runs if run[0] < run[1]]
 
     # ------------------------------------------------------------------------------------------------------ weights
 
-    def _blocks(self) -> list[tuple[int, int, int, int, bool]]:
+    def _blocks(self) -> list[tuple[int, int, int, int, int]]:
         op = self.op
         inside, outside = op.in_channels // op.groups, op.out_channels // op.groups
         if op.is_depthwise:
@@ -143,14 +151,17 @@ class Layer:
                 blocks.append((low, high, o0, o1, on) if self.by_input else (i0, i1, low, high, on))
         return blocks
 
-    def _part(self, i0: int, i1: int, o0: int, o1: int, on: bool) -> Part:
+    def _part(self, i0: int, i1: int, o0: int, o1: int, which: int) -> Part:
         def cut(weight: Array) -> Array:
             return self._packed(weight, i0, i1, o0, o1, 0)
 
         name, taken = f"{self.op.name}.weight", prod(self.op.kernel)
         floats = taken * (o1 - o0) if self.op.is_depthwise else taken * (i1 - i0) * padded(o1 - o0)
-        put = self.builder.live if on else self.builder.constant
-        return Part(i0, i1, o0, o1, on, put(lambda tensors: cut(tensors[name]), floats))
+        if which < 0:
+            return Part(i0, i1, o0, o1, None, self.builder.constant(lambda tensors: cut(tensors[name]), floats))
+        lot = self.lots[which]
+        weight = self.builder.live(lambda tensors: cut(tensors[name]), floats, {lot.turn: padded(floats)})
+        return Part(i0, i1, o0, o1, lot, weight)
 
     def _places(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where among the live values each weight lies, -1 for the frozen; `ids` numbers the whole weight."""
@@ -182,9 +193,15 @@ class Layer:
         """The live biases and their places among the layer's output channels."""
         if self.update is None or not self.update.bias:
             return None
-        name, chosen = f"{self.op.name}.bias", np.array(self.update.bias)
-        values = self.builder.live(lambda tensors: tensors[name][chosen], len(chosen))
+        name, chosen = f"{self.op.name}.bias", self.bias_channels
+        counts = {lot.turn: len(lot.update.bias) for lot in self.lots}
+        values = self.builder.live(lambda tensors: tensors[name][chosen], len(chosen), counts)
         return values, self.builder.indices(np.argsort(self.rows)[chosen])
+
+    @property
+    def bias_channels(self) -> NDArray[np.int64]:
+        """The channels whose bias trains, those of a lot side by side."""
+        return np.array([channel for lot in self.lots for channel in lot.update.bias], np.int64)
 
     def merged_bias(self, into: list[Step]) -> Ref | None:
         """The layer's bias, the live entries put among the frozen ones by a step."""
@@ -206,9 +223,8 @@ class Layer:
             ids = live_window(self.op, update, whole)
             found.append(Parameter(f"{name}.weight", self._places(whole)[ids], ids))
         if self.live_bias is not None:
-            at = self.live_bias[0].offset
-            chosen = np.array(update.bias, np.int64)
-            found.append(Parameter(f"{name}.bias", at + np.arange(len(chosen)), chosen))
+            order = np.argsort(self.bias_channels)
+            found.append(Parameter(f"{name}.bias", self.live_bias[0].offset + order, self.bias_channels[order]))
         return found
 
 
@@ -223,7 +239,7 @@ def live_window(op: Op, update: LayerUpdate, weight: NDArray[np.int64]) -> NDArr
 
 
 def _clipped(runs: Sequence[Run], low: int, high: int) -> list[Run]:
-    return [(max(a, low), min(b, high), on) for a, b, on in runs if a < high and b > low]
+    return [(max(a, low), min(b, high), lot) for a, b, lot in runs if a < high and b > low]
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
@@ -330,19 +346,23 @@ def live_gradients(layer: Layer, kept: tuple[Buffer, int] | None, g: Buffer, int
         buffer, apart = kept
         offsets = _offsets(layer, buffer, apart)
         for part in layer.parts:
-            if part.live:
+            if part.lot is not None:
                 builder.emit(
                     into, "depthwise_dw" if op.is_depthwise else "conv_dw", **layer.words, x=buffer[offsets[part.i0]],
                     r=g[part.o0], y=part.gradient, ldx=apart, ldy=op.out_channels, ci=part.i1 - part.i0,
-                    co=part.o1 - part.o0,
+                    co=part.o1 - part.o0, flags=part.lot.flags,
                 )  # fmt: skip
-    if layer.live_bias is not None and layer.update is not None:
+    if layer.live_bias is not None:
         values, index = layer.live_bias
-        pixels = prod(op.shape) // op.out_channels
-        builder.emit(
-            into, "bias_dw", x=g[0], y=replace(values, space=GRADIENT), m=index, n=len(layer.update.bias), ci=1,
-            co=op.out_channels, ldx=1, ldy=op.out_channels, hi=1, wi=pixels, ho=1, wo=pixels,
-        )  # fmt: skip
+        pixels, at = prod(op.shape) // op.out_channels, 0
+        for lot in layer.lots:
+            if count := len(lot.update.bias):
+                builder.emit(
+                    into, "bias_dw", x=g[0], y=replace(values, space=GRADIENT, offset=values.offset + at),
+                    m=moved(index, at), n=count, ci=1, co=op.out_channels, ldx=1, ldy=op.out_channels, hi=1, wi=pixels,
+                    ho=1, wo=pixels, flags=lot.flags,
+                )  # fmt: skip
+            at += count
 
 
 def _offsets(layer: Layer, buffer: Buffer, apart: int) -> Mapping[int, int]:

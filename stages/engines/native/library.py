@@ -33,6 +33,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "et_suffix": (_INT, (_POINTER, _POINTER, _POINTER)),
     "et_forward": (_INT, (_POINTER, _POINTER, _POINTER)),
     "et_backward": (_INT, (_POINTER, _POINTER)),
+    "et_set_turn": (_INT, (_POINTER, _INT)),
     "et_run": (_INT, (_POINTER, _U32, _U32)),
     "et_keep": (None, (_POINTER, _POINTER)),
     "et_restore": (None, (_POINTER, _POINTER)),

@@ -41,8 +41,19 @@ def uncovered(graph: Graph) -> str:
     return ""
 
 
-def lower(graph: Graph, updates: Sequence[LayerUpdate], *, separate: bool = False, chains: bool = True) -> Lowering:
-    """The program that runs `graph` and trains what `updates` name.
+Turns = Sequence[Sequence[LayerUpdate]]
+"""What of a plan trains in turn: plans of their own, which share no channel."""
+
+
+def lower(
+    graph: Graph,
+    updates: Sequence[LayerUpdate],
+    turns: Turns = (),
+    *,
+    separate: bool = False,
+    chains: bool = True,
+) -> Lowering:
+    """The program that runs `graph` and trains what `updates` name, all of it always, or in `turns`.
 
     `separate` gives every buffer a place of its own and `chains=False` runs whole maps, so that tests can tell whether
     sharing memory changes anything.
@@ -54,7 +65,7 @@ def lower(graph: Graph, updates: Sequence[LayerUpdate], *, separate: bool = Fals
     check_covered(graph)
     if updates:
         check_updates(updates, graph)
-    return Lowerer(graph, updates, chains=chains).run(separate=separate)
+    return Lowerer(graph, updates, turns=turns, chains=chains).run(separate=separate)
 
 
 def check_covered(graph: Graph) -> None:
@@ -71,14 +82,22 @@ class Lowerer:
     """Whether layers compute the additions behind them on their way out."""
 
     def __init__(
-        self, graph: Graph, updates: Sequence[LayerUpdate], *, start: Set[str] = frozenset(), chains: bool = True
+        self,
+        graph: Graph,
+        updates: Sequence[LayerUpdate],
+        *,
+        turns: Turns = (),
+        start: Set[str] = frozenset(),
+        chains: bool = True,
     ) -> None:
         """`start`: further layers from which on the graph counts as trained, though no weight of theirs is."""
         self.graph, self.chains = graph, chains
         self.live = {update.layer: update for update in updates if update.trains}
         self.detached = detached_layers(updates)
         start = start | set(self.live)
-        self.builder = Builder(graph, Channels(graph, self.live.values(), lambda op: lowered(op).channels(op)))
+        together = [update for turn in turns for update in turn] or self.live.values()
+        channels = Channels(graph, together, lambda op: lowered(op).channels(op))
+        self.builder = Builder(graph, channels, turns)
         self.trained = graph.downstream(start) & graph.upstream([graph.output])
         self.flow = graph.gradient_flow(start, self.detached)
         self.output = graph.output

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from stages.artifacts.records import LayerUpdate
 from stages.engines.native.library import Sizes, aligned, aligned_bytes, check, inspect, library
-from stages.engines.native.lowering import lower
+from stages.engines.native.lowering import Turns, lower
 from stages.engines.native.program import Lowering, encode
-from stages.engines.parameter import Boundary, Floats, Parameter
+from stages.engines.parameter import Boundary, Floats, Parameter, Place
 from stages.errors import DataError
 from stages.graphs.graph import Graph
 
@@ -65,6 +65,7 @@ class NativeNet:
         threads: workers, each with an arena; None takes one for each processor that this process may use.
         same_bits: round products and sums one by one, so that every machine gives the same bits; slower.
         width: floats of a vector (1, 4, 8, 16); 0 for the widest that the processor has.
+        turns: plans that make up `updates` together and train one at a time (`turn`), the first of them at first.
 
     Raises:
         NotCovered: an operator has no kernel.
@@ -82,9 +83,10 @@ class NativeNet:
         same_bits: bool = False,
         width: int = 0,
         lowering: Lowering | None = None,
+        turns: Turns = (),
     ) -> None:
         self.graph = graph
-        self.lowering = lower(graph, updates) if lowering is None else lowering
+        self.lowering = lower(graph, updates, turns) if lowering is None else lowering
         self._tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
         self.image = aligned_bytes(encode(self.lowering, self._tensors))
         self.sizes = inspect(self.image, same_bits)
@@ -92,11 +94,14 @@ class NativeNet:
         self.live: Floats = aligned(self.sizes.live)
         self.gradient: Floats = aligned(self.sizes.live)
         """Sums of the live values' gradients, in the engine's layout: where `live` has the values."""
+        self._turns = _turns(self.live, self.gradient, self.lowering)
+        self._moving = self._turns[0]
         count = available_processors() if threads is None else max(1, threads)
         self._workers = [
             Worker(self.image, self.sizes, self.live, width=width, same_bits=same_bits) for _ in range(count)
         ]
         self._pool = ThreadPoolExecutor(len(self._workers)) if len(self._workers) > 1 else None
+        self.turn(0)
         self._library.et_reset(self._workers[0].handle)
         self._kept = np.empty((0, self.sizes.kept_bytes), np.uint8)
         self._in_arena: NDArray[np.uint8] | None = None
@@ -315,8 +320,28 @@ class NativeNet:
     # ----------------------------------------------------------------------------------------------------- values
 
     def parameters(self) -> list[Parameter]:
-        """All live values as one, in the engine's order; empty where nothing trains."""
-        return [Parameter(self.live, self.gradient)] if self.lowering.parameters else []
+        """All live values as one, in the engine's order, or in runs that take turns; empty where nothing trains."""
+        return list({id(parameter): parameter for turn in self._turns for parameter in turn}.values())
+
+    def turn(self, number: int) -> list[Parameter]:
+        """Train what of the plan has this turn, from 0 on, and nothing else; these parameters."""
+        code = len(self._turns) > 1 and number + 1
+        for worker in self._workers:
+            check(self._library.et_set_turn(worker.handle, code), "native engine")
+        self._moving = self._turns[number]
+        return list(self._moving)
+
+    def places(self) -> list[Place]:
+        """Where every live tensor's values lie in the parameters."""
+        found = []
+        for parameter in self.parameters():
+            first = (parameter.value.ctypes.data - self.live.ctypes.data) // self.live.itemsize
+            for each in self.lowering.parameters:
+                at = each.place.reshape(-1) - first
+                inside = np.flatnonzero((at >= 0) & (at < parameter.value.size))
+                if inside.size:
+                    found.append(Place(parameter, each.name, at[inside], each.ids.reshape(-1)[inside]))
+        return found
 
     def gradients(self) -> dict[str, Floats]:
         """The gradients of the live slices by name, in the shapes of `live_tensors`."""
@@ -361,6 +386,31 @@ class NativeNet:
     def tensors(self) -> dict[str, Floats]:
         """The whole backbone's tensors with the live values merged in."""
         return {**self._tensors, **self.changed_tensors()}
+
+
+def _turns(live: Floats, gradient: Floats, lowering: Lowering) -> list[list[Parameter]]:
+    """For each turn what moves in it: views of the live values; one of all where nothing takes turns."""
+    if not lowering.parameters:
+        return [[]]
+    numbers = sorted({turn for turn, _, count in lowering.spans if count} - {0})
+    if not numbers:
+        return [[Parameter(live, gradient)]]
+    views: dict[int, list[Parameter]] = {}
+    for turn, at, count in _joined_spans(lowering.spans):
+        views.setdefault(turn, []).append(Parameter(live[at : at + count], gradient[at : at + count]))
+    return [views.get(0, []) + views.get(number, []) for number in range(1, numbers[-1] + 1)]
+
+
+def _joined_spans(spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """(turn, first, floats), those of one turn that follow each other as one."""
+    found: list[tuple[int, int, int]] = []
+    for turn, at, count in spans:
+        if found and found[-1][0] == turn and sum(found[-1][1:]) == at:
+            turn, at, count = turn, found[-1][1], found[-1][2] + count
+            found.pop()
+        if count:
+            found.append((turn, at, count))
+    return found
 
 
 def _rows(array: NDArray[Any]) -> range:

@@ -44,6 +44,8 @@ FIELDS = (
 """The 32 words of a step."""
 REFERENCES = ("x", "y", "w", "b", "r", "m")
 SAVING, ACCUMULATE, COUNT_PAD, ADAPTIVE = 1, 2, 4, 8
+TURN_SHIFT, MOST_TURNS = 8, 255
+"""Where the flags have the turn of a weight gradient."""
 ACTIVATIONS = {
     "": 0, "relu": 1, "relu6": 2, "leaky_relu": 3, "elu": 4, "hardswish": 5, "hardsigmoid": 6, "silu": 7, "gelu": 8,
     "gelu_tanh": 9, "sigmoid": 10, "tanh": 11, "clamp": 12, "exp": 13, "softplus": 14, "mish": 15, "abs": 16,
@@ -166,6 +168,8 @@ class Lowering:
     zeros: int = 0
     live: list[tuple[int, Recipe]] = field(default_factory=list)
     live_floats: int = 0
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+    """(turn, first, floats) of what trains of the live values: turn 0 always, the others when it is theirs."""
     sum_floats: int = 0
     """What the backward pass sums up beside gradients of live values: behind them in their space."""
     arena_floats: int = 0

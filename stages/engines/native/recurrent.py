@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.artifacts.records import LayerUpdate
-from stages.engines.native.builder import Builder, padded, panels
+from stages.engines.native.builder import Builder, Lot, padded, panels
 from stages.engines.native.channels import live_first
 from stages.engines.native.matrices import settle, target_of, to_rows
-from stages.engines.native.program import CHUNK, GRADIENT, Buffer, Integers, Parameter, Ref, Step
+from stages.engines.native.program import CHUNK, GRADIENT, Buffer, Integers, Parameter, Ref, Step, Tensors
 from stages.operators import Op
 from stages.operators.recurrent import GATES
 
@@ -57,6 +57,8 @@ class Recurrent:
 
     def __init__(self, builder: Builder, op: Op, update: LayerUpdate | None) -> None:
         self.builder, self.op, self.update = builder, op, update
+        lots = builder.lots(update)
+        self._lot = lots[0] if len(lots) == 1 else Lot(0, update) if update else None  # units never train apart
         self.gates, self.units = GATES[op.kind], int(op["hidden"])
         self.steps, self.size = op.in_shape
         live = update.channels if update else ()
@@ -66,6 +68,10 @@ class Recurrent:
         self._through: Through | None = None
         if live:
             builder.program.parameters.append(self._parameter(live))
+
+    @property
+    def _flags(self) -> int:
+        return 0 if self._lot is None else self._lot.flags
 
     @property
     def width(self) -> int:
@@ -94,11 +100,16 @@ class Recurrent:
         return parts + [rows[:, column] for column in range(end, rows.shape[1])]
 
     def _block(self, o0: int, o1: int, live: bool) -> Block:
-        name, put = f"{self.op.name}.weight", self.builder.live if live else self.builder.constant
+        name = f"{self.op.name}.weight"
         floats = [self.size * padded(o1 - o0), self.units * padded(o1 - o0)] + [padded(o1 - o0)] * 2
 
         def place(which: int) -> Ref:
-            return put(lambda tensors: self._parts(tensors[name], o0, o1)[which], floats[which])
+            def part(tensors: Tensors) -> Array:
+                return self._parts(tensors[name], o0, o1)[which]
+
+            if not live or self._lot is None:
+                return self.builder.constant(part, floats[which])
+            return self.builder.live(part, floats[which], {self._lot.turn: padded(floats[which])})
 
         biases = tuple(place(which) for which in (2, 3)) if self.op["biased"] else ()
         return Block(o0, o1, live, place(0), place(1), biases)
@@ -252,12 +263,13 @@ class Recurrent:
                 self.builder.emit(
                     into, "bias_dw", x=source, y=replace(bias, space=GRADIENT), n=count, ci=1, co=count, ldx=1,
                     m=self.builder.indices(np.arange(count)), ldy=self.width, hi=1, wi=self.steps, ho=1, wo=self.steps,
+                    flags=self._flags,
                 )  # fmt: skip
 
     def _weight_gradient(self, x: Ref, depth: int, g: Ref, block: Block, weight: Ref, into: list[Step]) -> None:
         self.builder.emit(
             into, "conv_dw", hi=1, wi=self.steps, ho=1, wo=self.steps, kh=1, kw=1, ci=depth, co=block.o1 - block.o0,
-            ldx=depth, ldy=self.width, x=x, r=g, y=replace(weight, space=GRADIENT),
+            ldx=depth, ldy=self.width, x=x, r=g, y=replace(weight, space=GRADIENT), flags=self._flags,
         )  # fmt: skip
 
 

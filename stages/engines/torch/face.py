@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.artifacts.records import Array
-from stages.engines.parameter import Boundary, Floats, Parameter
+from stages.engines.parameter import Boundary, Floats, Parameter, Place
 from stages.engines.torch.net import SparseNet
 
 
@@ -98,6 +98,20 @@ class TorchNet(ArrayNet):
         self._net = net
 
     layout = "torch"
+
+    def turn(self, number: int) -> list[Parameter]:
+        """Train what of the plan has this turn, from 0 on, and nothing else; these parameters."""
+        self._write()
+        moving = {id(parameter) for parameter in self._net.turn(number)}
+        return [mine for theirs, mine in zip(self._theirs, self._mine, strict=True) if id(theirs) in moving]
+
+    def places(self) -> list[Place]:
+        """Where every live tensor's values lie in the parameters."""
+        mine = {id(theirs): parameter for theirs, parameter in zip(self._theirs, self._mine, strict=True)}
+        return [
+            Place(mine[id(theirs)], name, np.arange(ids.size), ids.reshape(-1))
+            for theirs, name, ids in self._net.places()
+        ]
 
     @property
     def boundary(self) -> tuple[str, ...]:

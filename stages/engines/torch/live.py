@@ -47,6 +47,14 @@ class Live:
         """The live entries of the layer's whole bias, copied."""
         return tensors[f"{self.op.name}.bias"][self.bias_channels]
 
+    def read(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the parameters to the values of a layer's whole weight and bias."""
+        with torch.no_grad():
+            if self.weight is not None:
+                self.weight.copy_(self.weight_of(tensors))
+            if self.bias is not None:
+                self.bias.copy_(self.bias_of(tensors))
+
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Put the parameters' values into the layer's whole weight and bias, in place."""
         with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.artifacts.records import Array, LayerUpdate
-from stages.engines.torch.live import live_layers
+from stages.engines.torch.live import Live, live_layers
 from stages.engines.torch.program import Program, channels_last_is_faster, in_chunks
 from stages.engines.torch.suffix import Attached, Suffix
 from stages.errors import DataError
@@ -36,7 +36,12 @@ class SparseNet:
     """
 
     def __init__(
-        self, backbone: Backbone, updates: Sequence[LayerUpdate], *, channels_last: bool | None = None
+        self,
+        backbone: Backbone,
+        updates: Sequence[LayerUpdate],
+        turns: Sequence[Sequence[LayerUpdate]] = (),
+        *,
+        channels_last: bool | None = None,
     ) -> None:
         self._graph = graph = backbone.graph
         self.device = backbone.engine.device
@@ -46,12 +51,23 @@ class SparseNet:
                 continue
             for name in _tensor_names(update.layer, self._tensors):
                 self._tensors[name] = self._tensors[name].clone()
-        self._live = live_layers(graph, updates, self._tensors)
+        self._whole = live_layers(graph, updates, self._tensors)
         if channels_last is None:
             channels_last = all(map(channels_last_is_faster, self._tensors.values()))
-        self._suffix = Suffix(graph, self._tensors, self._live, updates, channels_last=channels_last)
+        self._turns: list[tuple[dict[str, Live], Suffix]] = []
+        for turn in turns or (updates,):
+            live = live_layers(graph, turn, self._tensors) if turns else self._whole
+            suffix = Suffix(graph, self._tensors, live, turn, channels_last=channels_last, changing=self._whole.keys())
+            self._turns.append((live, suffix))
+        self.turn(0)
         before = graph.upstream(self._suffix.boundary)
         self._prefix = Program(graph, self._tensors, before, self._suffix.boundary, channels_last=channels_last)
+
+    def turn(self, number: int) -> list[nn.Parameter]:
+        """Train what of the plan has this turn, from 0 on, and nothing else; these parameters."""
+        self._write()
+        self._live, self._suffix = self._turns[number]
+        return self._moving()
 
     @property
     def boundary(self) -> tuple[str, ...]:
@@ -67,14 +83,14 @@ class SparseNet:
 
     def suffix(self, boundary: Boundary) -> Tensor:
         """What `prefix` gave -> features (N, D), differentiable in the parameters."""
-        if not self._live:
+        if not self._whole:
             return boundary[0]
         for live in self._live.values():
             live.write(self._tensors)
         if not torch.is_grad_enabled():
             return self._suffix.forward(boundary)
         features: Tensor = Attached.apply(  # type: ignore[no-untyped-call]
-            self._suffix, boundary, *self.parameters()
+            self._suffix, boundary, *self._moving()
         )
         return features
 
@@ -86,27 +102,43 @@ class SparseNet:
     # ----------------------------------------------------------------------------------------------------- values
 
     def parameters(self) -> list[nn.Parameter]:
-        """The live slices, in execution order."""
-        return list(self._parameters().values())
+        """The live slices, in execution order, turn after turn."""
+        return [parameter for lives, _ in self._turns for parameter in _named(lives).values()]
+
+    def _moving(self) -> list[nn.Parameter]:
+        return list(_named(self._live).values())
 
     @property
     def live_names(self) -> tuple[str, ...]:
         """The tensors of which something trains."""
-        return tuple(self._parameters())
+        return tuple(_named(self._whole))
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for live in self._live.values() for name, parameter in live.parameters().items()}
+    def places(self) -> list[tuple[nn.Parameter, str, Array]]:
+        """Of every parameter its tensor's name, and which elements of the flat tensor it is, in its shape."""
+        every = [live for lives, _ in self._turns for live in lives.values()]
+        numbers = {
+            name: torch.arange(self._tensors[name].numel()).view(self._tensors[name].shape) for name in self.live_names
+        }
+        found = []
+        for live in every:
+            for name, parameter in live.parameters().items():
+                taken = live.bias_of(numbers) if name.endswith(".bias") else live.weight_of(numbers)
+                found.append((parameter, name, taken.numpy()))
+        return found
 
     def live_tensors(self) -> dict[str, Tensor]:
         """Copies of the live slices by name: `<layer>.weight` (live, ...), `<layer>.bias` (live,)."""
-        return {name: parameter.detach().clone() for name, parameter in self._parameters().items()}
+        self._write()
+        for live in self._whole.values():
+            live.read(self._tensors)
+        return {name: parameter.detach().clone() for name, parameter in _named(self._whole).items()}
 
     def load_live(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the live slices to what `live_tensors` of a net with the same plan gave.
 
         Raises `DataError` when names or shapes differ.
         """
-        mine = self._parameters()
+        mine = _named(self._whole)
         if tensors.keys() != mine.keys():
             raise DataError("live slices", f"of {sorted(tensors)}", f"{sorted(mine)}", "use those of the same plan")
         for name, parameter in mine.items():
@@ -114,28 +146,38 @@ class SparseNet:
                 raise DataError(f"live slice {name}", f"{tuple(tensors[name].shape)}", f"{tuple(parameter.shape)}")
             with torch.no_grad():
                 parameter.copy_(tensors[name])
+        for live in self._whole.values():
+            live.write(self._tensors)
+        self.load_whole(self._tensors)
 
     def load_whole(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the live slices to those of whole tensors by name, as `changed_tensors` gives them."""
-        with torch.no_grad():
-            for live in self._live.values():
-                if live.weight is not None:
-                    live.weight.copy_(live.weight_of(tensors))
-                if live.bias is not None:
-                    live.bias.copy_(live.bias_of(tensors))
+        for lives, _ in self._turns:
+            for live in lives.values():
+                live.read(tensors)
+        self._write()
 
     def changed_tensors(self) -> dict[str, Tensor]:
         """The whole tensors that hold live values, by name; frozen values bit-equal to the backbone's.
 
         They are the engine's own, which goes on to change them.
         """
-        for live in self._live.values():
-            live.write(self._tensors)
-        return {name: self._tensors[name] for name in self._parameters()}
+        self._write()
+        return {name: self._tensors[name] for name in self.live_names}
+
+    def _write(self) -> None:
+        """The live slices of all turns into the whole tensors."""
+        for lives, _ in self._turns:
+            for live in lives.values():
+                live.write(self._tensors)
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole backbone's tensors with the live values merged in, copied where they may still change."""
         return {**self._tensors, **{name: tensor.clone() for name, tensor in self.changed_tensors().items()}}
+
+
+def _named(lives: Mapping[str, Live]) -> dict[str, nn.Parameter]:
+    return {name: parameter for live in lives.values() for name, parameter in live.parameters().items()}
 
 
 def _tensor(value: Array, device: str) -> Tensor:

@@ -7,7 +7,7 @@ further, into live slices only; detached layers pass none on. Operators that no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,14 +54,17 @@ class Suffix:
         updates: Sequence[LayerUpdate] = (),
         *,
         channels_last: bool,
+        changing: Collection[str] = (),
     ) -> None:
+        """`changing`: the layers that train at some time, where `live` and `updates` are one turn of several."""
         self.graph, self.tensors, self.live, self.channels_last = graph, tensors, live, channels_last
         self.held, self.detached = holding(graph, updates), detached_layers(updates)
         self.flow = graph.gradient_flow(set(live), self.detached)
-        executed = graph.made_with(graph.downstream(graph.computed_by(live)))
-        self.boundary = graph.boundary(executed) if live else (graph.output,)
+        changing = set(changing) | set(live)
+        executed = graph.made_with(graph.downstream(graph.computed_by(changing)))
+        self.boundary = graph.boundary(executed) if changing else (graph.output,)
         keep = {graph.output} | (self.held.values & executed)
-        self.program = Program(graph, tensors, executed, keep, channels_last=channels_last, changing=set(live))
+        self.program = Program(graph, tensors, executed, keep, channels_last=channels_last, changing=changing)
         self.nodes = {op.name: self._node(op) for op in graph.ops if op.name in self.flow}
 
     def _node(self, op: Op) -> Node:

@@ -58,7 +58,7 @@ static int sane(const struct et_step *s) {
            between(s->sh, 1, 4096) && between(s->sw, 1, 4096) && between(s->ph, 0, 1 << 15) &&
            between(s->pw, 0, 1 << 15) && between(s->dh, 1, 4096) && between(s->dw, 1, 4096) &&
            between(s->act, 0, ET_ACTIVATIONS - 1) && between(s->act2, 0, ET_RELU6) && between(s->xr, 1, s->hi) &&
-           between(s->yr, 1, s->ho) && (s->flags & ~ET_FLAGS) == 0;
+           between(s->yr, 1, s->ho) && (s->flags & ~ET_FLAGS) == 0 && (!(s->flags & ET_TURNS) || et_piece(s));
 }
 
 static uint64_t panels(const struct et_step *s) {

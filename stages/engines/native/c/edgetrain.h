@@ -102,6 +102,9 @@ ET_API int et_forward(struct et_net *net, const float *boundary, float *features
 /* From the gradient at the features, after et_forward of the same sample: adds to the live values' gradients, and sets
  * the sizes.sums floats behind them where the image asks for sums over channels. */
 ET_API int et_backward(struct et_net *net, const float *gradient);
+/* Which of the weight gradients that the image gives numbers from 1 on et_backward adds up, and leaves the others as they
+ * are: where channels take turns in training. 0: all of them, as at first. */
+ET_API int et_set_turn(struct et_net *net, int turn);
 /* Steps first to first + count of the table again, on what the calls above left in the arena and with the sample,
  * features and gradient of them: to see how long each takes. first must not lie within a chain. */
 ET_API int et_run(struct et_net *net, uint32_t first, uint32_t count);

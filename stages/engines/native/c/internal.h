@@ -23,7 +23,7 @@ enum et_kind {
     ET_MAX_POOL_DX, ET_AVG_POOL_DX, ET_MEAN_DX, ET_UNARY_DX, ET_DOT, ET_SOFTMAX_DX, ET_NORM_DX, ET_NEAREST_DX,
     ET_AMAX_DX, ET_GRU_DX, ET_LSTM_DX
 };
-enum { ET_SAVING = 1, ET_ACCUMULATE = 2, ET_COUNT_PAD = 4, ET_ADAPTIVE = 8, ET_FLAGS = 15 };
+enum { ET_SAVING = 1, ET_ACCUMULATE = 2, ET_COUNT_PAD = 4, ET_ADAPTIVE = 8, ET_TURNS = 0xff00, ET_FLAGS = 15 | ET_TURNS };
 enum et_activation {
     ET_LINEAR = 0, ET_RELU, ET_RELU6, ET_LEAKY_RELU, ET_ELU, ET_HARDSWISH, ET_HARDSIGMOID, ET_SILU, ET_GELU,
     ET_GELU_TANH, ET_SIGMOID, ET_TANH, ET_CLAMP, ET_EXP, ET_SOFTPLUS, ET_MISH, ET_ABS, ET_ACTIVATIONS
@@ -68,7 +68,7 @@ struct et_net {
     et_rows *rows;
     et_update *update;
     void *rows_user, *update_user;
-    int input, saving;
+    int input, saving, turn;
 };
 
 typedef const float *const *et_taps; /* the input row under each tap row, 0 outside of the map */

@@ -184,6 +184,8 @@ static void run_update(const struct et_net *net, const struct et_step *s) {
 static void run(const struct et_net *net, uint32_t first, uint32_t count) {
     for (uint32_t i = first; i < first + count; i++) {
         const struct et_step *s = net->steps + i;
+        const int turn = (s->flags & ET_TURNS) >> 8;
+        if (turn && net->turn && turn != net->turn) continue;
         if (s->kind == ET_CHAIN) {
             run_chain(net, s + 1, s->n);
             i += (uint32_t)s->n;
@@ -225,6 +227,12 @@ int et_backward(struct et_net *net, const float *gradient) {
     if (!gradient || ((net->header->live || net->header->sums) && !net->space[ET_GRADIENT])) return ET_BAD_ARGUMENT;
     net->gradient = gradient, net->saving = 1;
     run(net, net->header->prefix + net->header->suffix, net->header->backward);
+    return ET_OK;
+}
+
+int et_set_turn(struct et_net *net, int turn) {
+    if (turn < 0 || turn > ET_TURNS >> 8) return ET_BAD_ARGUMENT;
+    net->turn = turn;
     return ET_OK;
 }
 
