@@ -7,11 +7,11 @@ It serves as the oracle for the processes and as the way to run the pipeline fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stages.artifacts.live import Version, version_for
-from stages.artifacts.records import Array, Block, End, Head, Run
+from stages.artifacts.records import Array, Block, End, Head, LayerUpdate, Run
 from stages.errors import require
 from stages.filtering import Filtering, filter_stream
 from stages.models.deploy import deploy
@@ -66,8 +66,10 @@ def simulate(
         number = version_for(round_number, pipeline.lag)
         return start if number == 0 else start.at(versions[number])
 
-    def publish(number: int, tensors: Mapping[str, Array], head: Head) -> None:
-        versions[number] = Version(number, {name: tensor.copy() for name, tensor in tensors.items()}, head)
+    def publish(number: int, tensors: Mapping[str, Array], head: Head, revised: Sequence[LayerUpdate] | None) -> None:
+        copies = {name: tensor.copy() for name, tensor in tensors.items()}
+        plan = None if revised is None else tuple(revised)
+        versions[number] = Version(number, copies, head, updates=plan)
         versions.pop(number - pipeline.lag - 2, None)
 
     features = shallow_features(backbone, pipeline.feature_blocks) if pipeline.filtering.needs_model else None

@@ -30,6 +30,7 @@ from stages.planning.budget import format_bytes
 from stages.planning.channels import ChannelEvidence, axis_of, channel_rule, top_channels
 from stages.planning.knapsack import COMPARISON, knapsack
 from stages.planning.plans import Ranking, make_plan, parse_plan
+from stages.planning.policies import SEARCH, search_text
 from stages.settings.scoring import Scoring as Scoring
 
 MICRO_BATCH = 16
@@ -120,6 +121,11 @@ def _searched(job: _Job) -> Run:
     how = job.wish.how
     optimum = found.choice if how.select == "knapsack" else knapsack(found.problem, COMPARISON)
     facts = job.facts(found.inspected)
+    channels = job.wish.channels
+    facts[SEARCH] = search_text(
+        criterion=how.criterion, select=how.select, layers=how.layers, gradient=how.gradient, ratios=channels.ratios,
+        axis=channels.axis, rule=channels.rule, bias=channels.bias, blocks=job.config.blocks, head=job.head_kind,
+    )  # fmt: skip
     facts |= {"score": found.choice.score} | ({"optimum_score": optimum.score} if optimum.optimal else {})
     plan = _plan(how.select, found.problem, found.choice.updates, facts)
     return replace(job.run, scores=found.scores, plan=plan)

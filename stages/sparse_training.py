@@ -12,23 +12,44 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
 from stages.artifacts.history import model_hash
-from stages.artifacts.records import Array, Block, Head, InputSpec, LayerUpdate, Model, Preparation, Run, check_labelled
+from stages.artifacts.records import (
+    Array,
+    Block,
+    Head,
+    InputSpec,
+    LayerUpdate,
+    Model,
+    Plan,
+    Preparation,
+    Profile,
+    Run,
+    Scores,
+    check_labelled,
+)
+from stages.cost.latency import durations
 from stages.data.blocks import check_prepared
 from stages.engines.choice import TrainedNet
+from stages.engines.parameter import Floats
 from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
 from stages.graphs.graph import Graph
 from stages.graphs.keeping import value_bytes
 from stages.measurement.need import to_train
 from stages.measurement.room import Fit, fit
+from stages.methods.layer_scores import SEARCHES, candidates, scores_of
+from stages.methods.revision import Revising, Revision, probe_rows
+from stages.methods.search import Wish, inspect_task
 from stages.models import heads
 from stages.models.deploy import Backbone, deploy, store
 from stages.models.inputs import adapt_block as model_input
 from stages.planning.baselines import named_plan
 from stages.planning.plans import check_plan
+from stages.planning.policies import Room, parse_policy, room_of, search_of
+from stages.randomness import generator
 from stages.training.adaptation import Adapting, adapt, adaptation_inputs
 from stages.training.checkpoints import Checkpoint, read_checkpoint
 from stages.training.learner import Batch, StreamLearner
@@ -38,9 +59,12 @@ from stages.training.updates import PrefixCache, Source, boundary_of
 
 STAGE = "train-sparse"
 """Name of the metrics' table in the run record."""
+REVISIONS = "train-sparse revisions"
+"""Name of the table of plans that a policy made: `layer` is the number among the model's layers, -1 for none."""
 
-Publish = Callable[[int, Mapping[str, Array], Head], None]
-"""Gets the number of updates since the run began, the tensors that train (whole), and the head.
+Publish = Callable[[int, Mapping[str, Array], Head, Sequence[LayerUpdate] | None], None]
+"""Gets the number of updates since the run began, the tensors that train (whole), the head, and what trains next where
+a policy revises the plan.
 
 The tensors are the trainer's own, which the next update changes: a receiver that keeps them copies them.
 """
@@ -59,6 +83,8 @@ class SupportTraining:
     """Of torch's engine: one of `engines.choice.DEVICES`."""
     same_bits: bool = False
     """Of the native engine: features and gradients that do not depend on the machine."""
+    policy: str = "static"
+    """How the plan is revised while training (`planning.policies.parse_policy`)."""
     fitting: bool = False
     """Take as many samples at a time as fit into memory, at most `MICRO_BATCH`, instead of `adapting.micro_batch`."""
 
@@ -87,9 +113,12 @@ class StreamTraining:
     """Of torch's engine: one of `engines.choice.DEVICES`."""
     same_bits: bool = False
     """Of the native engine: features and gradients that do not depend on the machine."""
+    policy: str = "static"
+    """How the plan is revised while training (`planning.policies.parse_policy`)."""
 
     def __post_init__(self) -> None:
         require((self.micro_batch or 0) >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
+        parse_policy(self.policy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,7 +224,8 @@ def train_support(
     on_fit(held)
     how = replace(config.adapting, scale=heads.cosine_scale(run.model.head, config.adapting.scale))
     how = replace(how, micro_batch=held.samples) if config.fitting else how
-    result = adapt(backbone, updates, x, ways.astype(np.int64), how, rng, on_step, stop, cache_file)
+    follow = _support_follower(run, support, x, backbone, updates, config, how)
+    result = adapt(backbone, updates, x, ways.astype(np.int64), how, rng, on_step, stop, cache_file, follow)
     head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=how.scale)
     model = _prepared(store(run.model, replace(backbone, tensors=result.net.tensors())), support.prepared)
     version = run.model.version + len(result.losses)
@@ -205,7 +235,95 @@ def train_support(
         "learning_rate": np.full(len(result.losses), result.learning_rate),
         "samples": np.full(len(result.losses), len(support)),
     }
-    return _with_rows(replace(run, model=replace(model, head=head, version=version)), rows)
+    done = _with_rows(replace(run, model=replace(model, head=head, version=version)), rows)
+    follower = result.follower
+    if not isinstance(follower, Revising):
+        return done
+    return _with_revisions(done, backbone.graph, follower.revisions, run.model.version)
+
+
+def _support_follower(
+    run: Run,
+    support: Block,
+    x: Floats,
+    backbone: Backbone,
+    updates: tuple[LayerUpdate, ...],
+    config: SupportTraining,
+    how: Adapting,
+) -> Callable[[], Revising] | None:
+    """What makes somebody who revises the plan of one training on the support, if anybody does."""
+    policy = parse_policy(config.policy)
+    if policy.name == "static":
+        return None
+    plan = run.plan if config.plan is None else None
+    room = _room(backbone, plan, updates, how.optimizing.optimizer, None, run.profile)
+    probe = x[probe_rows(support.y)] if policy.kind.needs == "outputs" else None
+
+    def score(now: Backbone) -> Scores | None:
+        rescoring = _Rescoring("prototypes", run.model.head, policy.criterion, how.micro_batch or len(support), 0)
+        return _scores(now, support, room, plan, rescoring)
+
+    def follow() -> Revising:
+        rng = generator(0, "policy")
+        return Revising(policy, backbone, updates, room, probe=probe, score=score, rng=rng)
+
+    return follow
+
+
+class _Rescoring(NamedTuple):
+    """How layers are scored while training."""
+
+    kind: str
+    """Whose loss counts: `prototypes` or `linear`."""
+    head: Head | None
+    criterion: str
+    """Empty: that of the search for the plan."""
+    micro_batch: int
+    number: int
+    """What draws its views and random scores apart from others."""
+
+
+def _scores(backbone: Backbone, samples: Block, room: Room, plan: Plan | None, how: _Rescoring) -> Scores | None:
+    """Scores of the room's candidates with the weights as they are; None for samples that say nothing."""
+    rng = generator(0, "rescore", how.number)
+    wish = Wish(SEARCHES["tinytrain"], room.channels, lambda macs: room.problem.budget, 1, lambda *_: how.micro_batch)
+    try:
+        seen = inspect_task(backbone, samples, room.candidates, wish, rng, kind=how.kind, head=how.head)
+    except DataError:
+        return None  # a block of a single class, where every answer is right
+    criterion = how.criterion or str(search_of(plan)["criterion"])
+    return scores_of(criterion, backbone, seen.fisher, room.candidates, rng)
+
+
+def _room(
+    backbone: Backbone,
+    plan: Plan | None,
+    updates: tuple[LayerUpdate, ...],
+    optimizer: str,
+    head: Head | None,
+    profile: Profile | None,
+) -> Room:
+    """What revised plans keep within."""
+    graph, how = backbone.graph, search_of(plan)
+    window = candidates(graph, int(how["blocks"]), str(how["layers"]))
+    return room_of(
+        graph, plan, updates, window, classes=0 if head is None else len(head.labels), optimizer=optimizer,
+        measured=None if profile is None else durations(profile), weights=backbone.tensors,
+    )  # fmt: skip
+
+
+def _with_revisions(run: Run, graph: Graph, revisions: Sequence[Revision], start: int) -> Run:
+    """The run with a table of every plan's layers: from which version on they train, and how much of them."""
+    numbers = {op.name: number for number, op in enumerate(graph.layers)}
+    rows = [
+        (start + each.update, numbers.get(update.layer, -1), len(update.channels), len(update.bias))
+        for each in revisions
+        for update in each.updates or (LayerUpdate("", "output", (), 1),)
+        if update.trains or not each.updates
+    ]
+    names = ("version", "layer", "live_channels", "live_biases")
+    columns = {name: np.array([row[i] for row in rows], np.float64) for i, name in enumerate(names)}
+    return _with_rows(run, columns, REVISIONS)
 
 
 def _prepared(model: Model, prepared: Preparation | None) -> Model:
@@ -330,6 +448,11 @@ class _Trainer:
         )
         updates = planned_updates(run, self.backbone.graph, config.plan)
         self.held = _fit(self.backbone, updates, config.optimizing, config.micro_batch)
+        self.follower = self._follower(run, updates, config)
+        self.block: Block | None = None
+        """The latest."""
+        if self.follower is not None and state is not None:
+            self.follower.load(state.policy, self.backbone.tensors)
         self.learner = StreamLearner(
             self.backbone,
             updates,
@@ -337,6 +460,7 @@ class _Trainer:
             config.optimizing,
             micro_batch=self.held.samples if config.micro_batch is None else config.micro_batch,
             done=self.blocks,
+            follower=self.follower,
         )
         if state is not None:
             load_state(self.learner.optimizer, state.optimizer)
@@ -347,7 +471,11 @@ class _Trainer:
         """One update from one block. Raises `DataError` for one that was prepared in another way than those before."""
         check_prepared(block.prepared, self.prepared, "stream", "the blocks before it", self.backbone.input)
         self.prepared = self.prepared or block.prepared
-        figures = self.learner.update(_batch(block, self.learner.net, self.backbone.input))
+        self.block = block
+        if self.follower is not None and self.follower.wants_probe and len(block):
+            self.follower.meet(model_input(block.take(probe_rows(block.y)), self.backbone.input))
+        batch = _batch(block, self.learner.net, self.backbone.input, revised=self.follower is not None)
+        figures = self.learner.update(batch)
         self.blocks += 1
         measured = holdout is not None and self.blocks % holdout.every == 0
         update = Update(
@@ -360,8 +488,31 @@ class _Trainer:
             values.append(getattr(update, name))
         return update
 
+    def _follower(self, run: Run, updates: tuple[LayerUpdate, ...], config: StreamTraining) -> Revising | None:
+        """Who revises the plan, if anybody does."""
+        policy = parse_policy(config.policy)
+        if policy.name == "static":
+            return None
+        plan = run.plan if config.plan is None else None
+        head = run.model.head
+        room = _room(self.backbone, plan, updates, config.optimizing.optimizer, head, run.profile)
+
+        def score(backbone: Backbone) -> Scores | None:
+            assert self.block is not None
+            how = _Rescoring("linear", self.learner.head(), policy.criterion, self.held.samples, self.blocks)
+            return _scores(backbone, self.block, room, plan, how)
+
+        rng = generator(0, "policy")
+        return Revising(policy, self.backbone, updates, room, score=score, rng=rng)
+
     def publish(self, publish: Publish) -> None:
-        publish(self.blocks, self.learner.net.changed_tensors(), self.learner.head())
+        """The version as it is now: all that has trained, and what trains next where the plan is revised."""
+        if self.follower is None:
+            publish(self.blocks, self.learner.net.changed_tensors(), self.learner.head(), None)
+            return
+        tensors = self.learner.net.tensors()
+        moved = {name: tensors[name] for name in sorted(self.follower.moved)}
+        publish(self.blocks, moved, self.learner.head(), self.follower.plan)
 
     def run(self) -> Run:
         """The run record after the updates so far."""
@@ -371,11 +522,14 @@ class _Trainer:
         columns = {name: np.array(values) for name, values in self.rows.items()}
         if np.isnan(columns["accuracy"]).all():
             del columns["accuracy"]
-        return _with_rows(replace(self.base, model=model), columns)
+        done = _with_rows(replace(self.base, model=model), columns)
+        if self.follower is None:
+            return done
+        return _with_revisions(done, self.backbone.graph, self.follower.revisions, self.first_version)
 
     def checkpoint(self) -> Run:
-        state = state_arrays(self.learner.optimizer)
-        return Checkpoint(self.run(), self.blocks, self.start, self.configuration, state).record()
+        state, policy = state_arrays(self.learner.optimizer), {} if self.follower is None else self.follower.state()
+        return Checkpoint(self.run(), self.blocks, self.start, self.configuration, state, policy).record()
 
     def _accuracy(self, block: Block) -> float:
         """Share of right answers; classes that the head does not know count as wrong."""
@@ -390,7 +544,7 @@ class _Trainer:
         return hits / len(block)
 
 
-def _batch(block: Block, net: TrainedNet, spec: InputSpec) -> Batch:
+def _batch(block: Block, net: TrainedNet, spec: InputSpec, *, revised: bool) -> Batch:
     """A block as model inputs, with its importance weights or else 1 / N."""
     size = len(block)
     weights = block.columns.get("weight")
@@ -398,27 +552,34 @@ def _batch(block: Block, net: TrainedNet, spec: InputSpec) -> Batch:
         weights = np.full(size, 1 / max(size, 1), np.float32)
     elif np.shape(weights) != (size,):
         raise DataError("weight", f"shape {np.shape(weights)}", f"({size},)")
-    return Batch(_source(block, net, spec), np.asarray(block.y), np.asarray(weights), heads.class_names(block))
+    return Batch(
+        _source(block, net, spec, revised=revised), np.asarray(block.y), np.asarray(weights), heads.class_names(block)
+    )
 
 
-def _source(block: Block, net: TrainedNet, spec: InputSpec) -> Source:
-    """Where training on a block starts: at the model's input, or behind the frozen layers where `select` ran them."""
+def _source(block: Block, net: TrainedNet, spec: InputSpec, *, revised: bool) -> Source:
+    """Where training on a block starts: at the model's input, or behind the frozen layers where `select` ran them.
+
+    Where a policy revises the plan, `select` may have run those of the plan before: then training starts at the input.
+    """
     if not len(block):
         return np.zeros((0, *spec.shape), np.float32)
     if "boundary" not in block.facts:
         return model_input(block, spec)
     if block.facts["boundary"] != boundary_of(net):
+        if revised:
+            return model_input(block, spec)
         found, expected = f"features of {block.facts['boundary']}", f"those of {boundary_of(net)}"
         raise DataError("stream", found, expected, "train the plan that `select` was given, with the same engine")
     names = [name for name in block.columns if name.startswith("boundary")]
     return PrefixCache.from_arrays({name: block.columns[name] for name in names})
 
 
-def _with_rows(run: Run, columns: Mapping[str, Array]) -> Run:
+def _with_rows(run: Run, columns: Mapping[str, Array], stage: str = STAGE) -> Run:
     """The run with rows appended to its training metrics; a column that one side lacks is NaN there."""
-    old = run.metrics.get(STAGE, {})
+    old = run.metrics.get(stage, {})
     return run.with_metrics(
-        STAGE, {name: np.concatenate([_column(table, name) for table in (old, columns)]) for name in {**old, **columns}}
+        stage, {name: np.concatenate([_column(table, name) for table in (old, columns)]) for name in {**old, **columns}}
     )
 
 

@@ -282,7 +282,7 @@ def test_every_block_is_a_version_an_empty_one_too() -> None:
     blocks = [*stream(2), block(0, round=2), block(9, 3, round=3)]
     config = StreamTraining(optimizing=Optimizing(learning_rate=0.04, warmup_updates=4))
 
-    def publish(number: int, tensors: Mapping[str, Array], head: object) -> None:
+    def publish(number: int, tensors: Mapping[str, Array], head: object, updates: object) -> None:
         published[number] = {name: tensor.copy() for name, tensor in tensors.items()}
 
     result = train_stream(start, blocks, config, publish=publish, on_step=seen.append)
@@ -400,7 +400,7 @@ def test_divergence_keeps_the_last_good_version(engine: str, micro_batch: int) -
 
 
 def test_a_full_disk_in_the_live_directory_keeps_the_updates_made() -> None:
-    def publish(number: int, tensors: Mapping[str, Array], head: Head) -> None:
+    def publish(number: int, tensors: Mapping[str, Array], head: Head, updates: object) -> None:
         if number == 2:
             raise OSError(28, "No space left on device", "live/2.h5")
 
@@ -453,7 +453,11 @@ def test_resuming_is_bit_equal_to_not_stopping(optimizer: str, engine: str) -> N
     assert isinstance(checkpoint, Run)
     published: list[int] = []
     resumed = train_stream(
-        new_run(), blocks, config, resume=checkpoint, publish=lambda number, tensors, head: published.append(number)
+        new_run(),
+        blocks,
+        config,
+        resume=checkpoint,
+        publish=lambda number, *others: published.append(number),
     )
     assert encode(resumed) == encode(straight)
     assert published == [5, 6, 7, 8, 9, 10]

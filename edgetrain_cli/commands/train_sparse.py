@@ -16,9 +16,9 @@ from edgetrain_cli.streams import Stage, read_checkpoint
 from stages.settings.training import Training
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from stages.artifacts.records import Array, Block, Head, Run
+    from stages.artifacts.records import Array, Block, Head, LayerUpdate, Run
     from stages.sparse_training import Checkpointing, Publish, Update
 
 
@@ -208,8 +208,8 @@ def _way_back(
     directory, clock = LiveDirectory(Path(live), model_hash(run)), UpdateClock(thread_time)
     directory.prepare(keep_up_to=None if state is None else state.model.version - run.model.version)
 
-    def publish(number: int, tensors: Mapping[str, Array], head: Head) -> None:
-        directory.publish(number, tensors, head, keep=keep, update_times=clock.times())
+    def publish(number: int, tensors: Mapping[str, Array], head: Head, updates: Sequence[LayerUpdate] | None) -> None:
+        directory.publish(number, tensors, head, keep=keep, update_times=clock.times(), updates=updates)
         clock.published()
 
     return publish, directory.clear, clock.through(blocks)

@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from stages.artifacts import hdf5
 from stages.artifacts.codec import head_from_tree, head_tree
 from stages.artifacts.files import atomic_write
-from stages.artifacts.records import Array, Group, Head
+from stages.artifacts.records import Array, Group, Head, LayerUpdate
+from stages.artifacts.updates import read_updates, updates_text
 from stages.errors import DataError, OutputError, UsageError
 
 POLL_S, MAX_POLL_S = 0.0005, 0.02
@@ -35,6 +37,8 @@ class Version:
     head: Head | None
     update_times: Sequence[tuple[int, float]] = ()
     """(samples, seconds) of the latest updates before this one, where the trainer measured them."""
+    updates: tuple[LayerUpdate, ...] | None = None
+    """What trains from here on, where a policy revises the plan."""
 
 
 def version_for(round_number: int, lag: int) -> int:
@@ -90,13 +94,17 @@ class LiveDirectory:
         *,
         keep: int,
         update_times: Sequence[tuple[int, float]] = (),
+        updates: Sequence[LayerUpdate] | None = None,
     ) -> None:
         """Write version `number`, then drop all but the newest `keep` versions."""
         groups = {"tensors": _packed(tensors)}
         if head is not None:
             groups["head"] = head_tree(head)
         arrays = {"update_times": np.array(update_times, np.float64)} if update_times else {}
-        tree = Group({"edgetrain": "live", "schema": 1, "version": number, "run": self.run}, arrays, groups)
+        attrs: dict[str, Any] = {"edgetrain": "live", "schema": 1, "version": number, "run": self.run}
+        if updates is not None:
+            attrs["updates"] = updates_text(updates)
+        tree = Group(attrs, arrays, groups)
         atomic_write(self._file(number), hdf5.encode_tree(tree), durable=False)
         for old in self.numbers():
             if old <= number - keep:
@@ -139,6 +147,7 @@ class LiveDirectory:
             _unpacked(tree.groups["tensors"], str(file)),
             None if head is None else head_from_tree(head, str(file)),
             tuple((int(samples), float(seconds)) for samples, seconds in times),
+            read_updates(str(tree.attrs["updates"]), str(file)) if "updates" in tree.attrs else None,
         )
 
     def newest(self) -> Version | None:

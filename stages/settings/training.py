@@ -53,6 +53,12 @@ class Training:
     clip: float | None = setting(
         None, "Largest gradient norm; 0 is any. Default: 2 for streams, 0 for supports.", least=0
     )
+    policy: str = setting(
+        "static",
+        "How the plan is revised while training: static, velocity, rotate, rescore; settings behind a colon: "
+        "velocity:every=10,threshold=0.001.",
+        metavar="NAME[:settings]",
+    )
     iterations: int = setting(40, "Support: passes over it.", least=1)
     folds: int = setting(3, "Support: parts left out in turn to choose the learning rate.", least=2)
     views: int = setting(0, "Support: augmented copies, drawn once; 0 is a fresh one each pass.", least=0)
@@ -62,6 +68,10 @@ class Training:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.policy != "static":
+            from stages.planning.policies import parse_policy
+
+            parse_policy(self.policy)
         require(not (self.full and self.last_layer), "--full", "together with --last-layer", "one of the two")
 
     @property
@@ -84,6 +94,7 @@ class Training:
             engine=self.engine,
             device=self.device,
             same_bits=self.same_bits,
+            policy=self.policy,
         )
 
     def on_support(self, scale: float) -> SupportTraining:
@@ -111,6 +122,7 @@ class Training:
             engine=self.engine,
             device=self.device,
             same_bits=self.same_bits,
+            policy=self.policy,
         )
 
     def _optimizing(self, optimizer: str, rate: float, clip: float, updates: int) -> Optimizing:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from stages.models.deploy import Backbone
 from stages.randomness import generator
 from stages.training.optimizers import NotFinite, Optimizing, checked_step, learning_rate, make_optimizer
 from stages.training.prefix_file import PrefixFile, prefix_key
+from stages.training.revising import Follower
 from stages.training.updates import Net, PrefixCache, Source, cache_prefix, features_of, gradient_update
 
 N = TypeVar("N", bound=Net)
@@ -100,6 +101,18 @@ class Adaptation(NamedTuple, Generic[N]):
     learning_rate: float
     losses: tuple[float, ...]
     """One per iteration; empty where the rate is 0."""
+    follower: Follower | None = None
+    """Who revised the plan, where somebody did."""
+
+
+class Trained(NamedTuple, Generic[N]):
+    """A net trained on some rows of a support set."""
+
+    net: N
+    losses: tuple[float, ...]
+    support: Source
+    """The whole support, as the net takes it."""
+    follower: Follower | None = None
 
 
 Caches = Sequence[PrefixCache]
@@ -117,10 +130,12 @@ def adapt(
     on_step: Callable[[int], None] = lambda done: None,
     stop: Callable[[], int] = lambda: 0,
     cache_file: PrefixFile | None = None,
+    follow: Callable[[], Follower] | None = None,
 ) -> Adaptation[TrainedNet]:
     """Adapt a plan's live slices to a support set, as `adapt_net` does; the caller's backbone is left alone.
 
-    `cache_file` keeps what `how.cache_prefix` caches for the next call with the same inputs.
+    `cache_file` keeps what `how.cache_prefix` caches for the next call with the same inputs. `follow` makes somebody
+    who revises the plan of one training: of each candidate of the learning rate, and of the final one.
 
     Raises:
         DataError: as `adapt_net`; or updates that do not fit the backbone.
@@ -131,9 +146,9 @@ def adapt(
         return compute() if cache_file is None else cache_file.through(prefix_key(backbone, updates, lots), compute)
 
     def fresh() -> TrainedNet:
-        return make_net(backbone, updates)
+        return make_net(backbone, updates) if follow is None else follow().begin()
 
-    return adapt_net(fresh, backbone.input, support_x, support_y, how, rng, on_step, stop, store)
+    return adapt_net(fresh, backbone.input, support_x, support_y, how, rng, on_step, stop, store, follow)
 
 
 def adapt_net(
@@ -146,6 +161,7 @@ def adapt_net(
     on_step: Callable[[int], None] = lambda done: None,
     stop: Callable[[], int] = lambda: 0,
     store: Store = lambda lots, compute: compute(),
+    follow: Callable[[], Follower] | None = None,
 ) -> Adaptation[N]:
     """Adapt to a support set: model inputs (N, *input) and labels int64 (N,) in 0..C-1, every class present.
 
@@ -156,11 +172,11 @@ def adapt_net(
     Raises:
         DataError: a class without a sample, or a loss, gradient or weight that is not finite.
     """
-    task = _Task(fresh, spec, support_x, support_y, how, int(rng.integers(2**63)), on_step, stop, store)
+    task = _Task(fresh, spec, support_x, support_y, how, int(rng.integers(2**63)), on_step, stop, store, follow)
     rate = choose_rate(task, leave_out_folds(support_y, how.folds, rng))
     everything = np.arange(len(support_y))
-    net, losses = task.train(everything, rate)
-    return Adaptation(net, task.prototypes(net, everything), rate, losses)
+    result = task.train(everything, rate)
+    return Adaptation(result.net, task.prototypes(result, everything), rate, result.losses, result.follower)
 
 
 def total_iterations(how: Adapting) -> int:
@@ -213,8 +229,7 @@ def choose_rate(task: _Task[Any], folds: Sequence[tuple[NDArray[np.int64], NDArr
 def _leave_out(
     task: _Task[Any], rate: float, rest: NDArray[np.int64], left_out: NDArray[np.int64]
 ) -> tuple[int, float]:
-    net, _ = task.train(rest, rate)
-    return task.score(net, rest, left_out)
+    return task.score(task.train(rest, rate), rest, left_out)
 
 
 # ------------------------------------------------------------------------------------------------------ the training
@@ -243,8 +258,9 @@ class _Task(Generic[N]):
         on_step: Callable[[int], None],
         stop: Callable[[], int],
         store: Store,
+        follow: Callable[[], Follower] | None,
     ) -> None:
-        self.fresh, self.spec, self.how, self.seed = fresh, spec, how, seed
+        self.fresh, self.spec, self.how, self.seed, self.follow = fresh, spec, how, seed, follow
         self.x, self.labels, self.ways = x, labels, int(labels.max()) + 1
         self.on_step, self.stop, self.done = on_step, stop, 0
         self.untrained: N | None = None
@@ -255,44 +271,63 @@ class _Task(Generic[N]):
         self.support = lots[0] if how.cache_prefix else self._cached([x])[0]
         self.views = lots[1:]
 
-    def train(self, rows: NDArray[np.int64], rate: float) -> tuple[N, tuple[float, ...]]:
-        """A fresh net trained on these rows of the support, and its loss at each iteration."""
-        net, self.untrained = self.untrained or self.fresh(), None
+    def train(self, rows: NDArray[np.int64], rate: float) -> Trained[N]:
+        """A fresh net trained on these rows of the support."""
+        follower = self.follow() if self.follow is not None and rate else None
+        net = self._first(follower)
+        support, views = self.support, self.views
         if rate == 0 or not net.parameters():
-            return net, ()
+            return Trained(net, (), support)
         how = replace(self.how.optimizing, learning_rate=rate)
         optimizer = make_optimizer(net.parameters(), how)
+        if follower is not None:
+            follower.hold(optimizer)
         losses: list[float] = []
         while len(losses) < self.how.iterations and not self.stop():
             iteration = len(losses)
-            loss = self._gradients(net, rows, iteration)
+            loss = self._gradients(net, support, views, rows, iteration)
+            if follower is not None:
+                follower.about_to_step()
             where = f"iteration {iteration}"
             checked_step(optimizer, loss, rate=learning_rate(iteration, how), clip_norm=how.clip_norm, where=where)
             losses.append(loss)
             self.done += 1
             self.on_step(self.done)
-        return net, tuple(losses)
+            if follower is not None and (revised := follower.after(optimizer, loss)) is not net:
+                net = cast(N, revised)
+                support, views = self._again(net)
+            if follower is not None and not follower.updates:
+                break
+        return Trained(net, tuple(losses), support, follower)
 
-    def prototypes(self, net: N, rows: NDArray[np.int64]) -> Floats:
+    def _first(self, follower: Follower | None) -> N:
+        if follower is not None:
+            return cast(N, follower.begin())
+        net, self.untrained = self.untrained or self.fresh(), None
+        return net
+
+    def prototypes(self, trained: Trained[N], rows: NDArray[np.int64]) -> Floats:
         """Class means (C, D) of these rows of the support, without gradients."""
-        features = features_of(net, _rows_of(self.support, rows), micro_batch=self.how.micro_batch)
+        features = features_of(trained.net, _rows_of(trained.support, rows), micro_batch=self.how.micro_batch)
         return prototypes(features, self.labels[rows], self.ways)
 
-    def score(self, net: N, rest: NDArray[np.int64], left_out: NDArray[np.int64]) -> tuple[int, float]:
+    def score(self, trained: Trained[N], rest: NDArray[np.int64], left_out: NDArray[np.int64]) -> tuple[int, float]:
         """Right answers among the samples left out, and their summed cross-entropy, with prototypes of the rest."""
-        features = features_of(net, self.support[left_out], micro_batch=self.how.micro_batch)
-        logits = cosine_logits(features, self.prototypes(net, rest), self.how.scale)
+        features = features_of(trained.net, trained.support[left_out], micro_batch=self.how.micro_batch)
+        logits = cosine_logits(features, self.prototypes(trained, rest), self.how.scale)
         labels = self.labels[left_out]
         losses, _ = cross_entropy(logits, labels)
         return int((logits.argmax(1) == labels).sum()), float(losses.sum())
 
-    def _gradients(self, net: N, rows: NDArray[np.int64], iteration: int) -> float:
+    def _gradients(
+        self, net: N, whole: Source, views: Sequence[Source], rows: NDArray[np.int64], iteration: int
+    ) -> float:
         """Gradients of one iteration's loss in the net's parameters; the loss."""
-        view = self.views[iteration % len(self.views)] if self.views else self._draw(iteration)
-        support, query, labels = _rows_of(self.support, rows), _rows_of(view, rows), self.labels[rows]
+        view = views[iteration % len(views)] if views else self._draw(iteration)
+        support, query, labels = _rows_of(whole, rows), _rows_of(view, rows), self.labels[rows]
         size = self.how.micro_batch
         if self.how.detach_prototypes:
-            means = self.prototypes(net, rows)
+            means = prototypes(features_of(net, support, micro_batch=size), labels, self.ways)
             return gradient_update(net, query, query_loss(means, labels, self.how.scale), micro_batch=size)
         loss = support_loss(labels, labels, self.ways, self.how.scale)
         return gradient_update(net, [support, query], loss, micro_batch=size)
@@ -301,6 +336,14 @@ class _Task(Generic[N]):
         """The frozen layers' outputs of these inputs."""
         net = self.untrained = self.untrained or self.fresh()
         return [cache_prefix(net, lot, micro_batch=self.how.micro_batch) for lot in lots]
+
+    def _again(self, net: N) -> tuple[Source, Sequence[Source]]:
+        """The support and its views for a net whose frozen part is another than at first."""
+        support, views = cache_prefix(net, self.x, micro_batch=self.how.micro_batch), self.views
+        if self.how.cache_prefix:
+            drawn = (self._draw(number) for number in range(len(views)))
+            views = [cache_prefix(net, lot, micro_batch=self.how.micro_batch) for lot in drawn]
+        return support, views
 
     def _draw(self, number: int) -> Floats:
         """One augmented copy of the whole support."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,12 +33,17 @@ class Checkpoint:
     """The training's configuration as text: a resumed run must have the same."""
     optimizer: Mapping[str, Array]
     """`optimizers.state_arrays` of the optimiser."""
+    policy: Mapping[str, Array] = field(default_factory=dict)
+    """What the policy that revises the plan goes on from."""
 
     def record(self) -> Run:
         """As a run record, ready to be written."""
         arrays = {name: np.atleast_1d(array) for name, array in self.optimizer.items()}
         attrs = {"blocks": self.blocks, "start": self.start, "configuration": self.configuration}
-        group = Group(attrs, groups={"optimizer": Group(arrays=arrays)})
+        groups = {"optimizer": Group(arrays=arrays)}
+        if self.policy:
+            groups["policy"] = Group(arrays=self.policy)
+        group = Group(attrs, groups=groups)
         extra = self.run.extra
         return replace(self.run, extra=replace(extra, groups={**extra.groups, GROUP: group}))
 
@@ -59,13 +64,14 @@ def read_checkpoint(record: Run, *, start: str, configuration: str) -> Checkpoin
         fix = "use the same options, and the version that wrote it"
         raise UsageError("--resume", f"a checkpoint of training with {theirs}", mine, fix)
     groups = {name: child for name, child in record.extra.groups.items() if name != GROUP}
-    state = group.groups["optimizer"].arrays if "optimizer" in group.groups else {}
+    state, policy = (group.groups[name].arrays if name in group.groups else {} for name in ("optimizer", "policy"))
     return Checkpoint(
         run=replace(record, extra=replace(record.extra, groups=groups)),
         blocks=int(group.attrs["blocks"]),
         start=start,
         configuration=configuration,
         optimizer=state,
+        policy=policy,
     )
 
 

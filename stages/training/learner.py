@@ -23,6 +23,7 @@ from stages.training.optimizers import (
     make_optimizer,
     replace_parameter,
 )
+from stages.training.revising import Follower
 from stages.training.updates import Loss, Source, features_of, gradient_update
 
 
@@ -67,14 +68,19 @@ class StreamLearner:
         *,
         micro_batch: int = 0,
         done: int = 0,
+        follower: Follower | None = None,
     ) -> None:
-        self.net = make_net(backbone, updates)
+        """`follower`: who revises the plan; its plan is then the one that trains."""
+        self.net = make_net(backbone, updates) if follower is None else follower.begin()
+        self.follower = follower
         self._same_bits = backbone.engine.same_bits
         self.how, self.micro_batch, self.done = how, micro_batch, done
         self._head = linear_head(head, backbone.graph.feature_dim)
         self._weight = Parameter(np.array(self._head.weight, np.float32))
         self._bias = Parameter(np.array(self._head.bias, np.float32))
         self.optimizer = make_optimizer([*self.net.parameters(), self._weight, self._bias], how)
+        if follower is not None:
+            follower.hold(self.optimizer)
 
     def head(self) -> Head:
         """The linear head as it is now."""
@@ -93,13 +99,31 @@ class StreamLearner:
         """
         rate = learning_rate(self.done, self.how)
         loss = 0.0
-        if len(batch.y):
+        if len(batch.y) and self.rests:
+            rate, loss = 0.0, self._watched(batch)
+        elif len(batch.y):
             self._meet(batch)
             loss = gradient_update(self.net, batch.x, self._loss(batch), micro_batch=self.micro_batch)
+            if self.follower is not None:
+                self.follower.about_to_step()
             where = f"update {self.done}"
             checked_step(self.optimizer, loss, rate=rate, clip_norm=self.how.clip_norm, where=where)
+        if self.follower is not None and len(batch.y):
+            self.net = self.follower.after(self.optimizer, loss)
         self.done += 1
         return Figures(loss, rate, len(batch.y), float(np.sum(batch.weights, dtype=np.float64)))
+
+    @property
+    def rests(self) -> bool:
+        """Whether nothing trains, the head neither: all has settled."""
+        return self.follower is not None and not self.follower.updates
+
+    def _watched(self, batch: Batch) -> float:
+        """The loss, of which nothing is learnt but the rows of classes that are new."""
+        self._meet(batch)
+        loss, _ = self._loss(batch)(features_of(self.net, batch.x, micro_batch=self.micro_batch))
+        self.optimizer.clear()
+        return loss
 
     def _loss(self, batch: Batch) -> Loss:
         """sum_i w_i * l_i, the loss of a block (the weights are Titan's, arXiv:2505.16563, appendix A.2); the head's

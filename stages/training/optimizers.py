@@ -6,7 +6,7 @@ cannot move under weight decay, momentum or Adam's moments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, isfinite, pi
 from typing import Any
@@ -122,7 +122,7 @@ def _adam_move(gradient: Floats, state: State, rate: float) -> Floats:
     Its divisor sqrt(v / c) + epsilon, c = 1 - 0.999^t, is taken as (sqrt(v) + epsilon sqrt(c)) / sqrt(c). Each
     operation is one in single precision, in the order of the C library's `et_adam`: both give the same bits.
     """
-    done, mean, square = int(state["step"]), state["exp_avg"], state["exp_avg_sq"]
+    done, mean, square = state["step"], state["exp_avg"], state["exp_avg_sq"]
     single = gradient.dtype.type  # double in the tests that compare with autograd
     scratch = gradient - mean
     scratch *= 1 - 0.9
@@ -131,12 +131,20 @@ def _adam_move(gradient: Floats, state: State, rate: float) -> Floats:
     scratch *= 1 - 0.999
     square *= 0.999
     square += scratch
-    correction = np.sqrt(single(1 - _power(0.999, done)))
+    correction = np.sqrt(_unbiased(0.999, done, single))
     np.sqrt(square, out=scratch)
     scratch += single(1e-8) * correction
     np.divide(mean, scratch, out=gradient)
-    gradient *= single(rate) * correction / single(1 - _power(0.9, done))
+    gradient *= single(rate) * correction / _unbiased(0.9, done, single)
     return gradient
+
+
+def _unbiased(base: float, steps: Floats, single: type[np.floating[Any]]) -> Any:
+    """1 - base^steps: of one number of steps, or of each value's own, whose values began to move at different times."""
+    if not steps.ndim:
+        return single(1 - _power(base, int(steps)))
+    ages, places = np.unique(steps, return_inverse=True)
+    return np.array([1 - _power(base, int(age)) for age in ages], single)[places].reshape(steps.shape)
 
 
 def _power(base: float, exponent: int) -> float:
@@ -163,6 +171,11 @@ class Optimizer:
         self.parameters = list(parameters)
         self.state: list[State] = [{} for _ in self.parameters]
         self._how = how
+        self._still: frozenset[int] = frozenset()
+
+    def hold(self, parameters: Iterable[Parameter]) -> None:
+        """Let these parameters, and no others, rest: steps leave them and their state as they are."""
+        self._still = frozenset(map(id, parameters))
 
     @quiet
     def step(self, rate: float, factor: float = 1.0) -> bool:
@@ -170,13 +183,15 @@ class Optimizer:
 
         False, and the parameters as they were, where a value would become NaN or infinite.
         """
-        finite = True
+        finite, moving = True, [p for p in self.parameters if id(p) not in self._still]
         for parameter, state in zip(self.parameters, self.state, strict=True):
+            if id(parameter) in self._still:
+                continue
             self._prepare(parameter, state)
             for part in _parts(parameter, state):
                 finite &= self._move(*part, rate, factor)
         if not finite:
-            for parameter in self.parameters:
+            for parameter in moving:
                 parameter.value[...] = parameter.gradient
         self.clear()
         return finite
@@ -306,9 +321,10 @@ def load_state(optimizer: Optimizer, arrays: Mapping[str, NDArray[Any]]) -> None
         if not number.isdigit() or int(number) >= len(optimizer.parameters):
             raise DataError("checkpoint", f"optimiser state {key!r}", f"parameters 0..{len(optimizer.parameters) - 1}")
         shape = optimizer.parameters[int(number)].value.shape
-        if name != "step" and array.shape != shape:
+        one = name == "step" and array.size == 1  # of all values; else each has its own
+        if not one and array.shape != shape:
             raise DataError("checkpoint", f"optimiser state {key!r} of shape {array.shape}", f"{shape}")
-        value = np.array(array, np.float32, order="C").reshape(() if name == "step" else shape)
+        value = np.array(array, np.float32, order="C").reshape(() if one else shape)
         optimizer.state[int(number)][name] = value
 
 

@@ -48,8 +48,9 @@ class Forward:
     def __init__(self, start: Backbone, updates: Sequence[LayerUpdate] | None, *, send: bool = False) -> None:
         self._start, self._send = start, send
         self._chunk = max(1, min(CHUNK, CHUNK_VALUES // prod(start.input.shape)))
-        self._layers = {update.layer for update in updates or ()}
-        self._net: TrainedNet = make_net(start, tuple(updates or ()))
+        self._updates = tuple(updates or ())
+        self._layers = {update.layer for update in self._updates}
+        self._net: TrainedNet = make_net(start, self._updates)
         inputs = (start.graph.ops[0].name,)
         require(
             not send or (updates is not None and self._net.boundary != inputs),
@@ -74,6 +75,7 @@ class Forward:
         class's n candidates looked at, each weighs n / m times its mass: the estimate stays unbiased for any m that
         does not depend on what the candidates look like, as the time they take does not.
         """
+        self._follow(weights)
         self._load(weights.backbone)
         size = len(pool)
         order, step = (np.arange(size), self._chunk) if ready is None else (scoring_order(pool.y, rng), ANYTIME_CHUNK)
@@ -117,6 +119,14 @@ class Forward:
             return block
         facts = {**block.facts, "boundary": boundary_of(self._net)}
         return replace(block, columns={**block.columns, **columns}, facts=facts)
+
+    def _follow(self, weights: Weights) -> None:
+        """Another plan, where the trainer's policy has made one: what has left it is frozen as it is now."""
+        if weights.updates is None or weights.updates == self._updates:
+            return
+        self._updates, self._start = weights.updates, weights.backbone
+        self._layers = {update.layer for update in weights.updates}
+        self._net = make_net(self._start, weights.updates)
 
     def _load(self, backbone: Backbone) -> None:
         """Take over the weights of the moment; what changed beside what may is found by comparing values."""

@@ -39,11 +39,14 @@ class Weights:
     """None before any class is known: all probabilities are uniform."""
     update_times: Times = ()
     """(samples, seconds) of the trainer's latest updates, where it says."""
+    updates: tuple[LayerUpdate, ...] | None = None
+    """What the trainer trains, where its policy has revised the plan."""
 
     def at(self, version: Version) -> Weights:
         """These weights with a published version's tensors and head in place."""
         backbone = replace(self.backbone, tensors={**self.backbone.tensors, **version.tensors})
-        return Weights(backbone, self.head if version.head is None else version.head, version.update_times)
+        head = self.head if version.head is None else version.head
+        return Weights(backbone, head, version.update_times, version.updates)
 
 
 def masses(block: Block) -> Array:
@@ -100,6 +103,8 @@ def scored(
     residuals = probabilities.copy()
     residuals[np.arange(len(targets)), targets] -= 1.0
     gradients: Gradients = LastLayer(residuals, features.astype(np.float64))
+    if weights.updates is not None:
+        updates = weights.updates
     if importance != "last-layer":
         live = every_layer(weights.backbone.graph) if importance == "full" else updates
         inputs = adapt_block(block, weights.backbone.input)

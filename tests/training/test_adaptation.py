@@ -50,11 +50,11 @@ class Trials:
         self.trained: list[Any] = []
         self.scored: list[Any] = []
 
-    def train(self, rows: Any, rate: float) -> tuple[float, tuple[()]]:
+    def train(self, rows: Any, rate: float) -> float:
         self.trained.append(rows)
         if isinstance(self.results[rate], Exception):
             raise self.results[rate]
-        return rate, ()
+        return rate
 
     def score(self, net: float, rest: Any, left_out: Any) -> tuple[int, float]:
         self.scored.append((rest, left_out))
@@ -127,7 +127,7 @@ def task(engine: str, x: Floats, how: Adapting) -> _Task[TrainedNet]:
 
     base = backbone(engine)
     fresh: Callable[[], TrainedNet] = lambda: net_of(base, UPDATES, engine)  # noqa: E731
-    return _Task(fresh, base.input, x, Y, how, 0, lambda done: None, lambda: 0, compute)
+    return _Task(fresh, base.input, x, Y, how, 0, lambda done: None, lambda: 0, compute, None)
 
 
 @on_every_engine
@@ -138,7 +138,7 @@ def test_what_is_left_out_does_not_reach_training(engine: str) -> None:
     for noise in (0.0, 5.0):
         x = X.copy()
         x[left_out] += noise
-        net, losses = task(engine, x, fixed(augmentation=NOTHING)).train(rest, 0.1)
+        net, losses, *_ = task(engine, x, fixed(augmentation=NOTHING)).train(rest, 0.1)
         results.append((losses, net.tensors()["two.weight"].tolist()))
     assert results[0] == results[1]
     how = fixed(learning_rates=(0.1,), augmentation=NOTHING)
@@ -165,7 +165,7 @@ def test_choosing_among_one_rate_costs_nothing_and_gives_the_same_as_the_chosen_
 @on_every_engine
 def test_rate_zero_is_no_adaptation(engine: str) -> None:
     base = backbone(engine)
-    net, means, rate, losses = adapt(base, UPDATES, X, Y, fixed(learning_rates=(0.0,)), rng())
+    net, means, rate, losses, _ = adapt(base, UPDATES, X, Y, fixed(learning_rates=(0.0,)), rng())
     assert (rate, losses) == (0.0, ())
     for name, tensor in base.tensors.items():
         assert np.array_equal(net.tensors()[name], tensor)

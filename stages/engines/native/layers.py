@@ -19,6 +19,7 @@ from stages.engines.native.program import (
     ACTIVATIONS,
     CHUNK,
     GRADIENT,
+    PANEL,
     Buffer,
     Parameter,
     Ref,
@@ -284,9 +285,10 @@ def _parts_forward(
                 ci=part.i1 - part.i0, co=part.o1 - part.o0, act=ACTIVATIONS[unit.act],
             )  # fmt: skip
         return
-    for number, part in enumerate(layer.parts):
-        begins = number == 0 or layer.parts[number - 1].o0 != part.o0
-        ends = number + 1 == len(layer.parts) or layer.parts[number + 1].o0 != part.o0
+    parts = joined(layer)
+    for number, part in enumerate(parts):
+        begins = number == 0 or parts[number - 1].o0 != part.o0
+        ends = number + 1 == len(parts) or parts[number + 1].o0 != part.o0
         last: dict[str, int | Ref] = {"act": ACTIVATIONS[unit.act]} if ends else {}
         if ends and not (layer.tokens and residual is None):
             last["act2"] = ACTIVATIONS[unit.act2]
@@ -297,6 +299,25 @@ def _parts_forward(
             b=moved(bias, part.o0) if begins else None, flags=0 if begins else ACCUMULATE,
             ci=part.i1 - part.i0, co=part.o1 - part.o0,
         )  # fmt: skip
+
+
+def joined(layer: Layer) -> list[Part]:
+    """A dense layer's parts for what makes no difference between lots: those whose panels follow each other as one."""
+    found: list[Part] = []
+    for part in layer.parts:
+        last = found[-1] if found else None
+        if last is not None and _follows(layer, part, last):
+            found[-1] = replace(last, o1=part.o1)
+        else:
+            found.append(part)
+    return found
+
+
+def _follows(layer: Layer, part: Part, last: Part) -> bool:
+    rows = last.o1 - last.o0
+    end = last.weight.offset + prod(layer.op.kernel) * (last.i1 - last.i0) * rows
+    beside = (part.i0, part.i1, part.o0) == (last.i0, last.i1, last.o1)
+    return beside and rows % PANEL == 0 and (part.weight.space, part.weight.offset) == (last.weight.space, end)
 
 
 def _sizes(layer: Layer) -> dict[str, int | Ref]:
@@ -401,7 +422,7 @@ def _parts_backward(layer: Layer, g: Buffer, add: Buffer | None, dx: Buffer, int
         return
     scratch = builder.buffer(f"scratch {op.name}", CHUNK * op.out_channels)
     begun: set[int] = set()
-    for part in layer.parts:
+    for part in joined(layer):
         more = dx if part.i0 in begun else add
         begun.add(part.i0)
         builder.emit(
