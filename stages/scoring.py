@@ -204,6 +204,7 @@ def _plan(name: str, problem: planning.Problem, updates: Sequence[LayerUpdate], 
     plan = make_plan(
         name, problem.complete(updates), problem.graph,
         memory_model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer, workers=budget.workers,
+        keep_bits=budget.keep_bits,
         facts={name: value for name, value in known.items() if value is not None},
     )  # fmt: skip
     return replace(plan, memory_bytes=memory, backward_macs=macs)

@@ -85,6 +85,10 @@ class SupportTraining:
     """Of the native engine: features and gradients that do not depend on the machine."""
     policy: str = "static"
     """How the plan is revised while training (`planning.policies.parse_policy`)."""
+    keep_bits: int | None = None
+    """In which inputs of live layers are kept: 32, 16 or 8; None: as the plan says."""
+    keep_rounding: str = "stochastic"
+    """To these bits: `stochastic` or `nearest`."""
     fitting: bool = False
     """Take as many samples at a time as fit into memory, at most `MICRO_BATCH`, instead of `adapting.micro_batch`."""
 
@@ -115,6 +119,10 @@ class StreamTraining:
     """Of the native engine: features and gradients that do not depend on the machine."""
     policy: str = "static"
     """How the plan is revised while training (`planning.policies.parse_policy`)."""
+    keep_bits: int | None = None
+    """In which inputs of live layers are kept: 32, 16 or 8; None: as the plan says."""
+    keep_rounding: str = "stochastic"
+    """To these bits: `stochastic` or `nearest`."""
 
     def __post_init__(self) -> None:
         require((self.micro_batch or 0) >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
@@ -213,6 +221,8 @@ def train_support(
         engine=config.engine,
         device=config.device,
         same_bits=config.same_bits,
+        keep_bits=_keep_bits(run, config),
+        keep_rounding=config.keep_rounding,
         on_note=on_note,
     )
     updates = planned_updates(run, backbone.graph, config.plan)
@@ -340,6 +350,13 @@ def _fit(
     return fit(to_train(backbone, updates, how.state_values), most, other_bytes=other, wanted=wanted)
 
 
+def _keep_bits(run: Run, config: SupportTraining | StreamTraining) -> int:
+    """In how many bits inputs of live layers are kept: as asked, as the plan counted, or as they are."""
+    if config.keep_bits is not None:
+        return config.keep_bits
+    return 32 if run.plan is None or config.plan is not None else int(run.plan.facts.get("keep_bits", 32))
+
+
 def planned_updates(run: Run, graph: Graph, plan: str | None) -> tuple[LayerUpdate, ...]:
     """What trains: the named plan, or else the run's own.
 
@@ -444,6 +461,8 @@ class _Trainer:
             engine=config.engine,
             device=config.device,
             same_bits=config.same_bits,
+            keep_bits=_keep_bits(run, config),
+            keep_rounding=config.keep_rounding,
             on_note=on_note,
         )
         updates = planned_updates(run, self.backbone.graph, config.plan)

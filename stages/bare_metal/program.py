@@ -102,7 +102,8 @@ def source_of(run: Run, *, allow: str | None = None, same_bits: bool = False) ->
         DataError: a head over other features, a plan of another model.
         UsageError: no head, or one with classes that nobody has seen.
     """
-    backbone = deploy(run.model, allow=allow, engine="native", same_bits=same_bits)
+    keep_bits = 32 if run.plan is None else int(run.plan.facts.get("keep_bits", 32))
+    backbone = deploy(run.model, allow=allow, engine="native", same_bits=same_bits, keep_bits=keep_bits)
     updates: tuple[LayerUpdate, ...] = ()
     if run.plan is not None:
         check_plan(run.plan, backbone.graph)
@@ -115,7 +116,7 @@ def source_of(run: Run, *, allow: str | None = None, same_bits: bool = False) ->
     if len(unseen):
         name = head.names[unseen[0]] if head.names else head.labels[unseen[0]]
         raise UsageError("/model/head", f"class {name} was never seen", "a head that knows its classes", fix)
-    lowering = lower(backbone.graph, updates)
+    lowering = lower(backbone.graph, updates, keep_bits=keep_bits)
     return Source(backbone, updates, head, lowering, encode(lowering, backbone.tensors))
 
 

@@ -81,9 +81,9 @@ def plan_backward_macs(graph: Graph, updates: Iterable[LayerUpdate]) -> int:
     return passed_on + sum(weight_gradient_macs(graph, update) for update in updates)
 
 
-def saved_activation_bytes(graph: Graph, updates: Iterable[LayerUpdate], batch: int = 1) -> int:
+def saved_activation_bytes(graph: Graph, updates: Iterable[LayerUpdate], batch: int = 1, keep_bits: int = 32) -> int:
     """Bytes kept between the forward and the backward pass of a batch (`graphs.keeping`)."""
-    return held_bytes(graph, holding(graph, tuple(updates)), batch)
+    return held_bytes(graph, holding(graph, tuple(updates)), batch, keep_bits)
 
 
 def live_values(graph: Graph, updates: Iterable[LayerUpdate], *, biases: bool = True) -> int:
@@ -174,10 +174,11 @@ def memory_bytes(
     batch: int = 1,
     optimizer: str = "adam",
     workers: int = 1,
+    keep_bits: int = 32,
 ) -> int:
     """Bytes that training the updates takes by the named memory model, for a batch of `batch` samples.
 
-    `workers` are the native engine's threads, which only `arena` counts.
+    `workers` are the native engine's threads, which only `arena` counts; inputs of live layers are kept in `keep_bits`.
 
     Raises:
         UsageError: no such memory model or optimiser, or an operator that the native engine lacks (`arena`).
@@ -186,21 +187,21 @@ def memory_bytes(
     check_memory_model(model, graph)
     if model == ARENA:
         head = live_values(graph, (update for update in updates if update.layer == HEAD))
-        memory = native_memory(graph, updates)
+        memory = native_memory(graph, updates, keep_bits)
         return memory.working(batch=batch, workers=workers, state=optimizer_state(optimizer), head=head)
     accounting = memory_model(model)
     values = live_values(graph, updates, biases=accounting.biases)
-    saved = saved_activation_bytes(graph, updates, batch)
+    saved = saved_activation_bytes(graph, updates, batch, keep_bits)
     return accounting.total_bytes(graph, values, saved, batch=batch, optimizer=optimizer)
 
 
-def native_memory(graph: Graph, updates: Iterable[LayerUpdate]) -> Memory:
+def native_memory(graph: Graph, updates: Iterable[LayerUpdate], keep_bits: int = 32) -> Memory:
     """What the native engine allocates for the updates; a head that was appended is not the engine's, and left out.
 
     Raises:
         UsageError: an operator that the native engine lacks.
     """
-    return memory_of(without_head(graph), [update for update in updates if update.layer != HEAD])
+    return memory_of(without_head(graph), [update for update in updates if update.layer != HEAD], keep_bits)
 
 
 def inference_totals(graph: Graph) -> dict[str, int]:

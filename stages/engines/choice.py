@@ -34,6 +34,10 @@ class Engine:
     """Why it is not the one that a user would expect."""
     same_bits: bool = False
     """Of native: products and sums are rounded one by one, so that every machine gives the same bits; slower."""
+    keep_bits: int = 32
+    """In which inputs of live layers are kept for their weight gradients: 32, 16 or 8."""
+    keep_rounding: str = "stochastic"
+    """To these bits: `stochastic` leaves gradients unbiased, `nearest` draws nothing."""
 
 
 class TrainedNet(Protocol):
@@ -55,6 +59,9 @@ class TrainedNet(Protocol):
         """Model input (N, *input) -> features (N, D)."""
 
     def parameters(self) -> list[Parameter]: ...
+    def draw(self, seed: int) -> None:
+        """What the following forward passes round by, where they round stochastically."""
+
     def turn(self, number: int) -> list[Parameter]:
         """Train what of the plan has this turn, from 0 on, and nothing else: the parameters that get gradients then."""
 
@@ -171,7 +178,11 @@ def make_net(
         return TorchNet(SparseNet(backbone, updates, turns))
     from stages.engines.native.net import NativeNet
 
-    return NativeNet(backbone.graph, backbone.tensors, updates, same_bits=backbone.engine.same_bits, turns=turns)
+    engine = backbone.engine
+    return NativeNet(
+        backbone.graph, backbone.tensors, updates, turns=turns, same_bits=engine.same_bits, keep_bits=engine.keep_bits,
+        nearest=engine.keep_rounding == "nearest",
+    )  # fmt: skip
 
 
 def make_inspector(backbone: Backbone, window: Collection[str]) -> Inspector:

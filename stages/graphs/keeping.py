@@ -32,6 +32,8 @@ class Holding:
     """Operators that keep bits or an index of their own."""
     slices: Mapping[str, int]
     """Operators of live layers of whose input some channels are kept, and how many."""
+    narrow: frozenset[str] = frozenset()
+    """Of the values those that only weight gradients need: they and the slices may be kept in fewer bits."""
 
 
 def holding(graph: Graph, updates: Sequence[LayerUpdate]) -> Holding:
@@ -45,7 +47,9 @@ def holding(graph: Graph, updates: Sequence[LayerUpdate]) -> Holding:
             whole, channels = layer_holds(graph, op, update)
             values |= whole
             slices |= {op.name: channels} if channels else {}
-    return Holding(without_remade(graph, values), own, slices)
+    passing = flow_holds(graph, flow, ends)[0]
+    kept = without_remade(graph, values)
+    return Holding(kept, own, slices, frozenset(kept - passing))
 
 
 def without_remade(graph: Graph, values: Set[str]) -> frozenset[str]:
@@ -89,18 +93,31 @@ def layer_holds(graph: Graph, op: Op, update: LayerUpdate) -> tuple[set[str], in
     return {graph.root(op.inputs[0])} - graph.constants, 0
 
 
-def value_bytes(graph: Graph, name: str, batch: int) -> int:
+KEEP_BITS = (32, 16, 8)
+"""Widths in which inputs of live layers may be kept: as they are, or as steps between their least and largest value."""
+RANGE_BYTES = 8
+"""What a sample's values in fewer bits need beside them: the least value and the step."""
+
+
+def stored_bytes(elements: int, batch: int, bits: int = 32) -> int:
+    """Bytes of so many elements of each sample."""
+    if bits == 32:
+        return ELEMENT_BYTES * batch * elements
+    return batch * (-(-elements * bits // 8) + RANGE_BYTES)
+
+
+def value_bytes(graph: Graph, name: str, batch: int, bits: int = 32) -> int:
     """Bytes of a whole value of a batch."""
-    return ELEMENT_BYTES * batch * graph[name].elements
+    return stored_bytes(graph[name].elements, batch, bits)
 
 
-def slice_bytes(op: Op, channels: int, batch: int) -> int:
+def slice_bytes(op: Op, channels: int, batch: int, bits: int = 32) -> int:
     """Bytes of some channels of a layer's input."""
-    return ELEMENT_BYTES * batch * channels * (prod(op.in_shape) // op.in_channels)
+    return stored_bytes(channels * (prod(op.in_shape) // op.in_channels), batch, bits)
 
 
-def held_bytes(graph: Graph, held: Holding, batch: int) -> int:
-    """Bytes of all that is kept of a batch."""
-    values = sum(value_bytes(graph, name, batch) for name in held.values)
+def held_bytes(graph: Graph, held: Holding, batch: int, bits: int = 32) -> int:
+    """Bytes of all that is kept of a batch, inputs of live layers in so many bits."""
+    values = sum(value_bytes(graph, name, batch, bits if name in held.narrow else 32) for name in held.values)
     own = sum(keep.own_bytes(graph[name], batch) for name, keep in held.own.items())
-    return values + own + sum(slice_bytes(graph[name], count, batch) for name, count in held.slices.items())
+    return values + own + sum(slice_bytes(graph[name], count, batch, bits) for name, count in held.slices.items())

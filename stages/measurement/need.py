@@ -50,9 +50,10 @@ def to_train(backbone: Backbone, updates: Sequence[LayerUpdate], state: int) -> 
     Raises:
         DataError: the updates are not a plan for this backbone.
     """
+    bits = backbone.engine.keep_bits
     if backbone.engine.name == "torch":
-        return _in_torch(backbone, saved_activation_bytes(backbone.graph, updates))
-    memory = native_memory(backbone.graph, updates)
+        return _in_torch(backbone, saved_activation_bytes(backbone.graph, updates, keep_bits=bits))
+    memory = native_memory(backbone.graph, updates, bits)
     fixed = memory.image + memory.working(batch=0, workers=threads_of(backbone.engine), state=state)
     return Need(_input(backbone) + memory.sample(batch=2), fixed)
 

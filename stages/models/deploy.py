@@ -46,6 +46,8 @@ def deploy(
     engine: str = "auto",
     device: str = "cpu",
     same_bits: bool = False,
+    keep_bits: int = 32,
+    keep_rounding: str = "stochastic",
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Backbone:
     """The record's backbone in deploy form, from either form, and the engine that runs it.
@@ -65,6 +67,7 @@ def deploy(
     chosen = choose(engine, graph, device, same_bits=same_bits)
     if chosen.note:
         on_note(chosen.note)
+    chosen = replace(chosen, keep_bits=keep_bits, keep_rounding=keep_rounding)
     return Backbone(graph, {name: _float32(name, array) for name, array in tensors.items()}, model.input, chosen)
 
 

@@ -70,7 +70,7 @@ def _counted(problem: Problem, held: int) -> MemoryModel:
 def _beyond(problem: Problem, model: MemoryModel, updates: Sequence[LayerUpdate]) -> int:
     """What a plan takes beyond what the model counts."""
     graph, whole = problem.graph, problem.complete((*updates, *problem.fixed))
-    values, saved = live_values(graph, whole), saved_activation_bytes(graph, whole)
+    values, saved = live_values(graph, whole), saved_activation_bytes(graph, whole, keep_bits=problem.budget.keep_bits)
     counted = model.total_bytes(graph, values, saved, batch=1, optimizer=problem.budget.optimizer)
     return problem.memory(updates) - counted
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from stages.cost.training import check_memory_model, optimizer_state
 from stages.errors import UsageError, require
+from stages.graphs.keeping import KEEP_BITS
 
 Number = TypeVar("Number", int, Fraction)
 
@@ -93,6 +94,8 @@ class Budget:
     optimizer: str = "adam"
     workers: int = 1
     """Threads of the native engine, which memory model `arena` counts."""
+    keep_bits: int = 32
+    """In which inputs of live layers are kept: 32, 16 or 8."""
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "backward_macs", "latency_s"):
@@ -100,6 +103,7 @@ class Budget:
             require(limit is None or limit > 0, "budget", f"{name}={limit}", "more than 0")
         for name in ("batch", "workers"):
             require(getattr(self, name) > 0, "budget", f"{name}={getattr(self, name)}", "at least 1")
+        require(self.keep_bits in KEEP_BITS, "--keep-bits", f"{self.keep_bits}", "32, 16 or 8")
         check_memory_model(self.memory_model)
         optimizer_state(self.optimizer)
 

@@ -87,7 +87,7 @@ class Coupling:
         if self.memory_bytes is not None:
             model = self.model
             values = live_values(problem.graph, problem.fixed, biases=model.biases)
-            saved = saved_activation_bytes(problem.graph, problem.fixed, budget.batch)
+            saved = saved_activation_bytes(problem.graph, problem.fixed, budget.batch, budget.keep_bits)
             base = self.memory_bytes - values * model.bytes_per_value(budget.optimizer)
             buffers = [term.saved * saved + budget.batch * term.buffer_bytes(problem.graph) for term in model.terms]
             left += [base - buffer for buffer in buffers]
@@ -156,7 +156,11 @@ class Coupling:
         return Raw(saved_bytes=saved_bytes, macs=macs, latency_ns=latency_ns), frozenset(kept)
 
     def _bytes_of(self, values: Iterable[str]) -> int:
-        return sum(value_bytes(self.problem.graph, name, self.problem.budget.batch) for name in values)
+        """Those that a passing gradient may need count as they are, whatever trains: on the safe side."""
+        graph, budget = self.problem.graph, self.problem.budget
+        return sum(
+            value_bytes(graph, name, budget.batch, 32 if name in self._passing else budget.keep_bits) for name in values
+        )
 
     def forget(self, state: State, candidate: int) -> State:
         """The state without what no candidate from this one on can share."""
@@ -206,7 +210,9 @@ class Coupling:
     def _own(self, update: LayerUpdate) -> Raw:
         problem, graph = self.problem, self.problem.graph
         sliced = sum(
-            slice_bytes(op, layer_holds(graph, op, update)[1], problem.budget.batch) for op in graph.uses(update.layer)
+            slice_bytes(op, channels, problem.budget.batch, problem.budget.keep_bits)
+            for op in graph.uses(update.layer)
+            if (channels := layer_holds(graph, op, update)[1])
         )
         biases = self.model.biases * len(update.bias)
         return Raw(

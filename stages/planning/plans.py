@@ -53,6 +53,7 @@ def make_plan(
     batch: int = 1,
     optimizer: str = "adam",
     workers: int = 1,
+    keep_bits: int = 32,
     facts: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan record of these updates, sorted into execution order, with its cost; the accounting joins the facts.
@@ -65,14 +66,14 @@ def make_plan(
     """
     ordered = tuple(sorted(updates, key=lambda update: graph.position.get(update.layer, -1)))
     check_updates(ordered, graph)
-    accounting: dict[str, Any] = {"batch": batch, "optimizer": optimizer, "workers": workers}
+    accounting: dict[str, Any] = {"batch": batch, "optimizer": optimizer, "workers": workers, "keep_bits": keep_bits}
     memory = memory_bytes(graph, ordered, model=memory_model, **accounting)
     known = {**accounting, **native_facts(graph, ordered, **accounting), **(facts or {})}
     return Plan(name, ordered, memory, memory_model, plan_backward_macs(graph, ordered), known)
 
 
 def native_facts(
-    graph: Graph, updates: Sequence[LayerUpdate], *, batch: int, optimizer: str, workers: int
+    graph: Graph, updates: Sequence[LayerUpdate], *, batch: int, optimizer: str, workers: int, keep_bits: int = 32
 ) -> dict[str, int]:
     """What the native engine allocates for a plan; nothing where it lacks an operator.
 
@@ -81,10 +82,11 @@ def native_facts(
     """
     if not covers(graph):
         return {}
-    memory = native_memory(graph, updates)
+    memory = native_memory(graph, updates, keep_bits)
     head = [whole_update(graph[HEAD])] if graph.output == HEAD else []
     together = (*(update for update in updates if update.layer != HEAD), *head)
-    working = memory_bytes(graph, together, model=ARENA, batch=batch, optimizer=optimizer, workers=workers)
+    accounting: dict[str, Any] = {"batch": batch, "optimizer": optimizer, "workers": workers, "keep_bits": keep_bits}
+    working = memory_bytes(graph, together, model=ARENA, **accounting)
     return {"arena_bytes": memory.arena, "arena_training_bytes": working, "image_bytes": memory.image}
 
 

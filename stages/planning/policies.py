@@ -472,6 +472,7 @@ def room_of(
         "batch": int(facts.get("batch", 1)),
         "optimizer": str(facts.get("optimizer", optimizer)),
         "workers": int(facts.get("workers", 1)),
+        "keep_bits": int(facts.get("keep_bits", 32)),
     }
     memory, macs, latency_s = (facts.get(f"budget_{what}") for what in ("memory_bytes", "macs", "latency_s"))
     if (memory, macs, latency_s) == (None, None, None):

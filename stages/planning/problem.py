@@ -91,7 +91,7 @@ class Problem:
         budget = self.budget
         return memory_bytes(
             self.graph, self.complete((*updates, *self.fixed)), model=budget.memory_model, batch=budget.batch,
-            optimizer=budget.optimizer, workers=budget.workers,
+            optimizer=budget.optimizer, workers=budget.workers, keep_bits=budget.keep_bits,
         )  # fmt: skip
 
     def work(self, updates: Sequence[LayerUpdate]) -> tuple[int, int]:

@@ -69,6 +69,9 @@ class Scoring:
     workers: int = setting(
         1, "Threads of the native engine, each with an arena that --memory-model arena counts.", least=1
     )
+    keep_bits: int = setting(
+        32, "Bits in which training keeps inputs of live layers, which --memory counts.", metavar="32|16|8"
+    )
     search: str = setting(
         "tinytrain",
         "How to search. tinytrain: as published. shortcut: block entries by Fisher information, gradients past "
@@ -153,6 +156,7 @@ class Scoring:
             batch=self.batch,
             optimizer=self.optimizer,
             workers=self.workers,
+            keep_bits=self.keep_bits,
         )
 
     def channel_choice(self) -> Channels:

@@ -53,6 +53,13 @@ class Training:
     clip: float | None = setting(
         None, "Largest gradient norm; 0 is any. Default: 2 for streams, 0 for supports.", least=0
     )
+    keep_bits: int | None = setting(
+        None, "Bits in which inputs of live layers are kept; default the plan's, or 32.", metavar="32|16|8"
+    )
+    keep_rounding: str = setting(
+        "stochastic", "To these bits: by chance, unbiased, or to the nearest.", metavar="stochastic|nearest",
+        choices=("stochastic", "nearest"),
+    )  # fmt: skip
     policy: str = setting(
         "static",
         "How the plan is revised while training: static, velocity, rotate, rescore; settings behind a colon: "
@@ -68,6 +75,7 @@ class Training:
 
     def __post_init__(self) -> None:
         check(self)
+        require(self.keep_bits in (None, 32, 16, 8), "--keep-bits", f"{self.keep_bits}", "32, 16 or 8")
         if self.policy != "static":
             from stages.planning.policies import parse_policy
 
@@ -95,6 +103,8 @@ class Training:
             device=self.device,
             same_bits=self.same_bits,
             policy=self.policy,
+            keep_bits=self.keep_bits,
+            keep_rounding=self.keep_rounding,
         )
 
     def on_support(self, scale: float) -> SupportTraining:
@@ -123,6 +133,8 @@ class Training:
             device=self.device,
             same_bits=self.same_bits,
             policy=self.policy,
+            keep_bits=self.keep_bits,
+            keep_rounding=self.keep_rounding,
         )
 
     def _optimizing(self, optimizer: str, rate: float, clip: float, updates: int) -> Optimizing:

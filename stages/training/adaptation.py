@@ -285,6 +285,7 @@ class _Task(Generic[N]):
         losses: list[float] = []
         while len(losses) < self.how.iterations and not self.stop():
             iteration = len(losses)
+            net.draw(self.seed + iteration)
             loss = self._gradients(net, support, views, rows, iteration)
             if follower is not None:
                 follower.about_to_step()

@@ -103,6 +103,7 @@ class StreamLearner:
             rate, loss = 0.0, self._watched(batch)
         elif len(batch.y):
             self._meet(batch)
+            self.net.draw(self.done)
             loss = gradient_update(self.net, batch.x, self._loss(batch), micro_batch=self.micro_batch)
             if self.follower is not None:
                 self.follower.about_to_step()

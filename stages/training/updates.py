@@ -42,6 +42,9 @@ class Net(Protocol):
     def parameters(self) -> list[Parameter]:
         """All that trains; empty where nothing does."""
 
+    def draw(self, seed: int) -> None:
+        """What the following forward passes round by, where they round stochastically."""
+
 
 @dataclass(frozen=True)
 class PrefixCache:

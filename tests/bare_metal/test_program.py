@@ -37,14 +37,14 @@ NEEDS_COMPILER = pytest.mark.skipif(
 )
 
 
-def run_of(arch: str, plan: str | None = None, kind: str = "linear") -> Run:
+def run_of(arch: str, plan: str | None = None, kind: str = "linear", keep_bits: int = 32) -> Run:
     """A run of a small architecture with a head of three classes and a named plan, or every layer."""
     model = with_head(record(arch, "deploy"), kind)
     graph = deploy(model).graph
     if plan is None:
         return Run(model)
     updates = every_layer(graph) if plan == "full" else named_plan(plan, graph)
-    return Run(model, plan=Plan(plan, tuple(updates), 0, "saved", 0))
+    return Run(model, plan=Plan(plan, tuple(updates), 0, "saved", 0, {"keep_bits": keep_bits}))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,16 @@ def test_a_program_ends_with_the_bits_of_training_in_python(case: str) -> None:
     assert trial.largest_difference == 0
     assert trial.right == trial.samples == sum(len(lot.rows) for lot in lots)
     assert trial.updates == len(lots) >= 3
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("batch", [1, 3])
+def test_inputs_in_8_bits_are_drawn_as_in_python(batch: int) -> None:
+    made_from = source_of(run_of("ds-cnn", "full", keep_bits=8), same_bits=True)
+    assert any(step.kind == "pack" for step in made_from.lowering.suffix)
+    how = Programming(batch=batch)
+    lots = list(made_up(made_from, 3 * batch, batch, np.random.default_rng(1)))
+    assert try_program(make_program(made_from, how).files, made_from, how.optimizing, lots).largest_difference == 0
 
 
 @NEEDS_COMPILER

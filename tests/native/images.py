@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from stages.engines.native.lowering import lower
 from stages.engines.native.program import encode
 from stages.graphs.graph import Graph
 from stages.operators import Op
+from stages.planning.policies import turns_of
 
 
 def conv(name: str, source: str, before: tuple[int, ...], after: tuple[int, ...], kernel: int, **facts) -> Op:
@@ -114,11 +116,22 @@ def cases() -> Iterator[tuple[str, Graph, list[LayerUpdate]]]:
         yield name.replace(",", "").replace(" ", "_"), CASES[name], plan(CASES[name])
 
 
+def options() -> Iterator[tuple[str, Graph, list[LayerUpdate], dict[str, Any]]]:
+    """All cases, with how they are lowered."""
+    for name, graph, updates in cases():
+        yield name, graph, updates, {}
+        if name in ("blocks-all", "mixed-part"):
+            yield f"{name}-in-turns", graph, updates, {"turns": turns_of(graph, tuple(updates), 2)}
+        if name in ("blocks-part", "mixed-all"):
+            yield f"{name}-8-bits", graph, updates, {"keep_bits": 8}
+            yield f"{name}-16-bits", graph, updates, {"keep_bits": 16, "nearest": True}
+
+
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, graph, updates in cases():
+    for name, graph, updates, how in options():
         for suffix, separate in (("shared", False), ("separate", True)):
-            lowering = lower(graph, updates, separate=separate)
+            lowering = lower(graph, updates, separate=separate, **how)
             (folder / f"{name}.{suffix}.image").write_bytes(encode(lowering, tensors(graph)))
     for name, graph, first in (("blocks-fisher", blocks(), "block0.depthwise"), ("mixed-fisher", mixed(), "dense")):
         for suffix, separate in (("shared", False), ("separate", True)):

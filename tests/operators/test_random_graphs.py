@@ -16,9 +16,11 @@ from torch.nn import functional as F
 from stages.artifacts.records import detached_layers
 from stages.cost.model import full_backward_macs
 from stages.cost.training import MEMORY_MODELS, memory_bytes, saved_activation_bytes
+from stages.engines.choice import Engine
 from stages.engines.torch.inspector import Inspector
 from stages.engines.torch.net import SparseNet
 from stages.graphs.graph import Graph
+from stages.graphs.keeping import KEEP_BITS
 from stages.graphs.record import graph_tree, read_graph
 from stages.graphs.updates import whole_update
 from stages.importance.fisher import fisher_pass
@@ -90,12 +92,13 @@ def test_gradients_equal_dense_autograd(case) -> None:
 
 
 @settings(FEW, max_examples=150)
-@given(cases())
-def test_bytes_kept_are_the_predicted_ones(case) -> None:
+@given(cases(), st.sampled_from(KEEP_BITS))
+def test_bytes_kept_are_the_predicted_ones(case, bits) -> None:
     graph, updates, batch, seed = case
-    net = SparseNet(random_backbone(graph, seed, torch.float32), updates)
+    backbone = random_backbone(graph, seed, torch.float32)
+    net = SparseNet(replace(backbone, engine=Engine("torch", keep_bits=bits)), updates)
     x = random_input(graph, batch, seed, torch.float32)
-    assert kept_bytes(net, x) == saved_activation_bytes(graph, updates, batch)
+    assert kept_bytes(net, x) == saved_activation_bytes(graph, updates, batch, bits)
 
 
 @FEW

@@ -1,5 +1,7 @@
 """Random planning problems over small graphs."""
 
+from typing import Any
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -8,6 +10,7 @@ from stages.cost.latency import Durations
 from stages.cost.model import full_backward_macs
 from stages.cost.training import MEMORY_MODELS, OPTIMIZER_STATE, memory_bytes, plan_backward_macs
 from stages.graphs.graph import Graph
+from stages.graphs.keeping import KEEP_BITS
 from stages.graphs.updates import whole_update
 from stages.planning.budget import Budget
 from stages.planning.problem import Channels, Evidence, Problem, pose
@@ -39,13 +42,15 @@ def problems(draw: st.DrawFn) -> Problem:
     model = draw(st.sampled_from(sorted(MEMORY_MODELS)))
     optimizer = draw(st.sampled_from(sorted(OPTIMIZER_STATE)))
     batch = draw(st.integers(1, 3))
+    bits = draw(st.sampled_from(KEEP_BITS))
     fixed: tuple[LayerUpdate, ...] = ()
     scored = [op.name for op in graph.layers]
     if draw(st.booleans()):
         fixed = (whole_update(graph[scored.pop()]),)
     everything = [whole_update(op) for op in graph.layers]
-    most_bytes = memory_bytes(graph, everything, model=model, batch=batch, optimizer=optimizer)
-    least_bytes = memory_bytes(graph, fixed, model=model, batch=batch, optimizer=optimizer)
+    accounting: dict[str, Any] = {"model": model, "batch": batch, "optimizer": optimizer, "keep_bits": bits}
+    most_bytes = memory_bytes(graph, everything, **accounting)
+    least_bytes = memory_bytes(graph, fixed, **accounting)
     share = st.one_of(st.none(), st.floats(0, 1))
     memory, macs, latency = draw(share), draw(share), draw(share)
     measured = random_durations(graph, seed) if latency is not None else None
@@ -62,6 +67,7 @@ def problems(draw: st.DrawFn) -> Problem:
         memory_model=model,
         batch=batch,
         optimizer=optimizer,
+        keep_bits=bits,
     )
     how = Channels(
         axis=draw(st.sampled_from(["output", "input"])),
@@ -104,6 +110,7 @@ def costs(problem: Problem, updates: tuple[LayerUpdate, ...]) -> tuple[int, int]
     """Memory and MACs, computed from the cost functions directly."""
     budget, together = problem.budget, problem.complete((*updates, *problem.fixed))
     memory = memory_bytes(
-        problem.graph, together, model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer
-    )
+        problem.graph, together, model=budget.memory_model, batch=budget.batch, optimizer=budget.optimizer,
+        keep_bits=budget.keep_bits,
+    )  # fmt: skip
     return memory, plan_backward_macs(problem.graph, together)

@@ -131,6 +131,7 @@ def test_make_plan_sorts_costs_and_keeps_facts():
         "optimizer": "sgd",
         "score": 1.5,
         "workers": 1,
+        "keep_bits": 32,
         "arena_bytes": native.arena,
         "image_bytes": native.image,
         "arena_training_bytes": memory_bytes(graph, plan.updates, model="arena", batch=2, optimizer="sgd"),

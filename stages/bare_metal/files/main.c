@@ -57,7 +57,7 @@ static const char *const names[] = ET_NET_CLASS_NAMES;
 static struct et_net *net;
 static FILE *samples;
 static int cut_off;
-static uint32_t updates, saves;
+static uint32_t updates, saves, place; /* place: of a sample in its batch */
 
 static int fail(int code, const char *what, const char *why) {
     fprintf(stderr, "edgetrain: %s: %s\n", what, why);
@@ -127,7 +127,9 @@ static void update_all(void) {
 static float learn(const struct record *r, int *in_lot) {
     const size_t d = ET_NET_FEATURES;
     et_prefix(net, 0, 0);
+    et_set_seed(net, updates * 0x9e3779b1u + place * 0x85ebca77u); /* what values kept in few bits are rounded by */
     et_forward(net, 0, features);
+    place = r->last ? 0 : place + 1;
     et_linear(features, head, head + CLASSES * d, scores, 1, d, CLASSES);
     const float loss = et_softmax_loss(scores, &r->row, &r->weight, residual, 1, CLASSES);
     et_linear_gradients(features, head, residual, head_gradient, head_gradient + CLASSES * d, pull, 1, d, CLASSES);
@@ -152,7 +154,7 @@ static void begin(void) {
     memset(head_gradient, 0, sizeof head_gradient);
     memset(mean, 0, sizeof mean), memset(square, 0, sizeof square);
     memset(head_mean, 0, sizeof head_mean), memset(head_square, 0, sizeof head_square);
-    updates = 0;
+    updates = place = 0;
     et_reset(net);
 }
 

@@ -34,6 +34,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "et_forward": (_INT, (_POINTER, _POINTER, _POINTER)),
     "et_backward": (_INT, (_POINTER, _POINTER)),
     "et_set_turn": (_INT, (_POINTER, _INT)),
+    "et_set_seed": (None, (_POINTER, _U32)),
     "et_run": (_INT, (_POINTER, _U32, _U32)),
     "et_keep": (None, (_POINTER, _POINTER)),
     "et_restore": (None, (_POINTER, _POINTER)),

@@ -15,12 +15,14 @@ from stages.engines.native import arena
 from stages.engines.native.builder import Builder, map_of, mark_of
 from stages.engines.native.chains import Chain, Cuts, ring_rows
 from stages.engines.native.channels import Channels
+from stages.engines.native.packing import Packing
 from stages.engines.native.program import Buffer, Lowering, Step
 from stages.engines.native.rules import Node, apply_bits, keep_bits, layer_of, lowered, plus, refused, rule_of
 from stages.engines.native.units import BITS, Unit, units_of
 from stages.errors import UsageError
 from stages.graphs.checking import check_updates
 from stages.graphs.graph import Graph
+from stages.graphs.keeping import holding
 
 
 class NotCovered(UsageError):
@@ -50,11 +52,14 @@ def lower(
     updates: Sequence[LayerUpdate],
     turns: Turns = (),
     *,
+    keep_bits: int = 32,
+    nearest: bool = False,
     separate: bool = False,
     chains: bool = True,
 ) -> Lowering:
     """The program that runs `graph` and trains what `updates` name, all of it always, or in `turns`.
 
+    Inputs of live layers are kept in `keep_bits`, rounded by chance or to the `nearest`.
     `separate` gives every buffer a place of its own and `chains=False` runs whole maps, so that tests can tell whether
     sharing memory changes anything.
 
@@ -65,7 +70,8 @@ def lower(
     check_covered(graph)
     if updates:
         check_updates(updates, graph)
-    return Lowerer(graph, updates, turns=turns, chains=chains).run(separate=separate)
+    lowerer = Lowerer(graph, updates, turns=turns, keep_bits=keep_bits, nearest=nearest, chains=chains)
+    return lowerer.run(separate=separate)
 
 
 def check_covered(graph: Graph) -> None:
@@ -87,6 +93,8 @@ class Lowerer:
         updates: Sequence[LayerUpdate],
         *,
         turns: Turns = (),
+        keep_bits: int = 32,
+        nearest: bool = False,
         start: Set[str] = frozenset(),
         chains: bool = True,
     ) -> None:
@@ -104,6 +112,9 @@ class Lowerer:
         read = {source for name in self.trained for source in graph[name].inputs} - self.trained
         self.boundary = [op.name for op in graph.ops if op.name in read] if self.trained else [self.output]
         self.values: dict[str, Buffer] = {}
+        self.packing = Packing(self.builder, keep_bits, nearest=nearest)
+        held = holding(graph, tuple(updates)) if keep_bits < 32 else None
+        self.narrow = held.narrow if held is not None else frozenset[str]()
 
     def run(self, *, separate: bool = False) -> Lowering:
         """The program with its arena planned."""
@@ -200,6 +211,8 @@ class Lowerer:
             self.builder.owner = node.op.name
             if node.layer is not None and (kept := node.layer.saves(node.inputs[0], program.suffix)):
                 slices[node.op.name] = kept
+                if kept[0].name.startswith("slice ") or self.graph.root(node.op.inputs[0]) in self.narrow:
+                    self.packing.pack(kept[0], program.suffix)
             if activation := self.bits_of(node.unit):
                 bits[node.unit.out] = keep_bits(self.builder, activation, node.unit.out, node.y, program.suffix)
 
@@ -228,7 +241,10 @@ class Lowerer:
                     rule = lowered(op)
                     pending[name] = rule.backward(self.builder, node, which, g, pending.get(name), into)
         if node.layer is not None and node.layer.update is not None:
-            node.layer.live_gradients(slices.get(op.name), g, into)
+            kept = slices.get(op.name)
+            if kept is not None:
+                kept = self.packing.unpacked(kept[0], into), kept[1]
+            node.layer.live_gradients(kept, g, into)
 
     # -------------------------------------------------------------------------------------------------------- prefix
 

@@ -56,19 +56,19 @@ class Memory:
         return workers * (self.arena + self.live) + (2 + state) * trained + batch * self.sample(batch)
 
 
-def memory_of(graph: Graph, updates: Sequence[LayerUpdate]) -> Memory:
+def memory_of(graph: Graph, updates: Sequence[LayerUpdate], keep_bits: int = 32) -> Memory:
     """What the program for these updates takes; none run the graph without training.
 
     Raises:
         NotCovered: an operator has no kernel; it is named.
         DataError: the updates are not a plan for this graph.
     """
-    return _memory_of(graph, tuple(updates))
+    return _memory_of(graph, tuple(updates), keep_bits)
 
 
 @lru_cache(REMEMBERED)
-def _memory_of(graph: Graph, updates: tuple[LayerUpdate, ...]) -> Memory:
-    program = lower(graph, updates)
+def _memory_of(graph: Graph, updates: tuple[LayerUpdate, ...], keep_bits: int) -> Memory:
+    program = lower(graph, updates, keep_bits=keep_bits)
     return Memory(
         arena=program.arena_bytes,
         live=ELEMENT_BYTES * program.live_floats,

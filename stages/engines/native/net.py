@@ -66,6 +66,8 @@ class NativeNet:
         same_bits: round products and sums one by one, so that every machine gives the same bits; slower.
         width: floats of a vector (1, 4, 8, 16); 0 for the widest that the processor has.
         turns: plans that make up `updates` together and train one at a time (`turn`), the first of them at first.
+        keep_bits: in which inputs of live layers are kept: 32, 16 or 8.
+        nearest: round to them to the nearest, not by chance.
 
     Raises:
         NotCovered: an operator has no kernel.
@@ -84,9 +86,15 @@ class NativeNet:
         width: int = 0,
         lowering: Lowering | None = None,
         turns: Turns = (),
+        keep_bits: int = 32,
+        nearest: bool = False,
     ) -> None:
         self.graph = graph
-        self.lowering = lower(graph, updates, turns) if lowering is None else lowering
+        if lowering is None:
+            lowering = lower(graph, updates, turns, keep_bits=keep_bits, nearest=nearest)
+        self.lowering = lowering
+        self._draws = any(step.kind == "pack" for step in lowering.suffix) and not nearest
+        self._seed = self._calls = 0
         self._tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
         self.image = aligned_bytes(encode(self.lowering, self._tensors))
         self.sizes = inspect(self.image, same_bits)
@@ -171,9 +179,15 @@ class NativeNet:
             return self.suffix(boundary), self._kept[:0]
         flat = self._joined(boundary)
         features = np.empty((len(flat), self.sizes.features), np.float32)
+        seed = self._seeds()
         if len(flat) == 1:
             run = self._library.et_forward
-            self._each(lambda worker, i: run(worker.handle, flat.ctypes.data, features.ctypes.data), 1)
+
+            def alone(worker: Worker, sample: int) -> None:
+                seed(worker, sample)
+                run(worker.handle, flat.ctypes.data, features.ctypes.data)
+
+            self._each(alone, 1)
             self._in_arena = np.empty((1, 0), np.uint8)
             return features, self._in_arena
         if len(self._kept) < len(flat):
@@ -184,6 +198,7 @@ class NativeNet:
         )  # fmt: skip
 
         def one(worker: Worker, sample: int) -> None:
+            seed(worker, sample)
             call(worker.handle, source[sample], target[sample])
             keep(worker.handle, keeps[sample])
 
@@ -224,11 +239,31 @@ class NativeNet:
             self._library.et_forward, self._library.et_backward, _rows(flat), _rows(gradient)
         )  # fmt: skip
 
+        seed = self._seeds()
+
         def one(worker: Worker, sample: int) -> None:
+            seed(worker, sample)
             forward(worker.handle, source[sample], wastes[worker])
             backward(worker.handle, pulls[sample])
 
         self._summed(one, len(gradient))
+
+    def draw(self, seed: int) -> None:
+        """What the following forward passes round by, where they round stochastically."""
+        self._seed, self._calls = seed, 0
+
+    def _seeds(self) -> Callable[[Worker, int], None]:
+        """What tells a worker before each sample of a forward pass what to round by."""
+        if not self._draws:
+            return lambda worker, sample: None
+        base = self._seed * 0x9E3779B1 + self._calls * 0xC2B2AE3D
+        self._calls += 1
+        call = self._library.et_set_seed
+
+        def tell(worker: Worker, sample: int) -> None:
+            call(worker.handle, (base + sample * 0x85EBCA77) & 0xFFFFFFFF)
+
+        return tell
 
     def _read_as(self, kind: int) -> None:
         """Tell the workers how samples lie in memory."""

@@ -71,6 +71,9 @@ class ArrayNet:
     def parameters(self) -> list[Parameter]:
         return self._mine
 
+    def draw(self, seed: int) -> None:
+        """Nothing is rounded."""
+
     def _write(self) -> None:
         """The parameters' values onto the device, where that has a memory of its own."""
         if self._device.type != "cpu":
@@ -98,6 +101,11 @@ class TorchNet(ArrayNet):
         self._net = net
 
     layout = "torch"
+
+    def draw(self, seed: int) -> None:
+        """What the following forward passes round by, where they round stochastically."""
+        if self._net.rounding is not None:
+            self._net.rounding.draw(seed)
 
     def turn(self, number: int) -> list[Parameter]:
         """Train what of the plan has this turn, from 0 on, and nothing else; these parameters."""

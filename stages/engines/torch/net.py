@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stages.artifacts.records import Array, LayerUpdate
 from stages.engines.torch.live import Live, live_layers
 from stages.engines.torch.program import Program, channels_last_is_faster, in_chunks
+from stages.engines.torch.rounding import Rounding
 from stages.engines.torch.suffix import Attached, Suffix
 from stages.errors import DataError
 from stages.models.deploy import Backbone
@@ -54,10 +55,22 @@ class SparseNet:
         self._whole = live_layers(graph, updates, self._tensors)
         if channels_last is None:
             channels_last = all(map(channels_last_is_faster, self._tensors.values()))
+        engine = backbone.engine
+        self.rounding = None
+        if engine.keep_bits < 32:
+            self.rounding = Rounding(engine.keep_bits, nearest=engine.keep_rounding == "nearest")
         self._turns: list[tuple[dict[str, Live], Suffix]] = []
         for turn in turns or (updates,):
             live = live_layers(graph, turn, self._tensors) if turns else self._whole
-            suffix = Suffix(graph, self._tensors, live, turn, channels_last=channels_last, changing=self._whole.keys())
+            suffix = Suffix(
+                graph,
+                self._tensors,
+                live,
+                turn,
+                channels_last=channels_last,
+                changing=self._whole.keys(),
+                rounding=self.rounding,
+            )
             self._turns.append((live, suffix))
         self.turn(0)
         before = graph.upstream(self._suffix.boundary)

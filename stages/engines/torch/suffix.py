@@ -20,6 +20,7 @@ from stages.engines.torch.live import Live, channels_of
 from stages.engines.torch.masks import pack, unpack
 from stages.engines.torch.program import Program, Step, laid_out
 from stages.engines.torch.reference import apply
+from stages.engines.torch.rounding import Rounding, unpack_values
 from stages.engines.torch.weight_gradients import bias_gradient, weight_gradient
 from stages.graphs.graph import Graph
 from stages.graphs.keeping import holding
@@ -27,7 +28,8 @@ from stages.operators import Op
 from stages.operators.op import Flow, Keep, Kept, Pull
 
 Saved = dict[str, Tensor]
-"""Kept tensors: `value <name>`, `bits <operator>`, `index <operator>`, `slice <operator>`."""
+"""Kept tensors: `value <name>`, `bits <operator>`, `index <operator>`, `slice <operator>`, and `range <kept>` (N, 2) of
+those in fewer bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,11 @@ class Suffix:
         *,
         channels_last: bool,
         changing: Collection[str] = (),
+        rounding: Rounding | None = None,
     ) -> None:
-        """`changing`: the layers that train at some time, where `live` and `updates` are one turn of several."""
+        """`changing`: the layers that train at some time, where `live` and `updates` are one turn of several;
+        `rounding`: how inputs of live layers are kept in fewer bits."""
+        self.rounding = rounding
         self.graph, self.tensors, self.live, self.channels_last = graph, tensors, live, channels_last
         self.held, self.detached = holding(graph, updates), detached_layers(updates)
         self.flow = graph.gradient_flow(set(live), self.detached)
@@ -82,7 +87,10 @@ class Suffix:
     def forward_saving(self, boundary: Sequence[Tensor]) -> tuple[Tensor, Saved]:
         """The same, with what the backward pass needs."""
         values = self._entering(boundary)
-        saved = {f"value {name}": values[name] for name in self.boundary if name in self.held.values}
+        saved: Saved = {}
+        for name in self.boundary:
+            if name in self.held.values:
+                self._store(saved, "value", name, values[name], narrow=name in self.held.narrow)
 
         def watch(step: Step, inputs: Sequence[Tensor], output: Tensor) -> None:
             self._keep(step, inputs, output, saved)
@@ -97,9 +105,10 @@ class Suffix:
     def _keep(self, step: Step, inputs: Sequence[Tensor], output: Tensor, saved: Saved) -> None:
         channels = self.held.slices.get(step.op.name)
         if channels is not None:
-            saved[f"slice {step.op.name}"] = channels_of(step.op, inputs[0], self.live[step.op.owner].channels)
+            part = channels_of(step.op, inputs[0], self.live[step.op.owner].channels)
+            self._store(saved, "slice", step.op.name, part, narrow=True)
         if step.out in self.held.values:
-            saved[f"value {step.out}"] = _alone(output)
+            self._store(saved, "value", step.out, output, narrow=step.out in self.held.narrow)
         own = self.held.own.get(step.out)
         if own is None:
             return
@@ -109,6 +118,17 @@ class Suffix:
             saved[f"bits {op.name}"] = pack(op.operator.passes(op, seen, output), self.channels_last)
         if own.index_bytes and op.operator.index is not None:
             saved[f"index {op.name}"] = op.operator.index(op, seen, output)
+
+    def _store(self, saved: Saved, what: str, name: str, value: Tensor, *, narrow: bool) -> None:
+        if narrow and self.rounding is not None:
+            saved[f"{what} {name}"], saved[f"range {what} {name}"] = self.rounding.pack(value)
+        else:
+            saved[f"{what} {name}"] = _alone(value)
+
+    def _stored(self, saved: Saved, what: str, name: str) -> Tensor | None:
+        value = saved.get(f"{what} {name}")
+        scale = saved.get(f"range {what} {name}")
+        return value if value is None or scale is None else unpack_values(value, scale)
 
     # ---------------------------------------------------------------------------------------------------- backward
 
@@ -147,8 +167,9 @@ class Suffix:
 
     def _value(self, name: str, saved: Saved) -> Tensor:
         """A kept value, or a view of one, or a constant, made again."""
-        if f"value {name}" in saved:
-            return saved[f"value {name}"]
+        stored = self._stored(saved, "value", name)
+        if stored is not None:
+            return stored
         op = self.graph[name]
         return apply(op, [self._value(source, saved) for source in op.inputs], self.tensors)
 
@@ -157,7 +178,7 @@ class Suffix:
         assert live is not None
         found: dict[str, Tensor] = {}
         if live.weight is not None:
-            sliced = saved.get(f"slice {op.name}")
+            sliced = self._stored(saved, "slice", op.name)
             kept = self._value(op.inputs[0], saved) if sliced is None else sliced
             own = op.operator.weight_gradient
             if own is not None:

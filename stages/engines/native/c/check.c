@@ -149,6 +149,13 @@ static int check(const struct limits *l, const struct et_header *h, const float 
         fits = relu && s->n >= 1 && n <= MOST && within(l, s->x, n, READ) && within(l, s->m, (n + 511) / 512 * 16, WRITE) &&
                (s->kind == ET_MASK || within(l, s->y, n, WRITE));
         break;
+    case ET_PACK:
+    case ET_UNPACK: {
+        const uint64_t words = 2 + (times(n, ci) + 31) / 32;
+        fits = (s->ci == 8 || s->ci == 16) && s->n >= 1 && n <= MOST && within(l, s->m, words, WRITE) &&
+               within(l, s->kind == ET_PACK ? s->x : s->y, n, s->kind == ET_PACK ? READ : WRITE);
+        break;
+    }
     case ET_MULTIPLY:
         fits = plain(s) && between(s->n, 0, 1) && within(l, s->x, extent(in, ldx, ci), READ) &&
                within(l, s->r, extent(in, ldr, ci), READ) && within(l, s->y, extent(in, ldy, ci), WRITE) &&

@@ -105,6 +105,8 @@ ET_API int et_backward(struct et_net *net, const float *gradient);
 /* Which of the weight gradients that the image gives numbers from 1 on et_backward adds up, and leaves the others as they
  * are: where channels take turns in training. 0: all of them, as at first. */
 ET_API int et_set_turn(struct et_net *net, int turn);
+/* What et_forward rounds by where the image keeps values in 8 or 16 bits: another number for every sample. */
+ET_API void et_set_seed(struct et_net *net, uint32_t seed);
 /* Steps first to first + count of the table again, on what the calls above left in the arena and with the sample,
  * features and gradient of them: to see how long each takes. first must not lie within a chain. */
 ET_API int et_run(struct et_net *net, uint32_t first, uint32_t count);

@@ -184,6 +184,62 @@ KERNEL mask(const float *y, size_t n, int act, uint32_t *words) {
 }
 
 /* y = g where the bit is set, else 0. */
+/* Numbers that look drawn by chance, each a function of its own number: a few multiplications and shifts. */
+INL uint32_t drawn(uint32_t x) {
+    x ^= x >> 16, x *= 0x7feb352du;
+    x ^= x >> 15, x *= 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+/* n values as whole numbers of 8 or 16 bits (ci), between their least and largest: floor((x - least) / step + u), u from
+ * [0, 1) or, where a1 is set, 1/2. The words: least, step, the numbers. What is no number becomes the least. */
+KERNEL pack(const struct et_step *s, const float *x, uint32_t seed, float *packed) {
+    const int n = s->n;
+    const float top = s->ci == 8 ? 255.0f : 65535.0f;
+    vf least = vset(x[0]), most = least;
+    int i = 0;
+    for (; i + VL <= n; i += VL) {
+        const vf v = vld(x + i);
+        least = IF(v < least, v, least), most = IF(v > most, v, most);
+    }
+    float lows[VL], highs[VL];
+    vst(lows, least), vst(highs, most);
+    float low = lows[0], high = highs[0];
+    for (int l = 1; l < VL; l++) low = lows[l] < low ? lows[l] : low, high = highs[l] > high ? highs[l] : high;
+    for (; i < n; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+    low += 0.0f; /* no width's own sign of nothing */
+    const float range = high - low, up = range > 0 ? top / range : 0;
+    const uint32_t salt = drawn(seed ^ (uint32_t)s->a0 * 0x9e3779b9u);
+    packed[0] = low, packed[1] = range / top;
+    uint8_t *narrow = (uint8_t *)(packed + 2);
+    uint16_t *wide = (uint16_t *)(void *)(packed + 2);
+    enum { LOT = 256 };
+    for (int at = 0; at < n; at += LOT) {
+        const int count = MIN(LOT, n - at);
+        float lot[LOT];
+        for (int k = 0; k < count; k++) {
+            const float u = s->a1 ? 0.5f : (float)(int32_t)(drawn(salt + (uint32_t)(at + k)) >> 8) * 5.96046448e-8f;
+            const float v = (x[at + k] - low) * up + u, w = v > 0 ? v : 0;
+            lot[k] = w < top ? w : top;
+        }
+        if (s->ci == 8)
+            for (int k = 0; k < count; k++) narrow[at + k] = (uint8_t)(int32_t)lot[k];
+        else
+            for (int k = 0; k < count; k++) wide[at + k] = (uint16_t)(int32_t)lot[k];
+    }
+    for (i = n * (s->ci / 8); i % 4; i++) narrow[i] = 0; /* the last word is whole: the same bits whoever ran before */
+}
+
+KERNEL unpack(const struct et_step *s, const float *packed, float *y) {
+    const float low = packed[0], step = packed[1];
+    const uint8_t *narrow = (const uint8_t *)(packed + 2);
+    const uint16_t *wide = (const uint16_t *)(const void *)(packed + 2);
+    if (s->ci == 8)
+        for (int i = 0; i < s->n; i++) y[i] = low + (float)narrow[i] * step;
+    else
+        for (int i = 0; i < s->n; i++) y[i] = low + (float)wide[i] * step;
+}
+
 KERNEL mask_back(const float *g, size_t n, const uint32_t *words, float *y) {
     for (size_t at = 0; at < n; at += 512, g += 512, y += 512, words += 16) {
         const int left = (int)MIN((size_t)512, n - at);

@@ -142,6 +142,8 @@ static void run_step(const struct et_net *net, const struct et_step *s) {
     case ET_LSTM_DX: k->lstm_dx(s, x, w, r, y, m); break;
     case ET_MERGE: merge(s, w, b, index, y); break;
     case ET_MASK: k->mask(x, (size_t)s->n, s->act, (uint32_t *)(void *)m); break;
+    case ET_PACK: k->pack(s, x, net->seed, m); break;
+    case ET_UNPACK: k->unpack(s, m, y); break;
     case ET_MULTIPLY: k->multiply(s, x, r, w, y); break;
     case ET_DOT: k->dot(s, x, r, w, y); break;
     case ET_FILL: fill(s, y); break;
@@ -235,6 +237,8 @@ int et_set_turn(struct et_net *net, int turn) {
     net->turn = turn;
     return ET_OK;
 }
+
+void et_set_seed(struct et_net *net, uint32_t seed) { net->seed = seed; }
 
 int et_run(struct et_net *net, uint32_t first, uint32_t count) {
     const uint32_t steps = net->header->prefix + net->header->suffix + net->header->backward;
