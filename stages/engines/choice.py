@@ -38,6 +38,10 @@ class Engine:
     """In which inputs of live layers are kept for their weight gradients: 32, 16 or 8."""
     keep_rounding: str = "stochastic"
     """To these bits: `stochastic` leaves gradients unbiased, `nearest` draws nothing."""
+    how: tuple[tuple[str, str], ...] = ()
+    """What becomes of what the backward pass needs: (value, or `slice <operator>`; `keep`, `page` or `recompute`)."""
+    page_dir: str = ""
+    """Where what is paged lies; empty for the system's folder of temporary files."""
 
 
 class TrainedNet(Protocol):
@@ -181,7 +185,7 @@ def make_net(
     engine = backbone.engine
     return NativeNet(
         backbone.graph, backbone.tensors, updates, turns=turns, same_bits=engine.same_bits, keep_bits=engine.keep_bits,
-        nearest=engine.keep_rounding == "nearest",
+        nearest=engine.keep_rounding == "nearest", how=dict(engine.how), page_dir=engine.page_dir,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from stages.artifacts.records import LayerUpdate, detached_layers
 from stages.graphs.graph import Graph
@@ -50,6 +51,31 @@ def holding(graph: Graph, updates: Sequence[LayerUpdate]) -> Holding:
     passing = flow_holds(graph, flow, ends)[0]
     kept = without_remade(graph, values)
     return Holding(kept, own, slices, frozenset(kept - passing))
+
+
+class Needs(NamedTuple):
+    """What one operator's backward pass reads of the forward pass, bits and indices of its own aside."""
+
+    values: frozenset[str]
+    """Whole values, by the name of what they are views of."""
+    channels: int
+    """Of its first input so many channels alone; 0 for none."""
+
+
+def needs_of(graph: Graph, updates: Sequence[LayerUpdate]) -> dict[str, Needs]:
+    """What each operator's backward pass reads when these updates train; none that read nothing."""
+    live, ends = {update.layer: update for update in updates if update.trains}, detached_layers(updates)
+    flow, found = graph.gradient_flow(set(live), ends), {}
+    for op in graph.ops:
+        wanted = graph.wanted(op, flow, ends)
+        values = kept_values(graph, op, op.operator.keeps(op, wanted)) if wanted else set()
+        channels = 0
+        if op.name in flow and op.owner in live:
+            whole, channels = layer_holds(graph, op, live[op.owner])
+            values = values | whole
+        if values or channels:
+            found[op.name] = Needs(frozenset(values), channels)
+    return found
 
 
 def without_remade(graph: Graph, values: Set[str]) -> frozenset[str]:

@@ -15,6 +15,7 @@ from stages.engines.native.lowering import lower
 from stages.engines.native.program import encode
 from stages.graphs.graph import Graph
 from stages.operators import Op
+from stages.planning.links import chain_of
 from stages.planning.policies import turns_of
 
 
@@ -116,12 +117,20 @@ def cases() -> Iterator[tuple[str, Graph, list[LayerUpdate]]]:
         yield name.replace(",", "").replace(" ", "_"), CASES[name], plan(CASES[name])
 
 
+def made_again(graph: Graph, updates: list[LayerUpdate]) -> dict[str, str]:
+    """All that can be, from what enters the trained part."""
+    chain = chain_of(graph, updates)
+    how = {item: "recompute" for link in chain.links for item in link.items}
+    return how | dict.fromkeys(chain.before, "keep")
+
+
 def options() -> Iterator[tuple[str, Graph, list[LayerUpdate], dict[str, Any]]]:
     """All cases, with how they are lowered."""
     for name, graph, updates in cases():
         yield name, graph, updates, {}
         if name in ("blocks-all", "mixed-part"):
             yield f"{name}-in-turns", graph, updates, {"turns": turns_of(graph, tuple(updates), 2)}
+            yield f"{name}-again", graph, updates, {"how": made_again(graph, updates)}
         if name in ("blocks-part", "mixed-all"):
             yield f"{name}-8-bits", graph, updates, {"keep_bits": 8}
             yield f"{name}-16-bits", graph, updates, {"keep_bits": 16, "nearest": True}

@@ -15,8 +15,8 @@ from stages.engines.native.builder import geometry, map_of
 from stages.engines.native.layers import macs_of
 from stages.engines.native.program import MOST_STAGES
 from stages.engines.native.rules import lowered
-from stages.engines.native.units import Unit
 from stages.graphs.graph import Graph
+from stages.graphs.units import Unit
 from stages.operators import Op
 
 SHORT_ROW = 8

@@ -29,9 +29,9 @@ from stages.engines.native.matrices import over_rows, to_rows
 from stages.engines.native.net import Worker, available_processors
 from stages.engines.native.program import ACTIVATIONS, Buffer, Floats, Lowering, Ref, encode
 from stages.engines.native.rules import Node, flat, plus
-from stages.engines.native.units import Unit
 from stages.errors import DataError
 from stages.graphs.graph import Graph
+from stages.graphs.units import Unit
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from stages.engines.native.program import (
     Step,
     Tensors,
 )
-from stages.engines.native.units import Unit
+from stages.graphs.units import Unit
 from stages.operators import Op
 
 Array = NDArray[np.generic]
@@ -98,6 +98,13 @@ class Layer:
     def in_pixels(self) -> int:
         """Of the map, or the rows, that it reads."""
         return prod(self.op.in_shape[:-1]) if self.tokens else map_of(self.op.in_shape).pixels
+
+    def read_again(self, x: Buffer, into: list[Step]) -> None:
+        """Take x, made again, for what `forward` read."""
+        if self.tokens:
+            self.x_rows = to_rows(
+                self.builder, x, self.op.in_shape, into, order=self.order_in, name=f"rows of {x.name}"
+            )
 
     def saves(self, x: Buffer, into: list[Step]) -> tuple[Buffer, int] | None:
         """What of its input the weight gradient needs, see `saves`."""

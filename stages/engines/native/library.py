@@ -35,6 +35,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "et_backward": (_INT, (_POINTER, _POINTER)),
     "et_set_turn": (_INT, (_POINTER, _INT)),
     "et_set_seed": (None, (_POINTER, _U32)),
+    "et_set_pager": (_INT, (_POINTER, _POINTER, _POINTER)),
     "et_run": (_INT, (_POINTER, _U32, _U32)),
     "et_keep": (None, (_POINTER, _POINTER)),
     "et_restore": (None, (_POINTER, _POINTER)),
@@ -62,7 +63,10 @@ class Sizes(ctypes.Structure):
 
     _fields_ = [
         *[(name, _U64) for name in ("context_bytes", "arena_bytes", "kept_bytes", "constant_bytes", "image_bytes")],
-        *[(name, _U32) for name in ("input", "boundary", "features", "live", "steps", "plan", "sums", "piece")],
+        *[
+            (name, _U32)
+            for name in ("input", "boundary", "features", "live", "steps", "plan", "sums", "piece", "pages")
+        ],
     ]
 
 

@@ -7,8 +7,9 @@ any other: whoever adds to it makes a new one, in the place of the old where not
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from math import prod
+from types import MappingProxyType
 
 from stages.artifacts.records import LayerUpdate, detached_layers
 from stages.engines.native import arena
@@ -17,12 +18,13 @@ from stages.engines.native.chains import Chain, Cuts, ring_rows
 from stages.engines.native.channels import Channels
 from stages.engines.native.packing import Packing
 from stages.engines.native.program import Buffer, Lowering, Step
+from stages.engines.native.returning import KEEP, PAGE, RECOMPUTE, Returning
 from stages.engines.native.rules import Node, apply_bits, keep_bits, layer_of, lowered, plus, refused, rule_of
-from stages.engines.native.units import BITS, Unit, units_of
 from stages.errors import UsageError
 from stages.graphs.checking import check_updates
 from stages.graphs.graph import Graph
-from stages.graphs.keeping import holding
+from stages.graphs.keeping import holding, needs_of
+from stages.graphs.units import BITS, Unit, units_of
 
 
 class NotCovered(UsageError):
@@ -54,12 +56,14 @@ def lower(
     *,
     keep_bits: int = 32,
     nearest: bool = False,
+    how: Mapping[str, str] | None = None,
     separate: bool = False,
     chains: bool = True,
 ) -> Lowering:
     """The program that runs `graph` and trains what `updates` name, all of it always, or in `turns`.
 
-    Inputs of live layers are kept in `keep_bits`, rounded by chance or to the `nearest`.
+    Inputs of live layers are kept in `keep_bits`, rounded by chance or to the `nearest`; `how` says what of all that
+    the backward pass needs is paged or made again instead (`returning`).
     `separate` gives every buffer a place of its own and `chains=False` runs whole maps, so that tests can tell whether
     sharing memory changes anything.
 
@@ -70,7 +74,7 @@ def lower(
     check_covered(graph)
     if updates:
         check_updates(updates, graph)
-    lowerer = Lowerer(graph, updates, turns=turns, keep_bits=keep_bits, nearest=nearest, chains=chains)
+    lowerer = Lowerer(graph, updates, turns=turns, keep_bits=keep_bits, nearest=nearest, how=how or {}, chains=chains)
     return lowerer.run(separate=separate)
 
 
@@ -95,6 +99,7 @@ class Lowerer:
         turns: Turns = (),
         keep_bits: int = 32,
         nearest: bool = False,
+        how: Mapping[str, str] = MappingProxyType({}),
         start: Set[str] = frozenset(),
         chains: bool = True,
     ) -> None:
@@ -112,8 +117,10 @@ class Lowerer:
         read = {source for name in self.trained for source in graph[name].inputs} - self.trained
         self.boundary = [op.name for op in graph.ops if op.name in read] if self.trained else [self.output]
         self.values: dict[str, Buffer] = {}
+        self.returning = Returning(self.builder, graph, how, needs_of(graph, tuple(updates)) if how else {})
         self.packing = Packing(self.builder, keep_bits, nearest=nearest)
-        held = holding(graph, tuple(updates)) if keep_bits < 32 else None
+        # values that others are made of again are kept as they are
+        held = holding(graph, tuple(updates)) if keep_bits < 32 and not how else None
         self.narrow = held.narrow if held is not None else frozenset[str]()
 
     def run(self, *, separate: bool = False) -> Lowering:
@@ -187,6 +194,7 @@ class Lowerer:
             g = pending.pop(node.unit.out, None)
             if g is not None:
                 builder.owner = node.op.name
+                node = self.returning.node(node, nodes, program.backward)
                 self.pull(node, g, pending, bits, slices)
 
     def _saves(self, nodes: Sequence[Node], bits: dict[str, Buffer], slices: dict[str, tuple[Buffer, int]]) -> None:
@@ -199,6 +207,9 @@ class Lowerer:
             target = step.words.get("y")
             if target is not None and not isinstance(target, int) and target.buffer is not None:
                 last_write[id(target.buffer)] = number
+        for name, entering in zip(self.boundary, program.boundary, strict=True):
+            if self.returning.way(name) == PAGE:
+                self.returning.page_out(name, entering, program.suffix)
         for number, step in enumerate(forward):
             program.suffix.append(step)
             target = step.words.get("y")
@@ -206,15 +217,49 @@ class Lowerer:
             if buffer is None or id(buffer) not in ends or last_write[id(buffer)] != number:
                 continue
             node = ends[id(buffer)]
+            if self.returning.way(node.unit.out) == PAGE:
+                self.returning.page_out(node.unit.out, node.y, program.suffix)
             if node.unit.out not in self.flow:
                 continue
             self.builder.owner = node.op.name
-            if node.layer is not None and (kept := node.layer.saves(node.inputs[0], program.suffix)):
-                slices[node.op.name] = kept
-                if kept[0].name.startswith("slice ") or self.graph.root(node.op.inputs[0]) in self.narrow:
-                    self.packing.pack(kept[0], program.suffix)
+            self._save_input(node, slices, program.suffix)
             if activation := self.bits_of(node.unit):
                 bits[node.unit.out] = keep_bits(self.builder, activation, node.unit.out, node.y, program.suffix)
+
+    def _save_input(self, node: Node, slices: dict[str, tuple[Buffer, int]], into: list[Step]) -> None:
+        """Keep what the layer's weight gradient needs of its input, where it is not made again."""
+        name, update = node.op.name, None if node.layer is None else node.layer.update
+        sliced = f"slice {name}"
+        if node.layer is None or update is None or self.returning.way(sliced) == RECOMPUTE:
+            return
+        value = self.graph.root(node.op.inputs[0])
+        if (kept := node.layer.saves(node.inputs[0], into)) is None:
+            return
+        slices[name] = kept
+        if kept[0].name == sliced:  # some of the channels, copied
+            value = sliced
+        if self.returning.way(value) == PAGE and value == sliced:
+            self.returning.page_out(sliced, kept[0], into)
+        elif self.returning.way(value) == KEEP and (value == sliced or value in self.narrow):
+            self.packing.pack(kept[0], into)
+
+    def _input_of(
+        self, node: Node, slices: dict[str, tuple[Buffer, int]], into: list[Step]
+    ) -> tuple[Buffer, int] | None:
+        """What the layer's weight gradient reads of its input, come back from where it was kept."""
+        assert node.layer is not None
+        name, value = f"slice {node.op.name}", self.graph.root(node.op.inputs[0])
+        kept = slices.get(node.op.name)
+        sliced = kept is not None and kept[0].name == name
+        returned = kept is not None and not sliced and self.returning.way(value) != KEEP
+        if self.returning.way(name) == RECOMPUTE or returned:
+            node.layer.read_again(node.inputs[0], into)
+            return node.layer.saves(node.inputs[0], into)
+        if kept is None:
+            return None
+        if self.returning.way(name) == PAGE:
+            return self.returning.page_in(name, into), kept[1]
+        return self.packing.unpacked(kept[0], into), kept[1]
 
     def bits_of(self, unit: Unit) -> str:
         """The activation whose bits a unit keeps for the backward pass, or none."""
@@ -241,10 +286,7 @@ class Lowerer:
                     rule = lowered(op)
                     pending[name] = rule.backward(self.builder, node, which, g, pending.get(name), into)
         if node.layer is not None and node.layer.update is not None:
-            kept = slices.get(op.name)
-            if kept is not None:
-                kept = self.packing.unpacked(kept[0], into), kept[1]
-            node.layer.live_gradients(kept, g, into)
+            node.layer.live_gradients(self._input_of(node, slices, into), g, into)
 
     # -------------------------------------------------------------------------------------------------------- prefix
 

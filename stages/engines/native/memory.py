@@ -7,7 +7,7 @@ its own. Not counted: a worker's context of some hundred bytes, and what a loss 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,6 +35,8 @@ class Memory:
     features: int
     """Of one sample."""
     image: int
+    pages: int = 0
+    """What a sample has in a file between its passes."""
 
     def sample(self, batch: int = 1) -> int:
         """Of each sample of a batch: boundary, features and their gradient; and what it keeps, where there are more.
@@ -56,19 +58,23 @@ class Memory:
         return workers * (self.arena + self.live) + (2 + state) * trained + batch * self.sample(batch)
 
 
-def memory_of(graph: Graph, updates: Sequence[LayerUpdate], keep_bits: int = 32) -> Memory:
+def memory_of(
+    graph: Graph, updates: Sequence[LayerUpdate], keep_bits: int = 32, how: Mapping[str, str] | None = None
+) -> Memory:
     """What the program for these updates takes; none run the graph without training.
 
     Raises:
         NotCovered: an operator has no kernel; it is named.
         DataError: the updates are not a plan for this graph.
     """
-    return _memory_of(graph, tuple(updates), keep_bits)
+    return _memory_of(graph, tuple(updates), keep_bits, tuple(sorted((how or {}).items())))
 
 
 @lru_cache(REMEMBERED)
-def _memory_of(graph: Graph, updates: tuple[LayerUpdate, ...], keep_bits: int) -> Memory:
-    program = lower(graph, updates, keep_bits=keep_bits)
+def _memory_of(
+    graph: Graph, updates: tuple[LayerUpdate, ...], keep_bits: int, how: tuple[tuple[str, str], ...]
+) -> Memory:
+    program = lower(graph, updates, keep_bits=keep_bits, how=dict(how))
     return Memory(
         arena=program.arena_bytes,
         live=ELEMENT_BYTES * program.live_floats,
@@ -76,4 +82,5 @@ def _memory_of(graph: Graph, updates: tuple[LayerUpdate, ...], keep_bits: int) -
         boundary=ELEMENT_BYTES * sum(buffer.floats for buffer in program.boundary),
         features=ELEMENT_BYTES * program.features,
         image=program.image_bytes,
+        pages=ELEMENT_BYTES * program.page_floats,
     )

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from stages.artifacts.records import LayerUpdate
 from stages.engines.native.library import Sizes, aligned, aligned_bytes, check, inspect, library
 from stages.engines.native.lowering import Turns, lower
+from stages.engines.native.paging import Pager
 from stages.engines.native.program import Lowering, encode
+from stages.engines.paging import PageFile
 from stages.engines.parameter import Boundary, Floats, Parameter, Place
 from stages.errors import DataError
 from stages.graphs.graph import Graph
@@ -54,6 +56,22 @@ class Worker:
         )  # fmt: skip
         check(code, "native engine", same_bits)
         self.handle = handle
+        self.pager: Pager | None = None
+
+    def page_by(self, file: PageFile) -> None:
+        """Page values to this file."""
+        self.pager = Pager(file)
+        self._library.et_set_pager(self.handle, ctypes.cast(self.pager.call, ctypes.c_void_p), None)
+
+    def begin(self, sample: int) -> None:
+        """A sample's passes begin, or go on."""
+        if self.pager is not None:
+            self.pager.sample = sample
+
+    def end(self) -> None:
+        """A pass has ended. Raises `TransferError` where a value could not be paged."""
+        if self.pager is not None:
+            self.pager.check()
 
 
 class NativeNet:
@@ -68,11 +86,14 @@ class NativeNet:
         turns: plans that make up `updates` together and train one at a time (`turn`), the first of them at first.
         keep_bits: in which inputs of live layers are kept: 32, 16 or 8.
         nearest: round to them to the nearest, not by chance.
+        how: what of all that the backward pass needs is paged or made again (`lower`).
+        page_dir: where a file for what is paged lies; empty for the system's folder of such files.
 
     Raises:
         NotCovered: an operator has no kernel.
         DataError: the updates do not fit the graph.
         PartMissing: the library was not built on this machine.
+        OutputError: there is no room for what is paged.
     """
 
     def __init__(
@@ -88,10 +109,12 @@ class NativeNet:
         turns: Turns = (),
         keep_bits: int = 32,
         nearest: bool = False,
+        how: Mapping[str, str] | None = None,
+        page_dir: str = "",
     ) -> None:
         self.graph = graph
         if lowering is None:
-            lowering = lower(graph, updates, turns, keep_bits=keep_bits, nearest=nearest)
+            lowering = lower(graph, updates, turns, keep_bits=keep_bits, nearest=nearest, how=how)
         self.lowering = lowering
         self._draws = any(step.kind == "pack" for step in lowering.suffix) and not nearest
         self._seed = self._calls = 0
@@ -110,6 +133,10 @@ class NativeNet:
         ]
         self._pool = ThreadPoolExecutor(len(self._workers)) if len(self._workers) > 1 else None
         self.turn(0)
+        self._pages = PageFile(page_dir, lowering.page_floats) if lowering.page_floats else None
+        if self._pages is not None:
+            for worker in self._workers:
+                worker.page_by(self._pages)
         self._library.et_reset(self._workers[0].handle)
         self._kept = np.empty((0, self.sizes.kept_bytes), np.uint8)
         self._in_arena: NDArray[np.uint8] | None = None
@@ -180,12 +207,15 @@ class NativeNet:
         flat = self._joined(boundary)
         features = np.empty((len(flat), self.sizes.features), np.float32)
         seed = self._seeds()
+        self._make_room(len(flat))
         if len(flat) == 1:
             run = self._library.et_forward
 
             def alone(worker: Worker, sample: int) -> None:
                 seed(worker, sample)
+                worker.begin(sample)
                 run(worker.handle, flat.ctypes.data, features.ctypes.data)
+                worker.end()
 
             self._each(alone, 1)
             self._in_arena = np.empty((1, 0), np.uint8)
@@ -199,7 +229,9 @@ class NativeNet:
 
         def one(worker: Worker, sample: int) -> None:
             seed(worker, sample)
+            worker.begin(sample)
             call(worker.handle, source[sample], target[sample])
+            worker.end()
             keep(worker.handle, keeps[sample])
 
         self._each(one, len(flat))
@@ -217,7 +249,13 @@ class NativeNet:
             if kept is not self._in_arena:
                 raise RuntimeError("a single sample's backward pass must come right behind its forward pass")
             back = self._library.et_backward
-            self._summed(lambda worker, i: back(worker.handle, gradient.ctypes.data), 1)
+
+            def alone(worker: Worker, sample: int) -> None:
+                worker.begin(sample)
+                back(worker.handle, gradient.ctypes.data)
+                worker.end()
+
+            self._summed(alone, 1)
             return
         call, restore, source, keeps = (
             self._library.et_backward, self._library.et_restore, _rows(gradient), _rows(kept)
@@ -225,7 +263,9 @@ class NativeNet:
 
         def one(worker: Worker, sample: int) -> None:
             restore(worker.handle, keeps[sample])
+            worker.begin(sample)
             call(worker.handle, source[sample])
+            worker.end()
 
         self._summed(one, len(gradient))
 
@@ -240,13 +280,21 @@ class NativeNet:
         )  # fmt: skip
 
         seed = self._seeds()
+        self._make_room(len(flat))
 
         def one(worker: Worker, sample: int) -> None:
             seed(worker, sample)
+            worker.begin(sample)
             forward(worker.handle, source[sample], wastes[worker])
             backward(worker.handle, pulls[sample])
+            worker.end()
 
         self._summed(one, len(gradient))
+
+    def _make_room(self, samples: int) -> None:
+        """For what so many samples page."""
+        if self._pages is not None:
+            self._pages.grow(samples)
 
     def draw(self, seed: int) -> None:
         """What the following forward passes round by, where they round stochastically."""

@@ -30,7 +30,7 @@ KINDS = {
     "input": 1, "chain": 2, "conv": 3, "depthwise": 4, "max_pool": 5, "avg_pool": 6, "mean": 7, "unary": 8, "add": 9,
     "copy": 10, "transpose": 11, "merge": 12, "mask": 13, "features": 14, "multiply": 15, "fill": 16, "softmax": 17,
     "norm": 18, "nearest": 19, "gather": 20, "scatter": 21, "amax": 22, "matmul": 23,
-    "pack": 26, "unpack": 50,
+    "pack": 26, "unpack": 50, "page_out": 27, "page_in": 51,
     "gru": 24, "lstm": 25, "gradient": 32, "mask_back": 33,
     "conv_dx": 34, "conv_dw": 35, "depthwise_dx": 36, "depthwise_dw": 37, "bias_dw": 38, "max_pool_dx": 39,
     "avg_pool_dx": 40, "mean_dx": 41, "unary_dx": 42, "dot": 43, "softmax_dx": 44, "norm_dx": 45, "nearest_dx": 46,
@@ -169,6 +169,8 @@ class Lowering:
     zeros: int = 0
     live: list[tuple[int, Recipe]] = field(default_factory=list)
     live_floats: int = 0
+    page_floats: int = 0
+    """What lies outside of the arena between the passes of a sample, by the caller's doing."""
     spans: list[tuple[int, int, int]] = field(default_factory=list)
     """(turn, first, floats) of what trains of the live values: turn 0 always, the others when it is theirs."""
     sum_floats: int = 0

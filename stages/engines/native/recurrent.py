@@ -175,6 +175,10 @@ class Recurrent:
 
     # ----------------------------------------------------------------------------------------------------- backward
 
+    def read_again(self, x: Buffer, into: list[Step]) -> None:
+        """Take x, made again, for what `forward` read."""
+        self.x_rows = to_rows(self.builder, x, self.op.in_shape, into, name=f"rows of {x.name}")
+
     def saves(self, x: Buffer, into: list[Step]) -> None:
         """Nothing beside what `forward` keeps."""
 

@@ -24,7 +24,7 @@ from stages.engines.native.program import (
     float_word,
 )
 from stages.engines.native.recurrent import Recurrent
-from stages.engines.native.units import BITS, Unit
+from stages.graphs.units import BITS, Unit
 from stages.operators import Op
 from stages.operators.recurrent import GATES
 

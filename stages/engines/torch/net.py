@@ -70,6 +70,8 @@ class SparseNet:
                 channels_last=channels_last,
                 changing=self._whole.keys(),
                 rounding=self.rounding,
+                how=dict(engine.how),
+                page_dir=engine.page_dir,
             )
             self._turns.append((live, suffix))
         self.turn(0)

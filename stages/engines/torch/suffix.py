@@ -8,7 +8,7 @@ further, into live slices only; detached layers pass none on. Operators that no 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from stages.engines.torch.live import Live, channels_of
 from stages.engines.torch.masks import pack, unpack
 from stages.engines.torch.program import Program, Step, laid_out
 from stages.engines.torch.reference import apply
+from stages.engines.torch.returning import RECOMPUTE, Returning
 from stages.engines.torch.rounding import Rounding, unpack_values
 from stages.engines.torch.weight_gradients import bias_gradient, weight_gradient
 from stages.graphs.graph import Graph
-from stages.graphs.keeping import holding
+from stages.graphs.keeping import holding, needs_of
 from stages.operators import Op
 from stages.operators.op import Flow, Keep, Kept, Pull
 
@@ -58,17 +59,25 @@ class Suffix:
         channels_last: bool,
         changing: Collection[str] = (),
         rounding: Rounding | None = None,
+        how: Mapping[str, str] | None = None,
+        page_dir: str = "",
     ) -> None:
         """`changing`: the layers that train at some time, where `live` and `updates` are one turn of several;
-        `rounding`: how inputs of live layers are kept in fewer bits."""
+        `rounding`: how inputs of live layers are kept in fewer bits; `how`: what of all that the backward pass needs is
+        paged to a file in `page_dir`, or made again."""
         self.rounding = rounding
+        self.returning = Returning(graph, needs_of(graph, updates), how or {}, page_dir)
         self.graph, self.tensors, self.live, self.channels_last = graph, tensors, live, channels_last
         self.held, self.detached = holding(graph, updates), detached_layers(updates)
         self.flow = graph.gradient_flow(set(live), self.detached)
         changing = set(changing) | set(live)
         executed = graph.made_with(graph.downstream(graph.computed_by(changing)))
         self.boundary = graph.boundary(executed) if changing else (graph.output,)
-        keep = {graph.output} | (self.held.values & executed)
+        if how:  # values that others are made of again are kept as they are
+            self.held = replace(self.held, narrow=frozenset())
+        self.stored = self.returning.stored(self.held.values)
+        keep = {graph.output} | ((self.held.values | self.stored) & executed)
+        self._changing, self._again = frozenset(changing), dict[frozenset[str], Program]()
         self.program = Program(graph, tensors, executed, keep, channels_last=channels_last, changing=changing)
         self.nodes = {op.name: self._node(op) for op in graph.ops if op.name in self.flow}
 
@@ -88,8 +97,9 @@ class Suffix:
         """The same, with what the backward pass needs."""
         values = self._entering(boundary)
         saved: Saved = {}
+        self.returning.begin()
         for name in self.boundary:
-            if name in self.held.values:
+            if name in self.stored:
                 self._store(saved, "value", name, values[name], narrow=name in self.held.narrow)
 
         def watch(step: Step, inputs: Sequence[Tensor], output: Tensor) -> None:
@@ -104,10 +114,10 @@ class Suffix:
 
     def _keep(self, step: Step, inputs: Sequence[Tensor], output: Tensor, saved: Saved) -> None:
         channels = self.held.slices.get(step.op.name)
-        if channels is not None:
+        if channels is not None and self.returning.way(f"slice {step.op.name}") != RECOMPUTE:
             part = channels_of(step.op, inputs[0], self.live[step.op.owner].channels)
             self._store(saved, "slice", step.op.name, part, narrow=True)
-        if step.out in self.held.values:
+        if step.out in self.stored:
             self._store(saved, "value", step.out, output, narrow=step.out in self.held.narrow)
         own = self.held.own.get(step.out)
         if own is None:
@@ -120,12 +130,17 @@ class Suffix:
             saved[f"index {op.name}"] = op.operator.index(op, seen, output)
 
     def _store(self, saved: Saved, what: str, name: str, value: Tensor, *, narrow: bool) -> None:
+        if self.returning.page_out(f"slice {name}" if what == "slice" else name, value):
+            return
         if narrow and self.rounding is not None:
             saved[f"{what} {name}"], saved[f"range {what} {name}"] = self.rounding.pack(value)
         else:
             saved[f"{what} {name}"] = _alone(value)
 
     def _stored(self, saved: Saved, what: str, name: str) -> Tensor | None:
+        paged = self.returning.page_in(f"slice {name}" if what == "slice" else name)
+        if paged is not None:
+            return paged
         value = saved.get(f"{what} {name}")
         scale = saved.get(f"range {what} {name}")
         return value if value is None or scale is None else unpack_values(value, scale)
@@ -146,6 +161,8 @@ class Suffix:
                 _add(found, self._live_gradients(node, saved, flow.gradient))
             if node.pull is not None:
                 self._pull(node, saved, flow, pending)
+            for name in self.returning.last_needed.get(node.op.name, ()):
+                saved.pop(f"value {name}", None)
         return found
 
     def _pull(self, node: Node, saved: Saved, flow: Flow, pending: dict[str, Flow]) -> None:
@@ -171,7 +188,23 @@ class Suffix:
         if stored is not None:
             return stored
         op = self.graph[name]
+        if name not in self.graph.constants and not op.operator.view and not op.operator.made_again(op):
+            self._run_again(name, saved)
+            return saved[f"value {name}"]
         return apply(op, [self._value(source, saved) for source in op.inputs], self.tensors)
+
+    def _run_again(self, name: str, saved: Saved) -> None:
+        """Make a value again, and with it those that lie between it and what is stored: each once."""
+        at_hand = self.stored | {key.removeprefix("value ") for key in saved if key.startswith("value ")}
+        names = frozenset(op.name for op in self.graph.upstream_until([name], at_hand))
+        if names not in self._again:
+            keep = {name, *(value for value in names if self.returning.way(value) == RECOMPUTE)}
+            self._again[names] = Program(
+                self.graph, self.tensors, names, keep, channels_last=self.channels_last, changing=self._changing
+            )
+        entries = {value: self._value(value, saved) for value in self.graph.boundary(names)}
+        for value, tensor in self._again[names](entries).items():
+            saved[f"value {value}"] = _alone(tensor)
 
     def _live_gradients(self, node: Node, saved: Saved, gradient: Tensor) -> dict[str, Tensor]:
         live, op = node.live, node.op
@@ -180,6 +213,8 @@ class Suffix:
         if live.weight is not None:
             sliced = self._stored(saved, "slice", op.name)
             kept = self._value(op.inputs[0], saved) if sliced is None else sliced
+            if sliced is None and op.name in self.held.slices:
+                kept = channels_of(op, kept, live.channels)
             own = op.operator.weight_gradient
             if own is not None:
                 found[f"{op.owner}.weight"] = own(op, self.tensors, kept, gradient, live.channels)

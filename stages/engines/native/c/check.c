@@ -156,6 +156,11 @@ static int check(const struct limits *l, const struct et_header *h, const float 
                within(l, s->kind == ET_PACK ? s->x : s->y, n, s->kind == ET_PACK ? READ : WRITE);
         break;
     }
+    case ET_PAGE_OUT:
+    case ET_PAGE_IN:
+        fits = s->n >= 1 && n <= MOST && s->a0 >= 0 && (uint64_t)s->a0 + n <= MOST &&
+               within(l, s->kind == ET_PAGE_OUT ? s->x : s->y, n, s->kind == ET_PAGE_OUT ? READ : WRITE);
+        break;
     case ET_MULTIPLY:
         fits = plain(s) && between(s->n, 0, 1) && within(l, s->x, extent(in, ldx, ci), READ) &&
                within(l, s->r, extent(in, ldr, ci), READ) && within(l, s->y, extent(in, ldy, ci), WRITE) &&

@@ -47,7 +47,8 @@ enum et_code {
     ET_SMALL = 8,           /* memory too small */
     ET_UNALIGNED = 9,       /* memory not aligned to ET_ALIGN */
     ET_NO_WIDTH = 10,       /* this processor has no vectors of that width */
-    ET_BAD_ARGUMENT = 11
+    ET_BAD_ARGUMENT = 11,
+    ET_LOST_PAGE = 12       /* et_set_pager's function failed */
 };
 
 /* What an image asks for. Lengths are in floats where the name does not say bytes. */
@@ -55,6 +56,7 @@ struct et_sizes {
     uint64_t context_bytes, arena_bytes, kept_bytes, constant_bytes, image_bytes;
     uint32_t input, boundary, features, live, steps, plan, sums;
     uint32_t piece; /* the most gradients that one step of the backward pass makes: room of et_set_update */
+    uint32_t pages; /* floats that et_set_pager's function is given to hold for one sample; 0: it is not needed */
 };
 
 enum et_input { /* how samples lie in memory */
@@ -93,6 +95,12 @@ ET_API int et_set_rows(struct et_net *net, et_rows *rows, void *user);
  * floats. Refused where the image asks for sums. update 0: gradients are added up again. */
 typedef void et_update(void *user, float *live, const float *gradient, size_t first, size_t count);
 ET_API int et_set_update(struct et_net *net, et_update *update, void *user);
+
+/* Where values lie that the image keeps outside of the arena, between et_forward and et_backward of a sample: page gets
+ * count of them to hold at place at (of sizes.pages), or, with in set, brings them back. Not 0: it could not, and the
+ * pass ends with ET_LOST_PAGE. */
+typedef int et_page(void *user, int in, size_t at, float *values, size_t count);
+ET_API int et_set_pager(struct et_net *net, et_page *page, void *user);
 
 /* One sample -> what enters the trained part: left in the arena and, where boundary is not 0, copied there. */
 ET_API int et_prefix(struct et_net *net, const void *sample, float *boundary);

@@ -39,7 +39,8 @@ const char *et_message(int code) {
         "a truncated program image", "a damaged program image (its checksum differs)",
         "a program image with impossible sizes", "a program image with a step that leaves its buffers",
         "a program image that needs a newer library", "memory too small", "memory that is not aligned to 64 bytes",
-        "vectors of a width that this processor does not have", "an argument that makes no sense"};
+        "vectors of a width that this processor does not have", "an argument that makes no sense",
+        "a value that could not be paged"};
     return code >= 0 && code < (int)(sizeof messages / sizeof *messages) ? messages[code] : "an unknown error";
 }
 
@@ -81,6 +82,16 @@ static uint32_t piece(const struct et_header *h, const uint8_t *base) {
     return most;
 }
 
+/* Floats that are paged for one sample. */
+static uint32_t pages(const struct et_header *h, const uint8_t *base) {
+    const struct et_step *steps = (const struct et_step *)(const void *)(base + h->steps_at);
+    uint32_t most = 0;
+    for (uint32_t i = 0; i < h->steps; i++)
+        if (steps[i].kind == ET_PAGE_OUT || steps[i].kind == ET_PAGE_IN)
+            most = MAX(most, (uint32_t)steps[i].a0 + (uint32_t)steps[i].n);
+    return most;
+}
+
 int et_inspect(const void *image, uint64_t bytes, struct et_sizes *sizes) {
     const struct et_header *h = image;
     const uint8_t *base = image;
@@ -104,6 +115,7 @@ int et_inspect(const void *image, uint64_t bytes, struct et_sizes *sizes) {
         sizes->input = h->input_channels * h->input_height * h->input_width, sizes->boundary = h->boundary;
         sizes->features = h->features, sizes->live = h->live, sizes->steps = h->steps, sizes->plan = h->plan;
         sizes->sums = h->sums, sizes->piece = piece(h, base);
+        sizes->pages = pages(h, base);
     }
     return ET_OK;
 }
@@ -156,6 +168,7 @@ int et_open(struct et_net **result, const void *image, uint64_t bytes, void *con
     net->space[ET_ARENA] = arena;
     net->space[ET_CONSTANT] = (float *)(uintptr_t)(base + net->header->constants_at); /* never written: check.c */
     net->space[ET_LIVE] = live, net->space[ET_GRADIENT] = gradient;
+    net->pages = sizes.pages;
     *result = net;
     return ET_OK;
 }

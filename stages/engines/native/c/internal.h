@@ -18,10 +18,10 @@ enum { ET_ARENA = 0, ET_CONSTANT = 1, ET_LIVE = 2, ET_GRADIENT = 3 };
 enum et_kind {
     ET_INPUT = 1, ET_CHAIN, ET_CONV, ET_DEPTHWISE, ET_MAX_POOL, ET_AVG_POOL, ET_MEAN, ET_UNARY, ET_ADD, ET_COPY,
     ET_TRANSPOSE, ET_MERGE, ET_MASK, ET_FEATURES, ET_MULTIPLY, ET_FILL, ET_SOFTMAX, ET_NORM, ET_NEAREST,
-    ET_GATHER, ET_SCATTER, ET_AMAX, ET_MATMUL, ET_GRU, ET_LSTM, ET_PACK,
+    ET_GATHER, ET_SCATTER, ET_AMAX, ET_MATMUL, ET_GRU, ET_LSTM, ET_PACK, ET_PAGE_OUT,
     ET_GRADIENT_IN = 32, ET_MASK_BACK, ET_CONV_DX, ET_CONV_DW, ET_DEPTHWISE_DX, ET_DEPTHWISE_DW, ET_BIAS_DW,
     ET_MAX_POOL_DX, ET_AVG_POOL_DX, ET_MEAN_DX, ET_UNARY_DX, ET_DOT, ET_SOFTMAX_DX, ET_NORM_DX, ET_NEAREST_DX,
-    ET_AMAX_DX, ET_GRU_DX, ET_LSTM_DX, ET_UNPACK
+    ET_AMAX_DX, ET_GRU_DX, ET_LSTM_DX, ET_UNPACK, ET_PAGE_IN
 };
 enum { ET_SAVING = 1, ET_ACCUMULATE = 2, ET_COUNT_PAD = 4, ET_ADAPTIVE = 8, ET_TURNS = 0xff00, ET_FLAGS = 15 | ET_TURNS };
 enum et_activation {
@@ -70,6 +70,10 @@ struct et_net {
     void *rows_user, *update_user;
     int input, saving, turn;
     uint32_t seed;
+    et_page *page;
+    void *page_user;
+    int lost; /* the pager failed */
+    uint32_t pages;
 };
 
 typedef const float *const *et_taps; /* the input row under each tap row, 0 outside of the map */

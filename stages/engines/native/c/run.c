@@ -117,7 +117,14 @@ static void merge(const struct et_step *s, const float *fixed, const float *live
     for (int i = 0; i < s->n; i++) y[index[i]] = live[i];
 }
 
-static void run_step(const struct et_net *net, const struct et_step *s) {
+static void page(struct et_net *net, const struct et_step *s) {
+    const int in = s->kind == ET_PAGE_IN;
+    if (!net->page) net->lost = 1;
+    if (!net->lost && net->page(net->page_user, in, (size_t)(uint32_t)s->a0, et_at(net, in ? s->y : s->x), (size_t)s->n))
+        net->lost = 1;
+}
+
+static void run_step(struct et_net *net, const struct et_step *s) {
     const struct et_kernels *k = net->kernels;
     const float *x = et_at(net, s->x), *w = et_at(net, s->w), *b = et_at(net, s->b), *r = et_at(net, s->r);
     float *y = et_at(net, s->y), *m = et_at(net, s->m);
@@ -144,6 +151,8 @@ static void run_step(const struct et_net *net, const struct et_step *s) {
     case ET_MASK: k->mask(x, (size_t)s->n, s->act, (uint32_t *)(void *)m); break;
     case ET_PACK: k->pack(s, x, net->seed, m); break;
     case ET_UNPACK: k->unpack(s, m, y); break;
+    case ET_PAGE_OUT:
+    case ET_PAGE_IN: page(net, s); break;
     case ET_MULTIPLY: k->multiply(s, x, r, w, y); break;
     case ET_DOT: k->dot(s, x, r, w, y); break;
     case ET_FILL: fill(s, y); break;
@@ -174,7 +183,7 @@ static void run_step(const struct et_net *net, const struct et_step *s) {
 }
 
 /* A step that adds to the gradients, and the update that they are for: the layer's weights are read no more. */
-static void run_update(const struct et_net *net, const struct et_step *s) {
+static void run_update(struct et_net *net, const struct et_step *s) {
     const uint32_t first = s->y & 0x3fffffffu, count = et_piece(s);
     struct et_step alone = *s;
     alone.y = (uint32_t)ET_GRADIENT << 30;
@@ -183,7 +192,7 @@ static void run_update(const struct et_net *net, const struct et_step *s) {
     net->update(net->update_user, net->space[ET_LIVE] + first, net->space[ET_GRADIENT], first, count);
 }
 
-static void run(const struct et_net *net, uint32_t first, uint32_t count) {
+static void run(struct et_net *net, uint32_t first, uint32_t count) {
     for (uint32_t i = first; i < first + count; i++) {
         const struct et_step *s = net->steps + i;
         const int turn = (s->flags & ET_TURNS) >> 8;
@@ -217,10 +226,11 @@ int et_prefix(struct et_net *net, const void *sample, float *boundary) {
 
 static int suffix(struct et_net *net, const float *boundary, float *features, int saving) {
     if (!features) return ET_BAD_ARGUMENT;
-    net->features = features, net->saving = saving;
+    if (saving && net->pages && !net->page) return ET_BAD_ARGUMENT;
+    net->features = features, net->saving = saving, net->lost = 0;
     carry_boundary(net, boundary, 0);
     run(net, net->header->prefix, net->header->suffix);
-    return ET_OK;
+    return net->lost ? ET_LOST_PAGE : ET_OK;
 }
 int et_suffix(struct et_net *net, const float *boundary, float *features) { return suffix(net, boundary, features, 0); }
 int et_forward(struct et_net *net, const float *boundary, float *features) { return suffix(net, boundary, features, 1); }
@@ -228,13 +238,19 @@ int et_forward(struct et_net *net, const float *boundary, float *features) { ret
 int et_backward(struct et_net *net, const float *gradient) {
     if (!gradient || ((net->header->live || net->header->sums) && !net->space[ET_GRADIENT])) return ET_BAD_ARGUMENT;
     net->gradient = gradient, net->saving = 1;
+    if (net->pages && !net->page) return ET_BAD_ARGUMENT;
     run(net, net->header->prefix + net->header->suffix, net->header->backward);
-    return ET_OK;
+    return net->lost ? ET_LOST_PAGE : ET_OK;
 }
 
 int et_set_turn(struct et_net *net, int turn) {
     if (turn < 0 || turn > ET_TURNS >> 8) return ET_BAD_ARGUMENT;
     net->turn = turn;
+    return ET_OK;
+}
+
+int et_set_pager(struct et_net *net, et_page *page, void *user) {
+    net->page = page, net->page_user = user;
     return ET_OK;
 }
 
@@ -244,7 +260,8 @@ int et_run(struct et_net *net, uint32_t first, uint32_t count) {
     const uint32_t steps = net->header->prefix + net->header->suffix + net->header->backward;
     uint32_t at = 0;
     while (at < first && at < steps) at += net->steps[at].kind == ET_CHAIN ? 1 + (uint32_t)net->steps[at].n : 1;
-    if (!net->sample || !net->features || !net->gradient || at != first || count > steps - first)
+    if (!net->sample || !net->features || !net->gradient || at != first || count > steps - first ||
+        (net->pages && !net->page))
         return ET_BAD_ARGUMENT;
     net->saving = 1;
     run(net, first, count);
