@@ -28,6 +28,7 @@ from stages.engines.timing import LayerTimes, median_and_spread, repeat
 from stages.graphs.graph import Graph
 from stages.measurement.energy import Meter, find_meter
 from stages.measurement.process import process_memory
+from stages.methods.scheduling import Point, frontier, scheduling
 from stages.models.deploy import Backbone, deploy, store
 from stages.planning.baselines import named_plan
 from stages.settings.profiling import Profiling as Profiling
@@ -60,6 +61,16 @@ def profile_run(
         columns, totals = {**columns, **measured_columns}, {**totals, **measured_totals}
     profile = Profile(tuple(row.layer for row in table), columns, totals)
     return replace(run, model=store(run.model, backbone), profile=profile)
+
+
+def frontier_of(run: Run, config: Profiling, page_dir: str | None = None, *, allow: str | None = None) -> list[Point]:
+    """What `train-sparse --ram` takes for the run's plan, or for all layers where it has none, under several budgets.
+
+    Raises `OutputError` for a folder that cannot be written.
+    """
+    backbone = deploy(run.model, allow=allow, engine=config.engine, device=config.device)
+    updates = named_plan("full", backbone.graph) if run.plan is None else run.plan.updates
+    return frontier(scheduling(backbone, updates, profile=run.profile, page_dir=page_dir))
 
 
 # ----------------------------------------------------------------------------------------------------------- computed

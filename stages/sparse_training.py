@@ -42,13 +42,16 @@ from stages.measurement.need import to_train
 from stages.measurement.room import Fit, fit
 from stages.methods.layer_scores import SEARCHES, candidates, scores_of
 from stages.methods.revision import Revising, Revision, probe_rows
+from stages.methods.scheduling import mark_of_plan, schedule_within, scheduling
 from stages.methods.search import Wish, inspect_task
 from stages.models import heads
 from stages.models.deploy import Backbone, deploy, store
 from stages.models.inputs import adapt_block as model_input
 from stages.planning.baselines import named_plan
+from stages.planning.budget import format_bytes
 from stages.planning.plans import check_plan
 from stages.planning.policies import Room, parse_policy, room_of, search_of
+from stages.planning.schedules import PAGE, RECOMPUTE, read_schedule
 from stages.randomness import generator
 from stages.training.adaptation import Adapting, adapt, adaptation_inputs
 from stages.training.checkpoints import Checkpoint, read_checkpoint
@@ -89,6 +92,12 @@ class SupportTraining:
     """In which inputs of live layers are kept: 32, 16 or 8; None: as the plan says."""
     keep_rounding: str = "stochastic"
     """To these bits: `stochastic` or `nearest`."""
+    ram_bytes: int | None = None
+    """What the values of a sample may take; more is made again, or paged, than kept. None keeps everything."""
+    schedule: str | None = None
+    """A schedule of memory as text (`planning.schedules.Schedule.text`), to be replayed."""
+    page_dir: str | None = None
+    """A folder where values may be paged to."""
     fitting: bool = False
     """Take as many samples at a time as fit into memory, at most `MICRO_BATCH`, instead of `adapting.micro_batch`."""
 
@@ -123,6 +132,12 @@ class StreamTraining:
     """In which inputs of live layers are kept: 32, 16 or 8; None: as the plan says."""
     keep_rounding: str = "stochastic"
     """To these bits: `stochastic` or `nearest`."""
+    ram_bytes: int | None = None
+    """What the values of a sample may take; more is made again, or paged, than kept. None keeps everything."""
+    schedule: str | None = None
+    """A schedule of memory as text (`planning.schedules.Schedule.text`), to be replayed."""
+    page_dir: str | None = None
+    """A folder where values may be paged to."""
 
     def __post_init__(self) -> None:
         require((self.micro_batch or 0) >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
@@ -226,6 +241,7 @@ def train_support(
         on_note=on_note,
     )
     updates = planned_updates(run, backbone.graph, config.plan)
+    backbone, schedule = _scheduled(run, backbone, updates, config, on_note)
     x = model_input(support, backbone.input)
     labels, ways = np.unique(support.y, return_inverse=True)
     inputs = adaptation_inputs(config.adapting, len(support)) - len(support)  # which are there already
@@ -246,6 +262,7 @@ def train_support(
         "samples": np.full(len(result.losses), len(support)),
     }
     done = _with_rows(replace(run, model=replace(model, head=head, version=version)), rows)
+    done = _with_schedule(done, schedule, config.plan)
     follower = result.follower
     if not isinstance(follower, Revising):
         return done
@@ -348,6 +365,52 @@ def _fit(
     other = value_bytes(backbone.graph, backbone.graph.ops[0].name, inputs)
     most = max(MICRO_BATCH, wanted or 0)
     return fit(to_train(backbone, updates, how.state_values), most, other_bytes=other, wanted=wanted)
+
+
+def _scheduled(
+    run: Run,
+    backbone: Backbone,
+    updates: tuple[LayerUpdate, ...],
+    config: SupportTraining | StreamTraining,
+    on_note: Callable[[str], None],
+) -> tuple[Backbone, str]:
+    """The backbone as it runs within `config.ram_bytes`, and the schedule as text; empty where everything is kept."""
+    if config.ram_bytes is None and config.schedule is None:
+        return backbone, ""
+    policy = parse_policy(config.policy)
+    found = f"with --policy {policy.name}, which revises the plan"
+    require(policy.name in ("static", "rotate"), "--ram", found, "static or rotate", "leave one of the two out")
+    mark = mark_of_plan(backbone.graph, updates)
+    if config.schedule is not None:
+        schedule = read_schedule(config.schedule, mark, "--memory-schedule")
+    else:
+        made = scheduling(backbone, updates, profile=run.profile, page_dir=config.page_dir)
+        schedule = schedule_within(made, config.ram_bytes or 0)
+        again, paged = (list(schedule.how.values()).count(way) for way in (RECOMPUTE, PAGE))
+        step = sum(made.costs.links)
+        share = f", about {100 * schedule.seconds / step:.2g} % of a forward pass" if step else ""
+        on_note(f"a sample's values take {format_bytes(schedule.peak_bytes)}: {again} made again, {paged} paged{share}")
+    engine = replace(backbone.engine, how=tuple(sorted(schedule.how.items())), page_dir=config.page_dir or "")
+    return replace(backbone, engine=engine), schedule.text(mark)
+
+
+SCHEDULE = "schedule"
+"""Where a run record has the schedule of memory that ran: a fact of its plan, or an attribute for a named plan."""
+
+
+def _with_schedule(run: Run, schedule: str, plan: str | None) -> Run:
+    """The run with the schedule that ran; `plan` is the named plan that trained, if one did."""
+    if not schedule:
+        return run
+    if run.plan is None or plan is not None:
+        return replace(run, extra=replace(run.extra, attrs={**run.extra.attrs, SCHEDULE: schedule}))
+    return replace(run, plan=replace(run.plan, facts={**run.plan.facts, SCHEDULE: schedule}))
+
+
+def schedule_of(run: Run) -> str:
+    """The schedule of memory by which a run was trained last; empty for none."""
+    by_plan = "" if run.plan is None else run.plan.facts.get(SCHEDULE, "")
+    return str(run.extra.attrs.get(SCHEDULE, by_plan))
 
 
 def _keep_bits(run: Run, config: SupportTraining | StreamTraining) -> int:
@@ -466,6 +529,8 @@ class _Trainer:
             on_note=on_note,
         )
         updates = planned_updates(run, self.backbone.graph, config.plan)
+        self.named = config.plan
+        self.backbone, self.schedule = _scheduled(run, self.backbone, updates, config, on_note)
         self.held = _fit(self.backbone, updates, config.optimizing, config.micro_batch)
         self.follower = self._follower(run, updates, config)
         self.block: Block | None = None
@@ -541,7 +606,7 @@ class _Trainer:
         columns = {name: np.array(values) for name, values in self.rows.items()}
         if np.isnan(columns["accuracy"]).all():
             del columns["accuracy"]
-        done = _with_rows(replace(self.base, model=model), columns)
+        done = _with_schedule(_with_rows(replace(self.base, model=model), columns), self.schedule, self.named)
         if self.follower is None:
             return done
         return _with_revisions(done, self.backbone.graph, self.follower.revisions, self.first_version)

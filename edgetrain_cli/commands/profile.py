@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
 
 from edgetrain_cli.manners import figures_only
 from edgetrain_cli.options import Arch, In, Json, Out, Plot, RunFile
@@ -20,6 +24,13 @@ def profile(
     run_file: RunFile = None,
     plot: Plot = None,
     as_json: Json = False,
+    ram: Annotated[
+        bool,
+        typer.Option("--ram", help="Budgets of train-sparse --ram for the run's plan, or all layers, and their price."),
+    ] = False,
+    page_dir: Annotated[
+        str | None, typer.Option("--page-dir", metavar="DIR", help="With --ram: where values may be paged to.")
+    ] = None,
     arch: Arch = None,
 ) -> None:
     """Measure what a model costs on this device.
@@ -34,16 +45,21 @@ def profile(
 
       edgetrain profile base.h5 --json | jq .totals.macs
 
+      edgetrain profile run.h5 --ram --plot budgets.png
+
     Without -o, with --json or at a terminal, the figures go to stdout and no record is written.
     """
     from pathlib import Path
 
+    from edgetrain_cli.plots.frontier import plot_frontier
     from edgetrain_cli.plots.picture import check_plot
     from edgetrain_cli.plots.profile import plot_profile
-    from edgetrain_cli.tables.profile import profile_table
+    from edgetrain_cli.tables.profile import frontier_table, profile_table
+    from stages.errors import require
     from stages.inspecting import describe
-    from stages.profiling import profile_run
+    from stages.profiling import frontier_of, profile_run
 
+    require(ram or page_dir is None, "--page-dir", "without --ram", "both")
     if plot is not None:
         check_plot(Path(plot))
     start = io.read_run(source, run_file)
@@ -53,9 +69,15 @@ def profile(
         return
     if not io.text_only:
         io.write(run, out)
-    if plot is not None:
+    budgets = frontier_of(run, settings, page_dir, allow=arch) if ram else []
+    if plot is not None and ram:
+        plot_frontier(budgets, Path(plot))
+    elif plot is not None:
         plot_profile(run.profile, Path(plot))
     if as_json:
-        io.write_text(json.dumps(describe(run)["profile"], indent=1, allow_nan=False) + "\n")
+        figures = describe(run)["profile"] | ({"budgets": [asdict(point) for point in budgets]} if ram else {})
+        io.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
     else:
         io.result(profile_table(run.profile))
+        if ram:
+            io.result(frontier_table(budgets))

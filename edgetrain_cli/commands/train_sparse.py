@@ -39,6 +39,13 @@ def train_sparse(
             "--cache-file", metavar="FILE", help="Support: keep what --cache-prefix caches for the next time."
         ),
     ] = None,
+    memory_schedule: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-schedule", metavar="FILE", help="Replay the schedule of memory of a run that trained with --ram."
+        ),
+        Recorded(),
+    ] = None,
     live: Annotated[
         str | None,
         typer.Option(
@@ -94,12 +101,14 @@ def train_sparse(
     from stages.errors import require
     from stages.sparse_training import Holdout
 
+    require(memory_schedule is None or settings.ram is None, "--memory-schedule", "together with --ram", "one of them")
+    schedule = None if memory_schedule is None else _schedule_of(memory_schedule)
     if support is not None:
         for option, value in (("--checkpoint", checkpoint), ("--resume", resume), ("--holdout", holdout)):
             require(value is None, option, "together with a support set", "a stream", "leave one of the two out")
         require(settings.cache_prefix or cache_file is None, "--cache-file", "without --cache-prefix", "both")
         run = io.read_run(source, run_file)
-        _on_support(io, run, block_of(io, support, run), settings, seed, arch, cache_file, out, metrics)
+        _on_support(io, run, block_of(io, support, run), settings, seed, arch, cache_file, out, metrics, schedule)
         return
     start, blocks = io.read_stream(source, run_file)
     require(start is not None, "stream", "no run record", "one before the blocks", "put it first, or give --run FILE")
@@ -109,7 +118,7 @@ def train_sparse(
     saving = None if checkpoint is None else _checkpointing(checkpoint, checkpoint_every)
     publish, clear, blocks = _way_back(live, start, state, live_keep, blocks)
     how = {"resume": state, "replayed": replayed, "publish": publish, "checkpoint": saving, "holdout": watched}
-    _on_stream(io, start, blocks, settings, out, metrics, clear, allow=arch, **how)
+    _on_stream(io, start, blocks, settings, out, metrics, clear, schedule, allow=arch, **how)
 
 
 def _on_stream(
@@ -120,12 +129,13 @@ def _on_stream(
     out: str,
     metrics: str | None,
     clear: Callable[[], None],
+    schedule: str | None,
     **how: object,
 ) -> None:
     from stages.sparse_training import TrainingStopped, train_stream
 
     status = Status(io, None, "training", last=True)
-    config = settings.on_stream()
+    config = settings.on_stream(schedule)
     io.finish_on_signals()
     watched, report = status.watch(blocks), _reporter(status, metrics)
     calls = {"stop": io.stop_requested, "on_step": report, "on_fit": io.holds, "on_note": io.note}
@@ -152,6 +162,7 @@ def _on_support(
     cache_file: str | None,
     out: str,
     metrics: str | None,
+    schedule: str | None,
 ) -> None:
     from pathlib import Path
 
@@ -161,7 +172,7 @@ def _on_support(
     from stages.training.prefix_file import PrefixFile
 
     scale = 10.0 if run.model.head is None else run.model.head.scale
-    config = settings.on_support(scale)
+    config = settings.on_support(scale, schedule)
     io.finish_on_signals()
     result = train_support(
         run,
@@ -213,6 +224,20 @@ def _way_back(
         clock.published()
 
     return publish, directory.clear, clock.through(blocks)
+
+
+def _schedule_of(path: str) -> str:
+    """The schedule of memory that a run record holds."""
+    from stages.artifacts.records import Run
+    from stages.artifacts.stream import open_records
+    from stages.errors import DataError
+    from stages.sparse_training import schedule_of
+
+    record = next(open_records(path))
+    schedule = schedule_of(record) if isinstance(record, Run) else ""
+    if not schedule:
+        raise DataError(path, "no schedule of memory", "a run that `train-sparse --ram` trained", "train it with --ram")
+    return schedule
 
 
 def _checkpointing(path: str, every: int) -> Checkpointing:

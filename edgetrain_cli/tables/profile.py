@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from stages.artifacts.records import Profile
+    from stages.methods.scheduling import Point
 
 
 class Column(NamedTuple):
@@ -68,6 +69,19 @@ def layers_and_totals(
     for words, value in total_rows(totals):
         facts.add_row(Text(words), Text(value))
     return Group(_layers(layers, columns, most), "", facts)
+
+
+def frontier_table(points: Sequence[Point]) -> RenderableType:
+    """One row per budget of `train-sparse --ram`."""
+    from rich.table import Table
+
+    table = Table(title="budgets of a sample's values", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("--ram\nKiB", "taken\nKiB", "kept\nKiB", "made\nagain", "paged", "more time\nms"):
+        table.add_column(heading, justify="right", vertical="bottom")
+    for point in points:
+        sizes = (f"{size / 1024:,.0f}" for size in (point.budget_bytes, point.allocated_bytes, point.kept_bytes))
+        table.add_row(*sizes, str(point.again), str(point.paged), f"{1000 * point.seconds:.3f}")
+    return table
 
 
 def _layers(layers: Sequence[str], columns: Mapping[str, Any], most: int | None) -> Table:

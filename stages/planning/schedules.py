@@ -402,13 +402,26 @@ def peak_bytes(chain: Chain, how: How) -> int:
     return peak
 
 
-def kept_bytes(chain: Chain, how: How) -> int:
-    """What stays in memory between the forward and the backward pass of a sample."""
+def price(chain: Chain, costs: Costs, how: How) -> float:
+    """What a schedule costs beyond keeping everything."""
     again = stretches(chain, how)
+    run = sum(sum(costs.links[each.first : each.first + each.last + 1]) for each in again)
+    paged = sum(chain.sizes[name] for name in _stored_names(chain, again) if how.get(name, KEEP) == PAGE)
+    return run + costs.page * paged
+
+
+def _stored_names(chain: Chain, again: Sequence[Stretch]) -> set[str]:
+    """What is stored for the backward pass, in memory or in a file."""
     names = {name for stretch in again for name in stretch.entries}
     for number, link in enumerate(chain.links):
         if not any(stretch.first <= number < stretch.end for stretch in again):
             names |= set(link.items)
+    return names
+
+
+def kept_bytes(chain: Chain, how: How) -> int:
+    """What stays in memory between the forward and the backward pass of a sample."""
+    names = _stored_names(chain, stretches(chain, how))
     held = sum(chain.sizes[name] for name in names if how.get(name, KEEP) == KEEP)
     return held + int(_own(chain)[-1])
 

@@ -60,6 +60,13 @@ class Training:
         "stochastic", "To these bits: by chance, unbiased, or to the nearest.", metavar="stochastic|nearest",
         choices=("stochastic", "nearest"),
     )  # fmt: skip
+    ram: str | None = setting(
+        None,
+        "What a sample's values may take, such as 1.5MB: what is too much is made again. Gradients stay the same; "
+        "samples are taken one by one.",
+        metavar="SIZE",
+    )
+    page_dir: str | None = setting(None, "With --ram: a folder where values may be paged to.", metavar="DIR")
     policy: str = setting(
         "static",
         "How the plan is revised while training: static, velocity, rotate, rescore; settings behind a colon: "
@@ -76,6 +83,10 @@ class Training:
     def __post_init__(self) -> None:
         check(self)
         require(self.keep_bits in (None, 32, 16, 8), "--keep-bits", f"{self.keep_bits}", "32, 16 or 8")
+        if self.ram is not None:
+            from stages.planning.budget import parse_memory
+
+            parse_memory(self.ram, "--ram")
         if self.policy != "static":
             from stages.planning.policies import parse_policy
 
@@ -87,32 +98,43 @@ class Training:
         """The named plan to train; None: the run's own."""
         return "full" if self.full else "last-layer" if self.last_layer else None
 
-    def on_stream(self) -> StreamTraining:
-        """The configuration of training on a stream."""
+    @property
+    def ram_bytes(self) -> int | None:
+        """What a sample's values may take."""
+        from stages.planning.budget import parse_memory
+
+        return None if self.ram is None else parse_memory(self.ram, "--ram")
+
+    def on_stream(self, schedule: str | None = None) -> StreamTraining:
+        """The configuration of training on a stream; `schedule` is one of memory to replay."""
         from stages.sparse_training import STREAM_OPTIMIZING, StreamTraining
 
-        standard = STREAM_OPTIMIZING
+        standard, scheduled = STREAM_OPTIMIZING, self.ram is not None or schedule is not None
         rate = standard.learning_rate if self.lr is None else self.lr
         clip = standard.clip_norm if self.clip is None else self.clip
         optimizing = self._optimizing(self.optimizer or standard.optimizer, rate, clip, self.updates)
         return StreamTraining(
             plan=self.plan,
             optimizing=optimizing,
-            micro_batch=self.micro_batch,
+            micro_batch=1 if scheduled and self.micro_batch is None else self.micro_batch,
             engine=self.engine,
             device=self.device,
             same_bits=self.same_bits,
             policy=self.policy,
             keep_bits=self.keep_bits,
             keep_rounding=self.keep_rounding,
+            ram_bytes=self.ram_bytes,
+            schedule=schedule,
+            page_dir=self.page_dir,
         )
 
-    def on_support(self, scale: float) -> SupportTraining:
+    def on_support(self, scale: float, schedule: str | None = None) -> SupportTraining:
         """The configuration of adapting to a support set, for a head of this cosine scale."""
         from stages.sparse_training import STREAM_OPTIMIZING, SupportTraining
         from stages.training.adaptation import LEARNING_RATES, Adapting
 
         rate = STREAM_OPTIMIZING.learning_rate if self.lr is None else self.lr
+        scheduled = self.ram is not None or schedule is not None
         adapting = Adapting(
             iterations=self.iterations,
             learning_rates=LEARNING_RATES if self.lr is None else (self.lr,),
@@ -122,9 +144,9 @@ class Training:
             cache_prefix=self.cache_prefix,
             detach_prototypes=self.detach_prototypes,
             scale=scale if self.scale is None else self.scale,
-            micro_batch=self.micro_batch or 0,
+            micro_batch=self.micro_batch or (1 if scheduled else 0),
         )
-        fitting = self.micro_batch is None
+        fitting = self.micro_batch is None and not scheduled
         return SupportTraining(
             plan=self.plan,
             adapting=adapting,
@@ -135,6 +157,9 @@ class Training:
             policy=self.policy,
             keep_bits=self.keep_bits,
             keep_rounding=self.keep_rounding,
+            ram_bytes=self.ram_bytes,
+            schedule=schedule,
+            page_dir=self.page_dir,
         )
 
     def _optimizing(self, optimizer: str, rate: float, clip: float, updates: int) -> Optimizing:

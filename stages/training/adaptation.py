@@ -143,7 +143,10 @@ def adapt(
     updates = tuple(updates)
 
     def store(lots: Sequence[Floats], compute: Callable[[], Caches]) -> Caches:
-        return compute() if cache_file is None else cache_file.through(prefix_key(backbone, updates, lots), compute)
+        if cache_file is None:
+            return compute()
+        layout = "" if follow is None else fresh().layout
+        return cache_file.through(prefix_key(backbone, updates, lots, layout), compute)
 
     def fresh() -> TrainedNet:
         return make_net(backbone, updates) if follow is None else follow().begin()

@@ -59,12 +59,13 @@ class PrefixFile:
         atomic_write(self.path, encode_tree(Group(attrs, groups=groups)))
 
 
-def prefix_key(backbone: Backbone, updates: Sequence[LayerUpdate], lots: Sequence[Floats]) -> str:
+def prefix_key(backbone: Backbone, updates: Sequence[LayerUpdate], lots: Sequence[Floats], layout: str = "") -> str:
     """SHA-256 over all that the frozen layers' outputs depend on: weights, what trains, the engine, and the inputs.
 
-    An engine's layout may depend on the live channels, so all of a plan counts.
+    An engine's layout may depend on the live channels, so all of a plan counts; `layout` says more of it.
     """
-    digest = sha256(repr((backbone.graph.ops, tuple(updates), backbone.engine.name)).encode())
+    engine = backbone.engine.name, backbone.engine.device, backbone.engine.same_bits, layout
+    digest = sha256(repr((backbone.graph.ops, tuple(updates), engine)).encode())
     for name in sorted(backbone.tensors):
         digest.update(name.encode())
         digest.update(backbone.tensors[name].tobytes())

@@ -207,12 +207,17 @@ class Builder:
         return program
 
 
-def mark_of(graph: Graph, parameters: Sequence[Parameter]) -> int:
-    """A number that tells plans and graphs apart: of images and of the live values that are loaded into them."""
+def mark_of(graph: Graph, parameters: Sequence[Parameter], spans: Sequence[tuple[int, int, int]] = ()) -> int:
+    """A number that tells plans and graphs apart: of images and of the live values that are loaded into them.
+
+    Turns count too: they have an order of channels of their own.
+    """
     mark = zlib.crc32(repr(graph.ops).encode())
     for parameter in parameters:
         mark = zlib.crc32(parameter.name.encode(), mark)
         mark = zlib.crc32(np.ascontiguousarray(parameter.ids, "<i8").tobytes(), mark)
+    if any(turn for turn, _, _ in spans):
+        mark = zlib.crc32(repr(list(spans)).encode(), mark)
     return mark
 
 

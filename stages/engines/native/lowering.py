@@ -138,7 +138,7 @@ class Lowerer:
         floor = arena.place([buffer for buffer in program.buffers if buffer.first >= 0])
         self._prefix(floor)
         program.parameters.sort(key=lambda parameter: self.graph.position[parameter.name.rpartition(".")[0]])
-        program.plan_mark = mark_of(self.graph, program.parameters)
+        program.plan_mark = mark_of(self.graph, program.parameters, program.spans)
         return self.builder.finish(separate=separate)
 
     def _value(self, name: str, *, over: Buffer | None = None, chained: bool = False) -> Buffer:
