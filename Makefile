@@ -7,7 +7,7 @@ LIBRARY := stages/engines/native/libedgetrain.so
 
 .PHONY: setup demo test test-all test-isa mutants check docs native native-test native-arm mcu bench bench-engine bench-device bench-native \
         bench-selection bench-pipeline bench-faults bench-mcu \
-        reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan format clean help
+        reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan reproduce-related format clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: *.*##' Makefile | sed 's/:.*##/\t/'
@@ -91,6 +91,9 @@ reproduce-tinytrain-accuracy: $(READY)  ## TinyTrain's accuracy table on the dat
 
 reproduce-titan: $(READY)               ## Titan's Table 1 on the data at hand
 	$(BIN)/python examples/reproduce/titan.py
+
+reproduce-related: $(READY)             ## what the systems beside TinyTrain claim, and what comes out
+	$(BIN)/python examples/reproduce/related.py
 
 clean:           ## remove the environment, caches and the demo's output
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-out
