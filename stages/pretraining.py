@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from stages.fsl.episode_list import data_hash
 from stages.fsl.episodes import Episode, Pool, check_pool, draw_episodes, pool_of
 from stages.fsl.meta_training import BatchUnits, DataSet, EpisodeUnits, Inputs, Learner
 from stages.fsl.schedule import WarmCosine
+from stages.fsl.slicing import Slicing
 from stages.fsl.team import ALONE, Team
 from stages.fsl.trainer import Phase, Progress, Rhythm, Trainer
 from stages.losses import Floats
@@ -48,6 +50,11 @@ AUGMENTATIONS: Mapping[str, Augmentation] = {
     "handwriting": HANDWRITING,
 }
 """For training: nothing, P>M>F's pseudo-query, the same with mirror images and zoom, geometric distortions."""
+
+
+WHOLE_AT_THE_END = 0.1
+"""Share of the epochs, the last ones, in which nothing is left out: BatchNorm's statistics become those of all
+channels."""
 
 
 def pretrain(
@@ -125,12 +132,24 @@ def _trainer(
     )
     batches = BatchUnits(learner, sets, config.supervised_batch, distort, seed)
     episodes = EpisodeUnits(learner, sets, config.shape, distort, seed)
+    sliced = _slicing(config, module, seed, device)
+    whole = ceil(WHOLE_AT_THE_END * config.epochs)
     phases = [
-        Phase(batches, config.supervised_epochs, flat, batchnorm_trains=True, competes=False),
-        Phase(episodes, config.epochs, config.schedule, batchnorm_trains=config.batchnorm_trains),
+        Phase(batches, config.supervised_epochs, flat, batchnorm_trains=True, competes=False, slicing=sliced),
+        Phase(episodes, config.epochs, config.schedule, config.batchnorm_trains, slicing=sliced, whole_epochs=whole),
     ]
     rhythm = Rhythm(config.steps, config.per_step, config.momentum, config.weight_decay, config.patience)
     return Trainer(learner, phases, rhythm, _validation_tasks(others, config, seed), team)
+
+
+def _slicing(config: Pretraining, module: Net, seed: int, device: torch.device) -> Slicing | None:
+    """What leaves out channels while training, if anything does. Raises `UsageError` where there is nothing."""
+    if config.slice == 1:
+        return None
+    slicing = Slicing(module.graph, config.slice, config.slice_draw, seed, device)
+    found = "a net in which no layer's channels are read by one other layer alone"
+    require(bool(slicing.widths), "--slice", found, "hidden widths, as of cnn4, mlp, ds-cnn, MobileNets, ViTs")
+    return slicing
 
 
 # ----------------------------------------------------------------------------------------------------------- the data

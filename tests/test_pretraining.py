@@ -13,6 +13,7 @@ from stages.errors import DataError, PartMissing, UsageError
 from stages.fsl.episodes import FixedShape
 from stages.fsl.meta_training import Epoch, Learner, _gradients, train_epoch
 from stages.fsl.schedule import WarmCosine
+from stages.fsl.slicing import Slicing
 from stages.fsl.team import ALONE, Team
 from stages.models.deploy import deploy, store
 from stages.models.modules import state
@@ -140,14 +141,35 @@ def test_patience_ends_training():
     assert len(result.metrics[STAGE]["epoch"]) == 3
 
 
+@pytest.mark.parametrize("slice", [1.0, 0.5])
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_a_resumed_training_is_bit_equal(stop_after):
-    config = replace(CONFIG, supervised_epochs=2, supervised_batch=8, epochs=2, warmup_epochs=0)
+def test_a_resumed_training_is_bit_equal(stop_after, slice):
+    config = replace(CONFIG, supervised_epochs=2, supervised_batch=8, epochs=2, warmup_epochs=0, slice=slice)
     saved = []
     whole = pretrain(random_run(), [squares()], config, seed=0, save=lambda run: saved.append(encode(run)))
     assert len(saved) == 4
     resumed = pretrain(random_run(), [squares()], config, seed=0, resume=decode(saved[stop_after - 1]))
     assert encode(resumed) == encode(whole)
+
+
+def test_slices_train_and_the_last_epochs_are_whole(monkeypatch):
+    steps = []
+    monkeypatch.setattr(Slicing, "cut", lambda self, step, cut=Slicing.cut: steps.append(step) or cut(self, step))
+    config = replace(CONFIG, epochs=11, slice=0.5)
+    run = random_run()
+    result = pretrain(run, [squares()], config, seed=0)
+    assert steps == list(range(9 * config.steps))  # of 11 epochs the last 2, a tenth, are whole
+    plain = pretrain(run, [squares()], replace(config, slice=1.0), seed=0)
+    assert not tensors_equal(result, plain)
+    assert result.metrics[STAGE]["loss"][-1] < result.metrics[STAGE]["loss"][0]
+
+
+def test_a_net_without_hidden_widths_cannot_be_sliced():
+    args = {"dim": 9, "width": 5, "depth": 1}
+    run = Run(Model("mlp", args, input_spec("mlp", args), "batchnorm", state(build("mlp", args, seed=0))))
+    block = Block(np.random.default_rng(0).normal(size=(40, 9)).astype(np.float32), np.arange(40) % 10, "ND")
+    with pytest.raises(UsageError, match="hidden widths"):
+        pretrain(run, [block], replace(CONFIG, slice=0.5, augment="none"), seed=0)
 
 
 def test_a_checkpoint_of_another_training_is_refused():

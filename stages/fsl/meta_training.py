@@ -27,6 +27,7 @@ from stages.fsl.episodes import Episode, Pool, Shape
 from stages.fsl.intervals import half_width
 from stages.fsl.protonet import accuracy, cosine_logits, episode_loss, prototypes
 from stages.fsl.schedule import WarmCosine
+from stages.fsl.slicing import Cut, Part, SlicedSGD, Slicing
 from stages.fsl.team import Team
 from stages.losses import Floats
 from stages.randomness import generator
@@ -72,6 +73,14 @@ class Learner(nn.Module):
         """Model inputs (N, *input) -> features (N, D), on the learner's device."""
         features: Tensor = self.backbone(torch.from_numpy(x).to(self.device, non_blocking=True))
         return features
+
+    def keep(self, cut: Cut | None) -> dict[int, Part]:
+        """Train, until told otherwise, what a cut keeps; the kept parts by the parameter's identity."""
+        self.backbone.cut = cut  # type: ignore[assignment]
+        if cut is None:
+            return {}
+        values: dict[str, Tensor] = self.backbone.values()  # type: ignore[operator]
+        return {id(values[name]): part for name, part in cut.parts.items()}
 
 
 class _ProtoNetLoss(torch.autograd.Function):
@@ -156,12 +165,14 @@ class Epoch:
     per_step: int
     schedule: WarmCosine
     batchnorm_trains: bool
+    slicing: Slicing | None = None
+    """What leaves out channels in each step; None where all train."""
 
 
 def train_epoch(
     learner: Learner,
     units: Units,
-    optimizer: torch.optim.Optimizer,
+    optimizer: SlicedSGD,
     epoch: Epoch,
     team: Team,
     on_step: Callable[[int], None],
@@ -175,6 +186,7 @@ def train_epoch(
     for step in range(epoch.number * epoch.steps, (epoch.number + 1) * epoch.steps):
         for group in optimizer.param_groups:
             group["lr"] = epoch.schedule.at(step / epoch.steps)
+        optimizer.kept = learner.keep(None if epoch.slicing is None else epoch.slicing.cut(step))
         numbers = range(step * epoch.per_step, (step + 1) * epoch.per_step)
         loss = _gradients(learner, units, numbers, team)
         if not isfinite(loss):
@@ -182,6 +194,7 @@ def train_epoch(
         optimizer.step()
         total += loss
         on_step(step + 1)
+    optimizer.kept = learner.keep(None)
     return total / epoch.steps
 
 

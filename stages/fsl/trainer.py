@@ -14,6 +14,7 @@ from stages.errors import DataError
 from stages.fsl.episodes import Episode
 from stages.fsl.meta_training import DataSet, Epoch, Learner, Measured, Units, train_epoch, validate
 from stages.fsl.schedule import WarmCosine
+from stages.fsl.slicing import SlicedSGD, Slicing
 from stages.fsl.team import Team
 
 Weights = Mapping[str, Array]
@@ -32,6 +33,9 @@ class Phase:
     batchnorm_trains: bool
     competes: bool = True
     """Whether patience counts its epochs."""
+    slicing: Slicing | None = None
+    """What leaves out channels in each step, in all epochs but the last `whole_epochs`."""
+    whole_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ class Trainer:
         if number == 0:
             self.optimizer = self._optimizer()
         steps = self.rhythm.steps
-        epoch = Epoch(number, steps, self.rhythm.per_step, phase.schedule, phase.batchnorm_trains)
+        slicing = phase.slicing if number < phase.epochs - phase.whole_epochs else None
+        epoch = Epoch(number, steps, self.rhythm.per_step, phase.schedule, phase.batchnorm_trains, slicing)
         before = (self.done - number) * steps
 
         def count(done: int) -> None:
@@ -122,9 +127,9 @@ class Trainer:
             number -= phase.epochs
         raise IndexError("no epoch left")
 
-    def _optimizer(self) -> torch.optim.SGD:
+    def _optimizer(self) -> SlicedSGD:
         how = self.rhythm
-        return torch.optim.SGD(self.learner.parameters(), lr=0.0, momentum=how.momentum, weight_decay=how.weight_decay)
+        return SlicedSGD(list(self.learner.parameters()), momentum=how.momentum, weight_decay=how.weight_decay)
 
     def _record(self, rate: float, loss: float, measured: Measured) -> None:
         scale = self.learner.scale.item()

@@ -7,10 +7,10 @@ caller allows.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,13 +30,26 @@ from stages.operators import Shape
 WRONG_CODE = "are --arch and --arg those of the weights?"
 
 
+class Cut(Protocol):
+    """Which channels of a graph a training step keeps (`fsl.slicing`)."""
+
+    @property
+    def graph(self) -> Graph: ...
+    def tensors(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def write_back(self, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor], names: Sequence[str]) -> None: ...
+
+
 class Net(nn.Module):
     """A record's model as a torch module whose parameters train: (N, *input) -> (N, D), BatchNorm in place if it is."""
+
+    cut: Cut | None = None
+    """Set for a step that trains some of the channels alone."""
 
     def __init__(self, graph: Graph, tensors: Mapping[str, Array], trained: frozenset[str]) -> None:
         super().__init__()
         self.graph, self.names = graph, tuple(tensors)
         statistics = {f"{op.owner}.{what}" for op in graph.ops for what in op.operator.statistics}
+        self._statistics = sorted(statistics)
         for i, (name, array) in enumerate(tensors.items()):
             value = torch.from_numpy(np.array(array, dtype=np.float32))
             layer = graph[name.rpartition(".")[0]].is_layer
@@ -46,8 +59,18 @@ class Net(nn.Module):
                 self.register_buffer(f"value{i}", value)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = {name: getattr(self, f"value{i}") for i, name in enumerate(self.names)}
-        return reference.run(self.graph, values, x, training=self.training)
+        values = self.values()
+        if self.cut is None:
+            return reference.run(self.graph, values, x, training=self.training)
+        parts = self.cut.tensors(values)
+        features = reference.run(self.cut.graph, parts, x, training=self.training)
+        if self.training:
+            self.cut.write_back(values, parts, self._statistics)
+        return features
+
+    def values(self) -> dict[str, Tensor]:
+        """The graph's tensors by name: parameters and buffers of this module."""
+        return {name: getattr(self, f"value{i}") for i, name in enumerate(self.names)}
 
     def arrays(self, state: Mapping[str, Array]) -> dict[str, Array]:
         """The graph's tensors from a state of this module."""

@@ -120,13 +120,17 @@ class Velocity:
     """`threshold`: settled layers leave. `budget`: the best plan by velocity, under the plan's budgets."""
     mu: float = 0.5
     """How much of the velocity before counts, 0 to 0.5."""
-    probe: str = "means"
-    """Of a channel's output on a probe's sample: its mean (`means`), or all of it (`full`)."""
+    share: float = 1.0
+    """Of a layer's channels, that must have settled for it to leave."""
+    probe: str = "full"
+    """Of a channel's output on a probe's sample: all of it, as NEq has it, or its mean (`means`), which takes a
+    fraction of the memory and is noisier: a mean near 0 changes its sign."""
 
     def __post_init__(self) -> None:
         require(self.threshold >= 0, "--policy velocity", f"threshold {self.threshold}", "at least 0")
         require(self.learn >= 0, "--policy velocity", f"learn {self.learn}", "at least 0")
         require(0 <= self.mu <= 0.5, "--policy velocity", f"mu {self.mu}", "0 to 0.5")
+        require(0 < self.share <= 1, "--policy velocity", f"share {self.share}", "above 0, at most 1")
         require(self.by in ("threshold", "budget"), "--policy velocity", f"by {self.by!r}", "threshold or budget")
         require(self.probe in ("means", "full"), "--policy velocity", f"probe {self.probe!r}", "means or full")
 
@@ -184,7 +188,7 @@ def _velocity(seen: Seen, memory: Memory, how: Velocity) -> Decision:
     if how.by == "budget":
         updates = _worth_by_velocity(seen, velocities, threshold)
     else:
-        updates = _without_settled(seen, velocities, threshold)
+        updates = _without_settled(seen, velocities, threshold, how.share)
     if not any(update.trains for update in updates):
         losses = np.array(seen.losses, np.float64)
         return Decision((), {**found, "band": np.array([losses.mean(), losses.std()])})
@@ -222,13 +226,13 @@ def _learnt(seen: Seen, memory: Memory, how: Velocity, found: dict[str, Array]) 
     return threshold
 
 
-def _without_settled(seen: Seen, velocities: Mapping[str, Array], threshold: float) -> Updates:
-    """The plan without its first layers, as far as all of their channels have settled."""
+def _without_settled(seen: Seen, velocities: Mapping[str, Array], threshold: float, share: float) -> Updates:
+    """The plan without its first layers, as far as all, or this share, of their channels have settled."""
     live = [update for update in seen.now if update.trains]
     while live:
         update = live[0]
         velocity, watched = velocities.get(update.layer), neurons(seen.room.graph[update.layer], update)
-        if velocity is None or (np.abs(velocity[watched]) > threshold).any():
+        if velocity is None or (np.abs(velocity[watched]) <= threshold).mean() < share:
             break
         live = live[1:]
     if len(live) == sum(update.trains for update in seen.now):

@@ -43,6 +43,14 @@ class Pretraining:
         choices=("frozen", "train"),
     )
     augment: str = setting("handwriting", "none, colour, photo or handwriting.", metavar="NAME", choices=AUGMENTATIONS)
+    slice: float = setting(
+        1.0, "SliceOut: share of hidden channels that each step trains; 1: all. Not from pretrained mobile nets, whose "
+        "features it destroys.", least=0.01, most=1,
+    )  # fmt: skip
+    slice_draw: str = setting(
+        "wrap", "Which: a run that may wrap, the paper's run, or any.", metavar="wrap|contiguous|random",
+        choices=("wrap", "contiguous", "random"),
+    )  # fmt: skip
     supervised_epochs: int = setting(0, "First train a classifier over all classes.", least=0)
     supervised_batch: int = setting(128, "Its batch size.", least=2)
     supervised_lr: float = setting(0.05, "Its highest learning rate.")

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "cost": {"errors", "artifacts", "graphs", "operators", "engines.native.lowering", "engines.native.memory"},
     "planning": {"errors", "artifacts", "cost", "graphs", "operators"},
     "data": {"errors", "artifacts", "randomness"},
-    "fsl": {"errors", "artifacts", "data", "losses", "models", "randomness"},
+    "fsl": {"errors", "artifacts", "data", "graphs", "losses", "models", "operators", "randomness"},
     "importance": {
         "errors",
         "artifacts",
@@ -82,7 +82,7 @@ TORCH = [
     *(STAGES / "engines" / "torch").glob("*.py"),
     *(STAGES / "graphs" / f"{name}.py" for name in ("calls", "capture", "onnx_reader", "onnx_patterns", "opaque")),
     *(STAGES / "models" / f"{name}.py" for name in (*ARCHITECTURES, "registry", "modules", "matching", "calibration")),
-    *(STAGES / "fsl" / f"{name}.py" for name in ("meta_training", "trainer", "team")),
+    *(STAGES / "fsl" / f"{name}.py" for name in ("meta_training", "slicing", "trainer", "team")),
     STAGES / "methods" / "lite_residual_net.py",
     STAGES / "pretraining.py",
     STAGES / "importing.py",

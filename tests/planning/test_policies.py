@@ -126,6 +126,15 @@ def test_one_channel_that_moves_keeps_its_layer_and_only_live_channels_count() -
     assert decision.updates == ()
 
 
+def test_a_share_of_the_channels_may_be_enough() -> None:
+    graph = chain()
+    looks = [outputs(graph) for _ in range(4)]
+    for number, look in enumerate(looks):
+        look["l0"][2] = RNG.standard_normal(3) * (number + 1)
+    assert revised(parse_policy("velocity:share=0.75"), graph, looks)[-1] == ()
+    assert revised(parse_policy("velocity:share=0.76"), graph, looks)[-1] == plan_of(graph)
+
+
 def test_where_all_has_settled_training_rests_and_a_loss_out_of_its_band_wakes_it() -> None:
     graph, policy = chain(), parse_policy("velocity:threshold=0")
     seen = Seen(plan_of(graph), plan_of(graph), room(graph), [1.0, 1.2, 0.8], outputs=outputs(graph))
