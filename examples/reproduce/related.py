@@ -391,7 +391,7 @@ def slices(size: Size) -> tuple[str, list[Row], str]:
     ))  # fmt: skip
     said = (
         "Slicing is for training wide nets from scratch. From pretrained mobile nets it destroys the features: leaving "
-        "out a tenth of the hidden channels left a cosine of 0.02 to 0.04 to the whole net's features (a probe)."
+        "out a tenth of the hidden channels left a cosine of 0.02 to 0.04 to the whole net's (a probe)."
     )
     return "SliceOut: channels left out of a step (`pretrain-fsl --slice`)", rows, said
 
@@ -523,7 +523,8 @@ print(status("VmHWM") - before)
 def peak_of(how: dict[str, str]) -> int:
     """How far three steps by a schedule raise the peak memory of a fresh process, in bytes."""
     code = PEAK.format(root=str(ROOT), here=str(Path(__file__).parent), how=how)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    apart = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # large arrays are memory of their own, touched when used
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=apart)
     return int(done.stdout.split()[-1]) * 1024
 
 
