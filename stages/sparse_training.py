@@ -41,7 +41,7 @@ from stages.graphs.keeping import value_bytes
 from stages.measurement.need import to_train
 from stages.measurement.room import Fit, fit
 from stages.methods.layer_scores import SEARCHES, candidates, scores_of
-from stages.methods.revision import Revising, Revision, probe_rows
+from stages.methods.revision import Revising, probe_rows
 from stages.methods.scheduling import mark_of_plan, schedule_within, scheduling
 from stages.methods.search import Wish, inspect_task
 from stages.models import heads
@@ -51,6 +51,7 @@ from stages.planning.baselines import named_plan
 from stages.planning.budget import format_bytes
 from stages.planning.plans import check_plan
 from stages.planning.policies import Room, parse_policy, room_of, search_of
+from stages.planning.precision import BLOCKS, PrecisionSchedule, parse_schedule
 from stages.planning.schedules import PAGE, RECOMPUTE, read_schedule
 from stages.randomness import generator
 from stages.training.adaptation import Adapting, adapt, adaptation_inputs
@@ -64,6 +65,9 @@ STAGE = "train-sparse"
 """Name of the metrics' table in the run record."""
 REVISIONS = "train-sparse revisions"
 """Name of the table of plans that a policy made: `layer` is the number among the model's layers, -1 for none."""
+
+WIDTHS = "train-sparse widths"
+"""Name of the table of the widths of a precision schedule."""
 
 Publish = Callable[[int, Mapping[str, Array], Head, Sequence[LayerUpdate] | None], None]
 """Gets the number of updates since the run began, the tensors that train (whole), the head, and what trains next where
@@ -92,6 +96,8 @@ class SupportTraining:
     """In which inputs of live layers are kept: 32, 16 or 8; None: as the plan says."""
     keep_rounding: str = "stochastic"
     """To these bits: `stochastic` or `nearest`."""
+    precision: str | None = None
+    """Widths in which these inputs are kept, one after the other (`planning.precision.parse_schedule`)."""
     ram_bytes: int | None = None
     """What the values of a sample may take; more is made again, or paged, than kept. None keeps everything."""
     schedule: str | None = None
@@ -132,6 +138,8 @@ class StreamTraining:
     """In which inputs of live layers are kept: 32, 16 or 8; None: as the plan says."""
     keep_rounding: str = "stochastic"
     """To these bits: `stochastic` or `nearest`."""
+    precision: str | None = None
+    """Widths in which these inputs are kept, one after the other (`planning.precision.parse_schedule`)."""
     ram_bytes: int | None = None
     """What the values of a sample may take; more is made again, or paged, than kept. None keeps everything."""
     schedule: str | None = None
@@ -266,7 +274,7 @@ def train_support(
     follower = result.follower
     if not isinstance(follower, Revising):
         return done
-    return _with_revisions(done, backbone.graph, follower.revisions, run.model.version)
+    return _with_revisions(done, backbone.graph, follower, run.model.version)
 
 
 def _support_follower(
@@ -279,8 +287,8 @@ def _support_follower(
     how: Adapting,
 ) -> Callable[[], Revising] | None:
     """What makes somebody who revises the plan of one training on the support, if anybody does."""
-    policy = parse_policy(config.policy)
-    if policy.name == "static":
+    policy, precision = parse_policy(config.policy), _precision(config)
+    if policy.name == "static" and precision is None:
         return None
     plan = run.plan if config.plan is None else None
     room = _room(backbone, plan, updates, how.optimizing.optimizer, None, run.profile)
@@ -292,9 +300,13 @@ def _support_follower(
 
     def follow() -> Revising:
         rng = generator(0, "policy")
-        return Revising(policy, backbone, updates, room, probe=probe, score=score, rng=rng)
+        return Revising(policy, backbone, updates, room, probe=probe, score=score, rng=rng, precision=precision)
 
     return follow
+
+
+def _precision(config: SupportTraining | StreamTraining) -> PrecisionSchedule | None:
+    return None if config.precision is None else parse_schedule(config.precision)
 
 
 class _Rescoring(NamedTuple):
@@ -339,12 +351,16 @@ def _room(
     )  # fmt: skip
 
 
-def _with_revisions(run: Run, graph: Graph, revisions: Sequence[Revision], start: int) -> Run:
-    """The run with a table of every plan's layers: from which version on they train, and how much of them."""
+def _with_revisions(run: Run, graph: Graph, follower: Revising, start: int) -> Run:
+    """The run with a table of every plan's layers, from which version on they train, and how much of them; and one of
+    the widths in which inputs were kept, where they changed."""
+    if follower.widths:
+        widths = np.array(follower.widths, np.float64)
+        run = _with_rows(run, {"version": start + widths[:, 0], "keep_bits": widths[:, 1]}, WIDTHS)
     numbers = {op.name: number for number, op in enumerate(graph.layers)}
     rows = [
         (start + each.update, numbers.get(update.layer, -1), len(update.channels), len(update.bias))
-        for each in revisions
+        for each in follower.revisions
         for update in each.updates or (LayerUpdate("", "output", (), 1),)
         if update.trains or not each.updates
     ]
@@ -574,8 +590,8 @@ class _Trainer:
 
     def _follower(self, run: Run, updates: tuple[LayerUpdate, ...], config: StreamTraining) -> Revising | None:
         """Who revises the plan, if anybody does."""
-        policy = parse_policy(config.policy)
-        if policy.name == "static":
+        policy, precision = parse_policy(config.policy), _precision(config)
+        if policy.name == "static" and precision is None:
             return None
         plan = run.plan if config.plan is None else None
         head = run.model.head
@@ -587,7 +603,7 @@ class _Trainer:
             return _scores(backbone, self.block, room, plan, how)
 
         rng = generator(0, "policy")
-        return Revising(policy, self.backbone, updates, room, score=score, rng=rng)
+        return Revising(policy, self.backbone, updates, room, score=score, rng=rng, precision=precision, window=BLOCKS)
 
     def publish(self, publish: Publish) -> None:
         """The version as it is now: all that has trained, and what trains next where the plan is revised."""
@@ -609,7 +625,7 @@ class _Trainer:
         done = _with_schedule(_with_rows(replace(self.base, model=model), columns), self.schedule, self.named)
         if self.follower is None:
             return done
-        return _with_revisions(done, self.backbone.graph, self.follower.revisions, self.first_version)
+        return _with_revisions(done, self.backbone.graph, self.follower, self.first_version)
 
     def checkpoint(self) -> Run:
         state, policy = state_arrays(self.learner.optimizer), {} if self.follower is None else self.follower.state()

@@ -387,7 +387,7 @@ def slices(size: Size) -> tuple[str, list[Row], str]:
     rows.append((
         "accuracy of meta-training with half of the hidden channels in each step (Conv-4 of width 64, letters)",
         "dropout's accuracy at 33 % less time (CNN, CIFAR-100)",
-        f"{found}; {np.mean(shares):.2f} of the time", f"{size.seeds} seeds, 100 validation tasks each; without dropout",
+        f"{found}; {np.mean(shares):.2f} of the time", f"{size.seeds} seeds, 100 validation tasks; without dropout",
     ))  # fmt: skip
     said = (
         "Slicing is for training wide nets from scratch. From pretrained mobile nets it destroys the features: leaving "

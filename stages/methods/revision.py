@@ -15,6 +15,8 @@ from stages.engines.parameter import Floats
 from stages.methods.observing import Observer
 from stages.models.deploy import Backbone
 from stages.planning.policies import OBSERVED_LOSSES, Policy, Room, Seen, Updates, turns_of
+from stages.planning.precision import PrecisionSchedule, advance
+from stages.planning.precision import begin as begin_precision
 from stages.training.optimizers import Optimizer
 from stages.training.revising import carry, resting
 
@@ -50,6 +52,8 @@ class Revising:
         probe: model inputs (n, *input) whose outputs are watched, where the policy looks at outputs.
         score: a Fisher pass, where the policy wants scores; gets the backbone as it is.
         rng: where channels are drawn by chance.
+        precision: the widths in which inputs are kept, one after the other.
+        window: updates whose mean is one loss for that.
     """
 
     def __init__(
@@ -62,7 +66,16 @@ class Revising:
         probe: Floats | None = None,
         score: Score | None = None,
         rng: np.random.Generator | None = None,
+        precision: PrecisionSchedule | None = None,
+        window: int = 1,
     ) -> None:
+        self._precision, self._window, self._mean = precision, window, list[float]()
+        self._widths = {} if precision is None else begin_precision(precision)
+        self.widths: list[tuple[int, int]] = []
+        """(updates made before, bits) of every width in which inputs are kept, where that changes."""
+        if precision is not None:
+            backbone = replace(backbone, engine=replace(backbone.engine, keep_bits=precision.bits[0]))
+            self.widths.append((0, precision.bits[0]))
         self.policy, self._backbone, self._room = policy, backbone, room
         self._first = self.updates = tuple(updates)
         self._probe, self._score, self._rng = probe, score, rng
@@ -124,6 +137,8 @@ class Revising:
         """The net that trains next; the optimiser has it in the place of the one before."""
         self._losses.append(loss)
         self.done += 1
+        if self._precision is not None and self.updates:
+            self._watch_loss(self._precision, loss, optimizer)
         if not self.policy.every or (self.updates and self.done % self.policy.every):
             return self._net
         before = self.updates
@@ -146,13 +161,27 @@ class Revising:
         self.updates = decision.updates
         return decision.turn
 
+    def _watch_loss(self, precision: PrecisionSchedule, loss: float, optimizer: Optimizer) -> None:
+        """Keep inputs in more bits where the loss stalls."""
+        self._mean.append(loss)
+        if len(self._mean) < self._window:
+            return
+        self._widths, self._mean = advance(precision, self._widths, float(np.mean(self._mean))), []
+        bits = precision.bits[int(self._widths["stage"])]
+        if bits != self._backbone.engine.keep_bits:
+            self._backbone = replace(self._backbone, engine=replace(self._backbone.engine, keep_bits=bits))
+            self.widths.append((self.done, bits))
+            self._change(optimizer)
+
     def _change(self, optimizer: Optimizer) -> None:
         """Another net, with the weights reached."""
         before = self._net
         self._backbone = replace(self._backbone, tensors=before.tensors())
-        self._net = self._made()
+        self._net = self._made(self._turns)
         carry(optimizer, before, self._net)
         self._values = []
+        if self._turning:
+            self.hold(optimizer)
 
     def _made(self, turns: Sequence[Updates] = ()) -> TrainedNet:
         net = make_net(self._backbone, self.updates, turns)
@@ -193,7 +222,9 @@ class Revising:
         """All that it goes on from, as arrays by name, for a checkpoint."""
         found = {f"memory {name}": np.asarray(value) for name, value in self._memory.items()}
         found |= {f"values {number}": value for number, value in enumerate(self._values)}
+        found |= {f"width {name}": np.asarray(value) for name, value in self._widths.items()}
         found |= {
+            "mean": np.array(self._mean, np.float64),
             "losses": np.array(self._losses, np.float64), "descents": np.array(self._descents, np.float64),
             "counts": np.array([self.done, self._turn]), "now": _text(updates_text(self.updates)),
             "moved": _text(" ".join(sorted(self.moved))),
@@ -209,6 +240,11 @@ class Revising:
         self.done, self._turn = map(int, arrays["counts"])
         self.updates = read_updates(_read(arrays["now"]), "checkpoint")
         self.moved = set(_read(arrays["moved"]).split())
+        self._mean = np.asarray(arrays["mean"]).tolist()
+        if self._precision is not None:
+            self._widths, self.widths = dict(_named(arrays, "width ")), []
+            bits = self._precision.bits[int(self._widths["stage"])]
+            self._backbone = replace(self._backbone, engine=replace(self._backbone.engine, keep_bits=bits))
         if "probe" in arrays:
             self._probe = np.asarray(arrays["probe"])
         self._backbone = replace(self._backbone, tensors=dict(tensors))

@@ -60,6 +60,11 @@ class Training:
         "stochastic", "To these bits: by chance, unbiased, or to the nearest.", metavar="stochastic|nearest",
         choices=("stochastic", "nearest"),
     )  # fmt: skip
+    precision_schedule: str | None = setting(
+        None,
+        "Widths of what is kept, the next one when the loss stalls (FracTrain): 8,16,32 or 8,32:turn=0.05,decay=0.3.",
+        metavar="BITS,...",
+    )
     ram: str | None = setting(
         None,
         "What a sample's values may take, such as 1.5MB: what is too much is made again. Gradients stay the same; "
@@ -87,6 +92,11 @@ class Training:
             from stages.planning.budget import parse_memory
 
             parse_memory(self.ram, "--ram")
+        if self.precision_schedule is not None:
+            from stages.planning.precision import parse_schedule
+
+            require(self.keep_bits is None, "--precision-schedule", "together with --keep-bits", "one of the two")
+            parse_schedule(self.precision_schedule)
         if self.policy != "static":
             from stages.planning.policies import parse_policy
 
@@ -123,6 +133,7 @@ class Training:
             policy=self.policy,
             keep_bits=self.keep_bits,
             keep_rounding=self.keep_rounding,
+            precision=self.precision_schedule,
             ram_bytes=self.ram_bytes,
             schedule=schedule,
             page_dir=self.page_dir,
@@ -157,6 +168,7 @@ class Training:
             policy=self.policy,
             keep_bits=self.keep_bits,
             keep_rounding=self.keep_rounding,
+            precision=self.precision_schedule,
             ram_bytes=self.ram_bytes,
             schedule=schedule,
             page_dir=self.page_dir,

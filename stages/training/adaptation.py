@@ -31,7 +31,7 @@ from stages.randomness import generator
 from stages.training.optimizers import NotFinite, Optimizing, checked_step, learning_rate, make_optimizer
 from stages.training.prefix_file import PrefixFile, prefix_key
 from stages.training.revising import Follower
-from stages.training.updates import Net, PrefixCache, Source, cache_prefix, features_of, gradient_update
+from stages.training.updates import Net, PrefixCache, Source, boundary_of, cache_prefix, features_of, gradient_update
 
 N = TypeVar("N", bound=Net)
 
@@ -298,8 +298,9 @@ class _Task(Generic[N]):
             self.done += 1
             self.on_step(self.done)
             if follower is not None and (revised := follower.after(optimizer, loss)) is not net:
-                net = cast(N, revised)
-                support, views = self._again(net)
+                before, net = net, cast(N, revised)
+                if boundary_of(revised) != boundary_of(cast(TrainedNet, before)):
+                    support, views = self._again(net)
             if follower is not None and not follower.updates:
                 break
         return Trained(net, tuple(losses), support, follower)
