@@ -33,13 +33,13 @@ from stages.artifacts.records import (
 )
 from stages.cost.latency import durations
 from stages.data.blocks import check_prepared
-from stages.engines.choice import TrainedNet
+from stages.engines.choice import TrainedNet, make_net
 from stages.engines.parameter import Floats
 from stages.errors import DataError, EdgeTrainError, StreamBroken, TransferError, require
 from stages.graphs.graph import Graph
 from stages.graphs.keeping import value_bytes
 from stages.measurement.need import to_train
-from stages.measurement.room import Fit, fit
+from stages.measurement.room import Fit, fit, room
 from stages.methods.layer_scores import SEARCHES, candidates, scores_of
 from stages.methods.revision import Revising, probe_rows
 from stages.methods.scheduling import mark_of_plan, schedule_within, scheduling
@@ -55,6 +55,7 @@ from stages.planning.precision import BLOCKS, PrecisionSchedule, parse_schedule
 from stages.planning.schedules import PAGE, RECOMPUTE, read_schedule
 from stages.randomness import generator
 from stages.training.adaptation import Adapting, adapt, adaptation_inputs
+from stages.training.caching import worth_of
 from stages.training.checkpoints import Checkpoint, read_checkpoint
 from stages.training.learner import Batch, StreamLearner
 from stages.training.optimizers import Optimizing, load_state, state_arrays
@@ -104,6 +105,9 @@ class SupportTraining:
     """A schedule of memory as text (`planning.schedules.Schedule.text`), to be replayed."""
     page_dir: str | None = None
     """A folder where values may be paged to."""
+    auto_cache: bool = False
+    """Decide by measured times and free memory whether the frozen layers' outputs are kept, instead of
+    `adapting.cache_prefix`."""
     fitting: bool = False
     """Take as many samples at a time as fit into memory, at most `MICRO_BATCH`, instead of `adapting.micro_batch`."""
 
@@ -258,6 +262,8 @@ def train_support(
     on_fit(held)
     how = replace(config.adapting, scale=heads.cosine_scale(run.model.head, config.adapting.scale))
     how = replace(how, micro_batch=held.samples) if config.fitting else how
+    if config.auto_cache:
+        how = replace(how, cache_prefix=_pays(backbone, updates, x, how, on_note))
     follow = _support_follower(run, support, x, backbone, updates, config, how)
     result = adapt(backbone, updates, x, ways.astype(np.int64), how, rng, on_step, stop, cache_file, follow)
     head = heads.prototype_head(result.prototypes, labels, heads.class_names(support), scale=how.scale)
@@ -275,6 +281,21 @@ def train_support(
     if not isinstance(follower, Revising):
         return done
     return _with_revisions(done, backbone.graph, follower, run.model.version)
+
+
+def _pays(
+    backbone: Backbone,
+    updates: tuple[LayerUpdate, ...],
+    x: Floats,
+    how: Adapting,
+    on_note: Callable[[str], None],
+) -> bool:
+    """Whether keeping the frozen layers' outputs pays, and a line that says so."""
+    worth = worth_of(make_net(backbone, updates), x, how, room())
+    does = "are kept" if worth.pays else "are made anew each time"
+    times = f"{1e3 * worth.run_s:.2g} ms to run, {1e3 * worth.read_s:.2g} ms to read"
+    on_note(f"frozen layers' outputs {does}: {format_bytes(worth.bytes)} in all; a sample takes {times}")
+    return worth.pays
 
 
 def _support_follower(

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from stages.artifacts.hdf5 import decode, encode
 from stages.artifacts.records import Array, Block, Group, Head, LayerUpdate, Model, Plan, Preparation, Run
+from stages.engines.choice import Engine, make_net
 from stages.engines.torch.reference import run as dense
 from stages.errors import DataError, StreamBroken, TransferError, UsageError
 from stages.fsl.augment import Augmentation
@@ -34,6 +35,7 @@ from stages.sparse_training import (
     train_support,
 )
 from stages.training.adaptation import LEARNING_RATES, Adapting
+from stages.training.caching import worth_of
 from stages.training.optimizers import Optimizing
 from stages.training.prefix_file import PrefixFile
 from tests.rounding import as_tensor, exact_features, gamma, no_worse, plain_features
@@ -524,6 +526,26 @@ def test_cached_frozen_outputs_change_nothing(tmp_path: Path) -> None:
         assert (file.path.read_bytes() == before) == used
     fresh = train_support(new_run(), support, fixed(**{**options, "views": 0}), rng=rng())
     assert encode(fresh) != encode(plain)
+
+
+@ENGINES
+def test_a_cache_is_kept_where_it_pays(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    support, notes = block(9, weighted=False), list[str]()
+    options = {"views": 2, "augmentation": Augmentation(), "learning_rates": (0.01, 0.05), "iterations": 4}
+    plain = train_support(new_run(), support, fixed(engine=engine, **options), rng=rng())
+    config = replace(fixed(engine=engine, **options), auto_cache=True)
+    assert encode(train_support(new_run(), support, config, rng=rng(), on_note=notes.append)) == encode(plain)
+    assert any("frozen layers' outputs" in note for note in notes)
+    net = make_net(replace(deploy(new_run().model), engine=Engine(engine)), LIVE)
+    x = model_input(support.x, "NHW", new_run().model.input)
+    worth = worth_of(net, x, config.adapting, 1 << 30)
+    assert worth.bytes == 9 * 3 * sum(value[0].nbytes for value in net.prefix(x))
+    assert worth.uses == 4 * 7 / 2  # three folds of two rates, and the final training
+    assert replace(worth, run_s=1e-3, read_s=1e-5).pays
+    assert not replace(worth, run_s=1e-5, read_s=1e-3).pays
+    assert not replace(worth, run_s=1e-3, read_s=1e-5, free_bytes=worth.bytes).pays
+    assert not replace(worth, run_s=1e-3, read_s=1e-5, uses=1.0).pays
+    assert worth_of(net, x, replace(config.adapting, views=0), None).uses == 0
 
 
 def test_the_heads_classes_are_the_supports() -> None:

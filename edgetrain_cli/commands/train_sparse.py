@@ -36,7 +36,7 @@ def train_sparse(
     cache_file: Annotated[
         str | None,
         typer.Option(
-            "--cache-file", metavar="FILE", help="Support: keep what --cache-prefix caches for the next time."
+            "--cache-file", metavar="FILE", help="Support: keep what --cache boundary caches for the next time."
         ),
     ] = None,
     memory_schedule: Annotated[
@@ -106,7 +106,8 @@ def train_sparse(
     if support is not None:
         for option, value in (("--checkpoint", checkpoint), ("--resume", resume), ("--holdout", holdout)):
             require(value is None, option, "together with a support set", "a stream", "leave one of the two out")
-        require(settings.cache_prefix or cache_file is None, "--cache-file", "without --cache-prefix", "both")
+        beside = settings.cache == "boundary" or cache_file is None
+        require(beside, "--cache-file", f"with --cache {settings.cache}", "--cache boundary")
         run = io.read_run(source, run_file)
         _on_support(io, run, block_of(io, support, run), settings, seed, arch, cache_file, out, metrics, schedule)
         return

@@ -278,7 +278,7 @@ def processor_ms(folder: Path, plan: str | None, rounds: int) -> dict[str, float
         laps.lap("select: reading weights")
         return start if version is None else start.at(version)
 
-    def publish(number: int, tensors: Mapping[str, np.ndarray], head: Head) -> None:
+    def publish(number: int, tensors: Mapping[str, np.ndarray], head: Head, _: object) -> None:
         live.publish(number, tensors, head, keep=3)
         laps.lap("train-sparse: publishing")
 

@@ -287,7 +287,7 @@ def perform(trial: Trial, task: Task, *, lag: int = 1) -> dict[str, Any]:
     every = max(rounds // MEASUREMENTS, 1)
     before = process_memory().get("process_rss_bytes", 0)
 
-    def publish(number, tensors, head):
+    def publish(number, tensors, head, _):
         copied = {name: value.copy() for name, value in tensors.items()}
         versions[number] = Version(number, copied, head, clock.times())
         versions.pop(number - lag - 1, None)

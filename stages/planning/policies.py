@@ -296,7 +296,7 @@ def _range(channels: Sequence[int], turn: int, parts: int) -> tuple[int, ...]:
     """One of so many ranges of nearly equal size, of whole panels where there are enough.
 
     >>> [len(_range(range(96), turn, 4)) for turn in range(4)], [len(_range(range(5), turn, 2)) for turn in range(2)]
-    ([32, 16, 32, 16], [2, 3])
+    ([32, 16, 16, 32], [2, 3])
     """
     unit = PANEL if len(channels) >= PANEL * parts else 1
     ends = [round(len(channels) * turn / parts / unit) * unit for turn in (turn, turn + 1)]

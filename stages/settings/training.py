@@ -81,7 +81,12 @@ class Training:
     iterations: int = setting(40, "Support: passes over it.", least=1)
     folds: int = setting(3, "Support: parts left out in turn to choose the learning rate.", least=2)
     views: int = setting(0, "Support: augmented copies, drawn once; 0 is a fresh one each pass.", least=0)
-    cache_prefix: bool = setting(False, "Support: run frozen layers once per view; needs --views.")
+    cache: str = setting(
+        "off",
+        "Support, with --views: keep what frozen layers make of each view (boundary), or where that pays here (auto).",
+        metavar="off|boundary|auto",
+        choices=("off", "boundary", "auto"),
+    )
     detach_prototypes: bool = setting(False, "Support: no gradient through prototypes; cheaper.")
     scale: float | None = setting(None, "Support: of the cosine logits; default the head's, or 10.")
 
@@ -152,7 +157,7 @@ class Training:
             folds=self.folds,
             optimizing=self._optimizing(self.optimizer or "adam", rate, self.clip or 0.0, self.iterations),
             views=self.views,
-            cache_prefix=self.cache_prefix,
+            cache_prefix=self.cache == "boundary",
             detach_prototypes=self.detach_prototypes,
             scale=scale if self.scale is None else self.scale,
             micro_batch=self.micro_batch or (1 if scheduled else 0),
@@ -162,6 +167,7 @@ class Training:
             plan=self.plan,
             adapting=adapting,
             fitting=fitting,
+            auto_cache=self.cache == "auto",
             engine=self.engine,
             device=self.device,
             same_bits=self.same_bits,
