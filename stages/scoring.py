@@ -124,7 +124,8 @@ def _searched(job: _Job) -> Run:
     channels = job.wish.channels
     facts[SEARCH] = search_text(
         criterion=how.criterion, select=how.select, layers=how.layers, gradient=how.gradient, ratios=channels.ratios,
-        axis=channels.axis, rule=channels.rule, bias=channels.bias, blocks=job.config.blocks, head=job.head_kind,
+        axis=channels.axis, rule=channels.rule, bias=channels.bias, unit=channels.unit, blocks=job.config.blocks,
+        head=job.head_kind,
     )  # fmt: skip
     facts |= {"score": found.choice.score} | ({"optimum_score": optimum.score} if optimum.optimal else {})
     plan = _plan(how.select, found.problem, found.choice.updates, facts)

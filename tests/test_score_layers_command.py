@@ -7,9 +7,11 @@ import pytest
 
 from edgetrain_cli.commands.score_layers import score_layers
 from stages.artifacts.hdf5 import decode, encode
-from stages.artifacts.records import Profile, Run
+from stages.artifacts.records import Block, Model, Profile, Run
 from stages.cost.model import cost_table
 from stages.errors import UsageError
+from stages.models import registry
+from stages.models.modules import state
 from tests.test_scoring import GRAPH, RUN, SUPPORT, TOML
 
 
@@ -68,3 +70,25 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(files):
         score_layers(files["run.h5"], files["out.h5"], plan="full", plot="plan.bmp")
     with pytest.raises(FileNotFoundError):
         written(files)
+
+
+def test_a_transformers_blocks(tmp_path, capsys):
+    arguments = {"size": 32, "depth": 4}
+    module = registry.build("vit-tiny", arguments, seed=0)
+    model = Model("vit-tiny", arguments, registry.input_spec("vit-tiny", arguments), "batchnorm", state(module))
+    (tmp_path / "run.h5").write_bytes(encode(Run(model)))
+    x = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    block = Block(x=x, layout="NHWC", y=np.arange(6) % 2)
+    (tmp_path / "support.h5").write_bytes(encode(block))
+    given = (str(tmp_path / "run.h5"), str(tmp_path / "out.h5"))
+    found = {}
+    for gradient in ("exact", "shortcut"):
+        score_layers(*given, plan="blocks:0,3", gradient=gradient, quiet=True)
+        found[gradient] = decode((tmp_path / "out.h5").read_bytes()).plan
+    assert found["shortcut"].backward_macs < found["exact"].backward_macs  # blocks 1 and 2 are passed by
+    score_layers(*given, support=str(tmp_path / "support.h5"), unit="blocks", memory="16MB", macs="60%", quiet=True)
+    plan = decode((tmp_path / "out.h5").read_bytes()).plan
+    assert {layer.split(".")[1] for layer in plan.layers} < {"0", "1", "2", "3"}
+    assert len(plan.layers) % 6 == 0
+    with pytest.raises(UsageError, match="whole blocks"):
+        score_layers(*given, support=str(tmp_path / "support.h5"), unit="blocks", ratios=[0.5])

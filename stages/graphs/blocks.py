@@ -32,6 +32,12 @@ def with_blocks(ops: tuple[Op, ...]) -> Graph:
     return Graph(tuple(placed), blocks)
 
 
+def inside(graph: Graph, block: int) -> tuple[Op, ...]:
+    """The layers of one block's own module, in execution order: without a stem or what runs behind the block."""
+    path = graph.blocks[block]
+    return tuple(op for op in graph.layers if op.block == block and f"{op.name}.".startswith(f"{path}."))
+
+
 def _rule(ops: tuple[Op, ...], layers: list[Op]) -> Callable[[str], str]:
     """Name of an operator -> its block, or an empty text."""
     units = _units(ops, layers)

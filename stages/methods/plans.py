@@ -83,6 +83,7 @@ class TinyTrain:
     axis: str = "output"
     ratios: tuple[float, ...] = SEARCHES["tinytrain"].ratios
     bias: bool = False
+    unit: str = "channels"
     layers: str = SEARCHES["tinytrain"].layers
     gradient: str = SEARCHES["tinytrain"].gradient
     memory: str = "1MB"
@@ -102,7 +103,7 @@ class TinyTrain:
 
     def channels(self) -> Channels:
         """How channels are chosen."""
-        return Channels(ratios=self.ratios, axis=self.axis, rule=self.rule, bias=self.bias)
+        return Channels(ratios=self.ratios, axis=self.axis, rule=self.rule, bias=self.bias, unit=self.unit)
 
     def budget(self, full_macs: int) -> Budget:
         """The budgets in numbers."""

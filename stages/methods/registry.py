@@ -18,7 +18,7 @@ from stages.methods.plans import Shortcut, TinyTrain, named, nothing, planned, s
 from stages.methods.task import Method
 from stages.methods.tinytl import TinyTL
 from stages.methods.transductive import Transductive
-from stages.planning.baselines import SCHEMES, plan_names
+from stages.planning.baselines import is_plan, plan_names
 
 Factory = Callable[..., Method]
 
@@ -53,12 +53,12 @@ _SETTINGS: Mapping[str, type] = {
 
 def find_method(text: str) -> Method:
     """The method of a name with settings. Raises `UsageError` for an unknown name or setting."""
+    if is_plan(text) and text not in METHODS:
+        return planned(named(text))
     name, _, rest = text.partition(":")
     settings = _settings(name, rest) if rest else {}
     if name in METHODS:
         return METHODS[name](**settings)
-    if name in SCHEMES or (name.startswith("last-") and name[5:].isdigit()):
-        return planned(named(name))
     known = ", ".join([*METHODS, *(plan for plan in plan_names() if plan not in METHODS)])
     raise UsageError("--methods", repr(name), f"one of {known}")
 

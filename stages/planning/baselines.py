@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from stages.artifacts.records import Array, LayerUpdate
 from stages.errors import DataError, UsageError, require
+from stages.graphs.blocks import inside
 from stages.graphs.graph import Graph
 from stages.graphs.updates import whole_update
 from stages.operators import Op
@@ -64,18 +65,28 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 
 _LAST = re.compile(r"last-(\d+)")
+_BLOCKS = re.compile(r"blocks:(\d+(?:,\d+)*)")
+BSR_EVERY = 4
+"""BSR trains every fourth block: 3, 7 and 11 of twelve (arXiv:2405.10951; the authors' scripts)."""
 
 
 def plan_names() -> tuple[str, ...]:
-    """Every name that `named_plan` knows; `last-K` stands for last-1, last-2, ..."""
-    return ("full", "last-layer", "last-K", "bias", *SCHEMES)
+    """Every name that `named_plan` knows; `last-K` stands for last-1, last-2, ..., `blocks:LIST` for blocks:3,7,11."""
+    return ("full", "last-layer", "last-K", "bias", "bsr", "blocks:LIST", *SCHEMES)
+
+
+def is_plan(name: str) -> bool:
+    """Whether `named_plan` knows the name."""
+    return name in plan_names() or bool(_LAST.fullmatch(name) or _BLOCKS.fullmatch(name))
 
 
 def named_plan(name: str, graph: Graph, *, tensors_l2: Mapping[str, Array] | None = None) -> tuple[LayerUpdate, ...]:
     """The updates of a named plan, in execution order.
 
     `full`: everything, biases too. `last-layer`: the weights of the last convolution (or linear layer) of the
-    backbone; `last-3`: of the last three. `bias`: every bias and nothing else. A scheme's name: SparseUpdate's.
+    backbone; `last-3`: of the last three. `bias`: every bias and nothing else. `blocks:3,7`: all layers of these
+    blocks, biases too, counted from 0. `bsr`: every fourth block so, and the normalisation behind the last one (BSR,
+    arXiv:2405.10951). A scheme's name: SparseUpdate's.
 
     Args:
         name: one of `plan_names()`.
@@ -96,9 +107,29 @@ def named_plan(name: str, graph: Graph, *, tensors_l2: Mapping[str, Array] | Non
         count = int(match[1])
         require(1 <= count <= len(layers), f"plan {name}", f"{count} layers", f"1 to {len(layers)}")
         return tuple(whole_update(op, bias=False) for op in layers[-count:])
+    if match := _BLOCKS.fullmatch(name):
+        return _whole_blocks(name, graph, tuple(int(number) for number in match[1].split(",")))
+    if name == "bsr":
+        blocks = _whole_blocks(name, graph, tuple(range(BSR_EVERY - 1, len(graph.blocks), BSR_EVERY)))
+        return (*blocks, *(whole_update(op) for op in layers if _closes(graph, op)))
     if name in SCHEMES:
         return _sparse_update(name, graph, tensors_l2 or {})
     raise UsageError("plan", repr(name), "one of " + ", ".join(plan_names()))
+
+
+def _whole_blocks(name: str, graph: Graph, numbers: tuple[int, ...]) -> tuple[LayerUpdate, ...]:
+    count = len(graph.blocks)
+    known = f"blocks from 0 to {count - 1}" if count else "a model of blocks"
+    strange = [number for number in numbers if number >= count]
+    require(not strange, f"plan {name}", f"block {strange[:1]} of {count}", known, "`edgetrain inspect` shows them")
+    found = tuple(whole_update(op) for number in sorted(set(numbers)) for op in inside(graph, number))
+    require(bool(found), f"plan {name}", f"a model of {count} blocks", f"at least {BSR_EVERY}, or blocks with layers")
+    return found
+
+
+def _closes(graph: Graph, op: Op) -> bool:
+    """Whether a layer is a normalisation behind the last block."""
+    return op.block < 0 and not op.operator.candidate and graph.position[op.name] > 0
 
 
 def bias_update(op: Op) -> LayerUpdate:

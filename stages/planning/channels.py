@@ -111,21 +111,26 @@ def top_channels(ranking: Array, count: int) -> tuple[int, ...]:
     return tuple(sorted(int(channel) for channel in order[:count]))
 
 
-def make_update(op: Op, axis: str, ranking: Array | None, ratio: float, *, bias: bool = False) -> LayerUpdate:
+def make_update(
+    op: Op, axis: str, ranking: Array | None, ratio: float, *, bias: bool = False, groups: Array | None = None
+) -> LayerUpdate:
     """The update of one layer at a channel ratio: its best channels by `ranking` (C,), which a full ratio needs not.
 
-    With `bias` the biases of the live output channels train too (along the input axis, every bias).
+    With `bias` the biases of the live output channels train too (along the input axis, every bias). With `groups` (C,),
+    whole numbers from 0, the ratio is one of groups, and these live or freeze as a whole.
 
     Raises:
         UsageError: a ratio outside (0, 1], an unknown axis, or a partial ratio without a ranking.
     """
     axis, channels = axis_of(op, axis)
-    count = channel_count(ratio, channels)
-    if count == channels:
+    if ratio == 1 or (groups is None and channel_count(ratio, channels) == channels):
         live = tuple(range(channels))
     elif ranking is None:
         raise UsageError(op.name, f"ratio {ratio:g} without a channel ranking", "scores or weights to rank channels by")
+    elif groups is not None:
+        best = top_channels(np.bincount(groups, ranking), channel_count(ratio, int(groups.max()) + 1))
+        live = tuple(int(channel) for channel in np.flatnonzero(np.isin(groups, best)))
     else:
-        live = top_channels(ranking, count)
+        live = top_channels(ranking, channel_count(ratio, channels))
     biases = live if axis == "output" else tuple(range(op.out_channels))
     return LayerUpdate(op.name, axis, live, channels, biases if bias and op.bias else ())

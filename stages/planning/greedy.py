@@ -27,7 +27,7 @@ def _descend(problem: Problem, ratio: int, *, stop: bool) -> Choice:
     chosen: dict[int, Option] = {}
     for i in order:
         trial = {**chosen, i: problem.candidates[i].options[ratio]}
-        if problem.fits([option.update for option in trial.values()]):
+        if problem.fits(choice(tuple(trial.values())).updates):
             chosen = trial
         elif stop:
             break

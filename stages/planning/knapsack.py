@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from stages.cost.training import memory_model
 from stages.planning.arena import best_by_arena
+from stages.planning.branching import best_by_branching
 from stages.planning.coupling import Coupling, State, Vector, Way
 from stages.planning.greedy import greedy
 from stages.planning.problem import Choice, Problem, choice
@@ -115,8 +116,11 @@ def knapsack(problem: Problem, limits: Limits = SEARCH) -> Choice:
 
     Exact up to rounding in the scores, which the choice says (`optimal`). Milliseconds to tenths of a second for 60
     layers at 4 ratios. At its `limits` the search is given up, and what is returned is the best plan that it has seen,
-    or greedy's where that is better. Memory by `arena` is no sum, and searched as `planning.arena` says.
+    or greedy's where that is better. Memory by `arena` is no sum, and searched as `planning.arena` says; blocks are
+    searched as `planning.branching` says.
     """
+    if problem.by_blocks:
+        return best_by_branching(problem)
     if problem.by_arena:
         return best_by_arena(problem, lambda coupling: _optimum(coupling, limits))
     budget = problem.budget

@@ -435,7 +435,7 @@ def search_of(plan: Plan | None) -> dict[str, Any]:
     """How a plan was searched for; TinyTrain's way where the record does not say."""
     standard = {
         "criterion": "score", "select": "greedy", "layers": "filters", "ratios": (1.0, 0.5, 0.25, 0.125),
-        "axis": "output", "rule": "fisher", "bias": False, "blocks": 6, "gradient": "exact",
+        "axis": "output", "rule": "fisher", "bias": False, "unit": "channels", "blocks": 6, "gradient": "exact",
         "head": "prototypes",
     }  # fmt: skip
     told = {} if plan is None else json.loads(plan.facts.get(SEARCH, "{}"))
@@ -489,7 +489,9 @@ def room_of(
         memory_model=model,
         **accounting,
     )
-    channels = Channels(ratios=tuple(how["ratios"]), axis=how["axis"], rule=how["rule"], bias=how["bias"])
+    channels = Channels(
+        ratios=tuple(how["ratios"]), axis=how["axis"], rule=how["rule"], bias=how["bias"], unit=how["unit"]
+    )
     ends = residual_entries(graph) if how["gradient"] == "shortcut" else detached_layers(updates)
     problem = Problem(graph, (), budget, fixed, measured if latency_s is not None else None, ends)
     return Room(problem, candidates, channels, str(how["select"]), weights or {})

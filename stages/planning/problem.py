@@ -7,7 +7,7 @@ information at all, the share is the live channels' part of the channels.) A pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import fsum
 
@@ -16,8 +16,11 @@ import numpy as np
 from stages.artifacts.records import Array, LayerUpdate, Scores
 from stages.cost.latency import Durations, predicted_latency_ns
 from stages.cost.training import ARENA, check_memory_model, live_values, memory_bytes, plan_backward_macs
-from stages.errors import BudgetError, DataError, require
+from stages.errors import BudgetError, DataError, UsageError, require
+from stages.graphs.blocks import inside
 from stages.graphs.graph import Graph
+from stages.graphs.heads import input_heads, output_heads
+from stages.graphs.updates import whole_update
 from stages.operators import Op
 from stages.operators.op import ELEMENT_BYTES
 from stages.planning.budget import Budget, format_bytes
@@ -28,17 +31,28 @@ RATIOS = (1.0, 0.5, 0.25, 0.125)
 """The channel ratios that TinyTrain studies (Figures 3, 4, 7-10)."""
 
 
+UNITS = ("channels", "heads", "blocks")
+"""What lives or freezes as one: a channel of a layer; where a layer makes or reads the heads of an attention a whole
+head, other layers as before; or every layer of a block, whole and with its biases."""
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way to train one layer, and what it is worth."""
+    """One way to train a layer, or a block, and what it is worth."""
 
-    update: LayerUpdate
+    updates: tuple[LayerUpdate, ...]
     score: float
+
+    @property
+    def update(self) -> LayerUpdate:
+        """The one layer's."""
+        (update,) = self.updates
+        return update
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that may train: its score as a whole, and one option per ratio."""
+    """A layer that may train: its score as a whole, and one option per ratio. Or a block, which has one option."""
 
     score: float
     options: tuple[Option, ...]
@@ -101,6 +115,11 @@ class Problem:
         return plan_backward_macs(self.graph, updates), latency_ns
 
     @property
+    def by_blocks(self) -> bool:
+        """Whether candidates are of several layers."""
+        return any(len(option.updates) > 1 for one in self.candidates for option in one.options)
+
+    @property
     def by_arena(self) -> bool:
         """Whether memory is limited, and by the one model that is no sum over layers."""
         return self.budget.memory_bytes is not None and self.budget.memory_model == ARENA
@@ -127,7 +146,8 @@ class Choice:
 
 def choice(options: Sequence[Option]) -> Choice:
     """The choice of these options (execution order); its score does not depend on the order of summation."""
-    return Choice(tuple(option.update for option in options), fsum(option.score for option in options))
+    updates = tuple(update for option in options for update in option.updates)
+    return Choice(updates, fsum(option.score for option in options))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,12 +163,15 @@ class Channels:
     rule: str = "fisher"
     bias: bool = False
     """Whether the biases of live channels train too."""
+    unit: str = "channels"
+    """What lives or freezes as one: one of `UNITS`."""
 
     def __post_init__(self) -> None:
         require(len(self.ratios) > 0, "channel ratios", "none", "at least one")
         for ratio in self.ratios:
             require(0 < ratio <= 1, "channel ratio", f"{ratio}", "more than 0 and at most 1")
         require(self.axis in ("output", "input"), "channel axis", repr(self.axis), "output or input")
+        require(self.unit in UNITS, "unit", repr(self.unit), "one of " + ", ".join(UNITS))
         channel_rule(self.rule)
 
 
@@ -175,13 +198,18 @@ def pose(
 ) -> Problem:
     """The planning problem over the scored layers. Layers whose score is 0 cannot help and are left out.
 
+    A block is worth the sum of its scored layers; scored layers outside every block do not count with `unit` blocks.
+
     Raises:
         DataError: scores of another model, not finite or negative, or all 0.
+        UsageError: `unit` blocks where no scored layer lies in a block.
     """
     _check_scores(graph, scores)
-    candidates = tuple(
-        _candidate(graph[name], scores, i, how, evidence) for i, name in enumerate(scores.layer) if scores.score[i] > 0
-    )
+    if how.unit == "blocks":
+        candidates = tuple(_block_candidates(graph, scores))
+    else:
+        worth = [i for i in range(len(scores.layer)) if scores.score[i] > 0]
+        candidates = tuple(_candidate(graph, scores, i, how, evidence) for i in worth)
     return Problem(graph, candidates, budget, tuple(fixed), measured, detached)
 
 
@@ -200,8 +228,33 @@ def _check_scores(graph: Graph, scores: Scores) -> None:
         )
 
 
-def _candidate(op: Op, scores: Scores, i: int, how: Channels, evidence: Evidence) -> Candidate:
-    axis, channels = axis_of(op, how.axis)
+def _block_candidates(graph: Graph, scores: Scores) -> Iterator[Candidate]:
+    """The blocks in which something is scored, each whole."""
+    worth = {name: float(score) for name, score in zip(scores.layer, scores.score, strict=True)}
+    found = False
+    for number in range(len(graph.blocks)):
+        layers = inside(graph, number)
+        score = fsum(worth.get(op.name, 0.0) for op in layers)
+        if score > 0:
+            found = True
+            yield Candidate(score, (Option(tuple(whole_update(op) for op in layers), score),))
+    if not found:
+        raise UsageError("unit blocks", "no scored layer in a block", "a model of blocks", "use unit channels")
+
+
+def _groups(graph: Graph, op: Op, how: Channels) -> tuple[str, Array | None]:
+    """Along which axis a layer's channels are chosen, and the head of each where heads are asked for and it has any."""
+    if how.unit == "heads":
+        for axis, heads in (("output", output_heads), ("input", input_heads)):
+            if (groups := heads(graph, op)) is not None:
+                return axis, groups
+    return how.axis, None
+
+
+def _candidate(graph: Graph, scores: Scores, i: int, how: Channels, evidence: Evidence) -> Candidate:
+    op = graph[scores.layer[i]]
+    wanted, groups = _groups(graph, op, how)
+    axis, channels = axis_of(op, wanted)
     information = np.asarray((scores.output_fisher if axis == "output" else scores.input_fisher)[i], dtype=np.float64)
     if information.shape != (channels,):
         raise DataError(
@@ -209,9 +262,9 @@ def _candidate(op: Op, scores: Scores, i: int, how: Channels, evidence: Evidence
         )
     weight = evidence.weights.get(f"{op.name}.weight")
     ranking = channel_rule(how.rule)(ChannelEvidence(op, axis, channels, information, weight, evidence.rng))
-    updates = [make_update(op, axis, ranking, ratio, bias=how.bias) for ratio in how.ratios]
+    updates = [make_update(op, axis, ranking, ratio, bias=how.bias, groups=groups) for ratio in how.ratios]
     whole = float(scores.score[i])
-    return Candidate(whole, tuple(Option(update, whole * _share(information, update)) for update in updates))
+    return Candidate(whole, tuple(Option((update,), whole * _share(information, update)) for update in updates))
 
 
 def _share(information: Array, update: LayerUpdate) -> float:
@@ -229,10 +282,10 @@ def nothing_fits(problem: Problem) -> BudgetError:
     smallest sufficient value is stated; otherwise all of them, for the layer that needs the least.
     """
     budget = problem.budget
-    single = [min(one.options, key=lambda o: o.update.ratio).update for one in problem.candidates]
+    single = [min(one.options, key=_ratio).updates for one in problem.candidates]
     if not single:
         return BudgetError("budget", "no candidate layer", "layers to choose from")
-    used = [(problem.usage([update]), update) for update in single]
+    used = [(problem.usage(updates), updates) for updates in single]
     if any(within(costs, budget.limits) for costs, _ in used):
         return BudgetError(
             "budget",
@@ -244,14 +297,24 @@ def nothing_fits(problem: Problem) -> BudgetError:
         others = [limit for i, limit in enumerate(budget.limits) if i != which]
         enough = [entry for entry in used if within([c for i, c in enumerate(entry[0]) if i != which], others)]
         if enough and budget.limits[which] is not None:
-            costs, update = min(enough, key=lambda entry: entry[0][which])
+            costs, updates = min(enough, key=lambda entry: entry[0][which])
             needed = _describe(costs, tuple(i == which for i in range(len(costs))))
             break
     else:
-        costs, update = min(used, key=lambda entry: entry[0])
+        costs, updates = min(used, key=lambda entry: entry[0])
         needed = _describe(costs, tuple(limit is not None for limit in budget.limits))
-    smallest = f"at least {needed} (for {update.layer} at ratio {update.ratio:.3g})"
+    first = updates[0]
+    what = f"{first.layer} at ratio {first.ratio:.3g}" if len(updates) == 1 else _block_of(problem.graph, first.layer)
+    smallest = f"at least {needed} (for {what})"
     return BudgetError("budget", f"no plan fits {budget}", smallest, "raise the budget, or allow smaller ratios")
+
+
+def _ratio(option: Option) -> float:
+    return max(update.ratio for update in option.updates)
+
+
+def _block_of(graph: Graph, layer: str) -> str:
+    return f"the block {graph.blocks[graph[layer].block]}"
 
 
 def _describe(costs: tuple[int, int, int], mention: Sequence[bool]) -> str:

@@ -20,7 +20,10 @@ from stages.graphs.graph import Graph
 
 
 def residual_entries(graph: Graph) -> frozenset[str]:
-    """The layers with which residual branches begin: additions whose one input feeds the other through layers."""
+    """The layers with which residual branches begin: additions whose one input feeds the other through layers.
+
+    A normalisation without weights in front of them belongs to the branch: in a transformer it is the norm's scale.
+    """
     found: set[str] = set()
     for op in graph.ops:
         if op.operator.joins == "sum":
@@ -30,19 +33,30 @@ def residual_entries(graph: Graph) -> frozenset[str]:
 
 
 def _branch_entries(graph: Graph, short: str, long: str) -> set[str]:
-    """Layers that read the value `short` on the way to `long`; none where the way does not begin there alone."""
+    """The first layers on every way from the value `short` to `long`; none where a way has no layer, or where the
+    branch does not begin at `short` alone."""
     inside, entries, open_ends = {long}, set(), [long]
     while open_ends:
         op = graph[open_ends.pop()]
+        if not op.inputs and op.name not in graph.constants:
+            return set()
         for source in op.inputs:
             if source == short:
                 entries.add(op.name)
             elif source not in inside:
                 inside.add(source)
                 open_ends.append(source)
-        if not op.inputs:
+    found: set[str] = set()
+    waiting = list(entries)
+    while waiting:
+        name = waiting.pop()
+        if graph[name].is_layer:
+            found.add(name)
+        elif name == long:
             return set()
-    return entries if all(graph[name].is_layer for name in entries) else set()
+        else:
+            waiting += [reader for reader in graph.consumers[name] if reader in inside]
+    return found
 
 
 def with_detached(graph: Graph, updates: Iterable[LayerUpdate], layers: Set[str]) -> tuple[LayerUpdate, ...]:

@@ -27,9 +27,10 @@ SELECTORS = ("greedy", "strict-prefix", "knapsack", "exhaustive")
 LAYERS = ("filters", "all", "entries")
 GRADIENTS = ("exact", "shortcut")
 HEADS = ("prototypes", "linear")
+UNITS = ("channels", "heads", "blocks")
 """The names of the tables that the search looks into; a test holds them equal."""
 
-OF_THE_SEARCH = ("search", "criterion", "select", "channels", "ratios", "train_bias", "blocks", "layers")
+OF_THE_SEARCH = ("search", "criterion", "select", "channels", "ratios", "train_bias", "blocks", "layers", "unit")
 """Settings of the search, which have no meaning beside a plan that is given."""
 
 MEMORY, MACS = "1MB", "15%"
@@ -44,7 +45,9 @@ class Scoring:
     """
 
     plan: str | None = setting(
-        None, "No search: full, last-layer, last-3, bias, mcunet-99kb and other schemes.", metavar="NAME"
+        None,
+        "No search: full, last-layer, last-3, bias, bsr, blocks:3,7,11, mcunet-99kb and other schemes.",
+        metavar="NAME",
     )
     plan_text: str | None = None
     """The text of a hand-made plan instead of a search."""
@@ -110,6 +113,12 @@ class Scoring:
         "Share of a layer's channels; repeat for a choice. tinytrain: 1, 1/2, 1/4, 1/8; shortcut: 1, 1/2.",
         flag="--ratio",
     )
+    unit: str = setting(
+        "channels",
+        "What lives or freezes as one: single channels, whole heads of an attention, or whole blocks (no --ratio).",
+        metavar="channels|heads|blocks",
+        choices=UNITS,
+    )
     channels: str = setting("output", "Which channels train: output or input ones.", metavar="NAME")
     channel_rule: str | None = setting(
         None, "The best channels: fisher, l2, random. Default fisher; l2 with --plan.", metavar="NAME"
@@ -126,6 +135,7 @@ class Scoring:
         require(self.plan is None or self.plan_text is None, "--plan", "a name and a file", "one of them")
         self.budget(full_macs=10**6)
         self.channel_choice()
+        require(self.unit != "blocks" or self.ratios is None, "--ratio", "with --unit blocks", "whole blocks")
         default = {field.name: field.default for field in fields(type(self))}
         ignored = [name for name in OF_THE_SEARCH if self.given and getattr(self, name) != default[name]]
         require(not ignored, "a plan that is given", f"settings of the search: {', '.join(ignored)}", "none beside it")
@@ -164,4 +174,4 @@ class Scoring:
         from stages.planning.problem import Channels
 
         rule = self.channel_rule or ("l2" if self.given else "fisher")
-        return Channels(ratios=self.how().ratios, axis=self.channels, rule=rule, bias=self.train_bias)
+        return Channels(ratios=self.how().ratios, axis=self.channels, rule=rule, bias=self.train_bias, unit=self.unit)

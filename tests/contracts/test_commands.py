@@ -19,6 +19,7 @@ from stages.importance.criteria import CRITERIA
 from stages.importance.tasks import TASKS
 from stages.methods.layer_scores import SEARCHES
 from stages.planning.layers import SELECTORS
+from stages.planning.problem import UNITS
 from stages.pretraining import AUGMENTATIONS
 from stages.settings import (
     evaluation,
@@ -99,6 +100,7 @@ TABLES = {
     scoring.SELECTORS: SELECTORS,
     scoring.SEARCHES: SEARCHES,
     scoring.HEADS: TASKS,
+    scoring.UNITS: UNITS,
     pretraining.AUGMENTATIONS: AUGMENTATIONS,
     training.OPTIMIZERS: OPTIMIZERS,
     training.SCHEDULES: SCHEDULES,

@@ -2,20 +2,24 @@
 
 import numpy as np
 import pytest
+import torch
 
 from stages.artifacts.records import LayerUpdate, Model
 from stages.cost.model import block_entries, last_blocks
 from stages.cost.training import plan_backward_macs, reached, saved_activation_bytes
+from stages.graphs.capture import Captured, capture
 from stages.graphs.graph import Graph
 from stages.graphs.updates import whole_update
 from stages.models import registry
-from stages.models.deploy import deploy
+from stages.models.deploy import Backbone, deploy
 from stages.models.modules import state
 from stages.operators import Op
 from stages.planning.budget import Budget
 from stages.planning.layers import select_layers
 from stages.planning.problem import Channels, Evidence, pose
 from stages.planning.shortcuts import residual_entries, with_detached
+from stages.training.updates import gradient_update
+from tests.engines.protocol import closed, named_gradients, net_of
 from tests.planning.problems import random_scores
 
 
@@ -135,3 +139,58 @@ def test_entries_of_blocks():
 def test_bare_rows_have_no_ratio():
     assert LayerUpdate("a", "output", (), 4, detached=True).ratio == 0
     assert np.isclose(LayerUpdate("a", "output", (1,), 4).ratio, 0.25)
+
+
+# --------------------------------------------------------------------------------------------------------- transformers
+
+
+def test_branches_of_a_transformer_begin_with_the_scale_of_their_norm():
+    assert residual_entries(small_vit().graph) == {f"blocks.{block}.norm{half}" for block in (0, 1) for half in (1, 2)}
+
+
+def test_a_branch_without_a_layer_is_none():
+    ops = residual().ops
+    bare = Graph((*ops[:3], plain("branch", "sigmoid", "start"), plain("sum", "add", "start", "branch"), *ops[7:]))
+    assert residual_entries(bare) == frozenset()
+
+
+def test_a_constant_in_a_branch_does_not_end_it():
+    ops = residual().ops
+    weighed = Graph(
+        (
+            *ops[:6],
+            Op("gamma", "constant", (), (4, 1, 1)),
+            Op("weighed", "multiply", ("b", "gamma"), (4, 3, 3), in_shapes=((4, 3, 3), (4, 1, 1))),
+            plain("sum", "add", "start", "weighed"),
+            *ops[7:],
+        )
+    )
+    assert residual_entries(weighed) == {"a"}
+
+
+def small_vit() -> Captured:
+    return capture(registry.build("vit-tiny", {"size": 32, "depth": 2}, seed=0).double(), (3, 32, 32))
+
+
+def test_a_transformers_shortcut_gradients_are_those_of_detached_branches():
+    """Against autograd through the user's module, every norm's input detached; in float64."""
+    module = registry.build("vit-tiny", {"size": 32, "depth": 2}, seed=0).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for block in module.blocks:
+        for norm in (block.norm1, block.norm2):
+            norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(),))
+    module(x).square().sum().backward()
+    wanted = {name: value.grad.numpy() for name, value in module.named_parameters() if value.grad is not None}
+
+    captured = small_vit()
+    live = [whole_update(op) for op in captured.graph.layers if op.name != "patch_embed.proj"]
+    updates = with_detached(captured.graph, live, residual_entries(captured.graph))
+    backbone = Backbone(captured.graph, captured.tensors, registry.input_spec("vit-tiny", {"size": 32, "depth": 2}))
+    net = net_of(backbone, updates, "torch")
+    gradient_update(net, x.numpy(), closed(lambda features: features.square().sum()))
+    seen = named_gradients(net)
+    assert seen.keys() <= wanted.keys()
+    assert len(seen) == 2 * 12 + 2
+    for name, found in seen.items():
+        scale = np.abs(wanted[name]).max()
+        np.testing.assert_allclose(found, wanted[name], rtol=0, atol=1e-10 * scale, err_msg=name)

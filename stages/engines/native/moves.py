@@ -10,21 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import floor, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.engines.native.builder import Builder, map_of
 from stages.engines.native.program import Buffer, Integers, Ref, Step, float_word
+from stages.graphs.moves import OUTSIDE, moved
 from stages.operators import Op, Shape
 
 if TYPE_CHECKING:
     from stages.engines.native.rules import Node
 
 Doubles = NDArray[np.float64]
-OUTSIDE = -1
-"""Stands in a table for a value that is no input's: the step's own number."""
 CUBIC = -0.75
 """The constant of PyTorch's bicubic kernel."""
 MOST_ENTRIES = 1 << 22
@@ -50,35 +49,7 @@ def sources(op: Op) -> tuple[Integers, Doubles | None]:
     if op.kind == "upsample":
         return _resized(op)
     ids = np.arange(prod(op.in_shape)).reshape(op.in_shape)
-    return np.asarray(_moved(op, ids))[..., None], None
-
-
-def _moved(op: Op, ids: Integers) -> Any:
-    if op.kind == "permute":
-        return np.transpose(ids, op["order"])
-    if op.kind == "expand":
-        return np.broadcast_to(ids, op.shape)
-    if op.kind == "roll":
-        return np.roll(ids, op["shifts"], op["axes"])
-    if op.kind == "slice":
-        return ids[(slice(None),) * op["axis"] + (slice(op["start"], op["stop"], op["step"]),)]
-    if op.kind == "take":
-        return np.take(ids, op["index"], op["axis"])
-    if op.kind == "pad":
-        return _bordered(op, ids)
-    return ids.reshape(op.shape)
-
-
-def _bordered(op: Op, ids: Integers) -> Integers:
-    cut = tuple(
-        slice(max(0, -b), size - max(0, -a)) for b, a, size in zip(op["before"], op["after"], ids.shape, strict=True)
-    )
-    amounts = [(max(0, b), max(0, a)) for b, a in zip(op["before"], op["after"], strict=True)]
-    if op["mode"] == "constant":
-        return np.pad(ids[cut], amounts, constant_values=OUTSIDE)
-    if op["mode"] == "reflect":
-        return np.pad(ids[cut], amounts, mode="reflect")
-    return np.pad(ids[cut], amounts, mode="edge" if op["mode"] == "replicate" else "wrap")
+    return moved(op, ids)[..., None], None
 
 
 def _resized(op: Op) -> tuple[Integers, Doubles | None]:
