@@ -128,7 +128,7 @@ def _trainer(
         return augment(x, backbone.input, rng, AUGMENTATIONS[config.augment])
 
     flat = WarmCosine(
-        epochs=max(1, config.supervised_epochs), rate=config.supervised_lr, warmup_epochs=0, least_rate=0.0
+        epochs=max(1, config.supervised_epochs), rate=config.supervised_rate, warmup_epochs=0, least_rate=0.0
     )
     batches = BatchUnits(learner, sets, config.supervised_batch, distort, seed)
     episodes = EpisodeUnits(learner, sets, config.shape, distort, seed)
@@ -138,7 +138,10 @@ def _trainer(
         Phase(batches, config.supervised_epochs, flat, batchnorm_trains=True, competes=False, slicing=sliced),
         Phase(episodes, config.epochs, config.schedule, config.batchnorm_trains, slicing=sliced, whole_epochs=whole),
     ]
-    rhythm = Rhythm(config.steps, config.per_step, config.momentum, config.weight_decay, config.patience)
+    rhythm = Rhythm(
+        config.steps, config.per_step, config.momentum, config.weight_decay, config.optimizer, config.layer_decay,
+        config.patience,
+    )  # fmt: skip
     return Trainer(learner, phases, rhythm, _validation_tasks(others, config, seed), team)
 
 

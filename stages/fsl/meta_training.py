@@ -25,9 +25,10 @@ from stages.artifacts.records import Array
 from stages.errors import DataError
 from stages.fsl.episodes import Episode, Pool, Shape
 from stages.fsl.intervals import half_width
+from stages.fsl.optimizing import Optimizer, set_rate
 from stages.fsl.protonet import accuracy, cosine_logits, episode_loss, prototypes
 from stages.fsl.schedule import WarmCosine
-from stages.fsl.slicing import Cut, Part, SlicedSGD, Slicing
+from stages.fsl.slicing import Cut, Part, Slicing
 from stages.fsl.team import Team
 from stages.losses import Floats
 from stages.randomness import generator
@@ -172,7 +173,7 @@ class Epoch:
 def train_epoch(
     learner: Learner,
     units: Units,
-    optimizer: SlicedSGD,
+    optimizer: Optimizer,
     epoch: Epoch,
     team: Team,
     on_step: Callable[[int], None],
@@ -184,8 +185,7 @@ def train_epoch(
     learner.train(epoch.batchnorm_trains)
     total = 0.0
     for step in range(epoch.number * epoch.steps, (epoch.number + 1) * epoch.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = epoch.schedule.at(step / epoch.steps)
+        set_rate(optimizer, epoch.schedule.at(step / epoch.steps))
         optimizer.kept = learner.keep(None if epoch.slicing is None else epoch.slicing.cut(step))
         numbers = range(step * epoch.per_step, (step + 1) * epoch.per_step)
         loss = _gradients(learner, units, numbers, team)

@@ -13,8 +13,9 @@ from stages.artifacts.records import Array, Group
 from stages.errors import DataError
 from stages.fsl.episodes import Episode
 from stages.fsl.meta_training import DataSet, Epoch, Learner, Measured, Units, train_epoch, validate
+from stages.fsl.optimizing import Optimizer, load_optimizer, make_optimizer, optimizer_state
 from stages.fsl.schedule import WarmCosine
-from stages.fsl.slicing import SlicedSGD, Slicing
+from stages.fsl.slicing import Slicing
 from stages.fsl.team import Team
 
 Weights = Mapping[str, Array]
@@ -46,6 +47,9 @@ class Rhythm:
     per_step: int
     momentum: float
     weight_decay: float
+    optimizer: str
+    """`sgd` or `adamw`."""
+    layer_decay: float
     patience: int
     """Competing epochs without a better validation after which training ends; 0 never ends it."""
 
@@ -127,9 +131,12 @@ class Trainer:
             number -= phase.epochs
         raise IndexError("no epoch left")
 
-    def _optimizer(self) -> SlicedSGD:
+    def _optimizer(self) -> Optimizer:
         how = self.rhythm
-        return SlicedSGD(list(self.learner.parameters()), momentum=how.momentum, weight_decay=how.weight_decay)
+        return make_optimizer(
+            how.optimizer, self.learner,
+            momentum=how.momentum, weight_decay=how.weight_decay, layer_decay=how.layer_decay,
+        )  # fmt: skip
 
     def _record(self, rate: float, loss: float, measured: Measured) -> None:
         scale = self.learner.scale.item()
@@ -146,16 +153,11 @@ class Trainer:
 
     def state(self) -> Group:
         """Everything that the coming epochs depend on."""
-        momentum = {
-            name: self.optimizer.state[parameter]["momentum_buffer"].cpu().numpy()
-            for name, parameter in self.learner.named_parameters()
-            if self.optimizer.state[parameter].get("momentum_buffer") is not None
-        }
         kept = {"epoch": self.kept.epoch, "accuracy": self.kept.accuracy}
         groups = {
             "weights": _group(weights(self.learner)),
             "kept": replace(_group(self.kept.weights), attrs=kept),
-            "momentum": _group(momentum),
+            "optimizer": optimizer_state(self.optimizer, self.learner),
             "table": Group(arrays={name: np.array(values) for name, values in self.table.items()}),
         }
         return Group({"done": self.done}, groups=groups)
@@ -173,10 +175,7 @@ class Trainer:
         current, kept = state.groups["weights"], state.groups["kept"]
         tensors = {name: torch.from_numpy(array) for name, array in _arrays(current, shapes).items()}
         self.learner.load_state_dict(tensors, strict=False)  # all but BatchNorm's counters, which nothing reads
-        for name, parameter in self.learner.named_parameters():
-            if name in state.groups["momentum"].arrays:
-                array = _arrays(state.groups["momentum"], {name: shapes[name]})[name]
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.from_numpy(array).to(parameter.device)
+        load_optimizer(self.optimizer, self.learner, state.groups["optimizer"], _array)
         self.kept = Kept(_arrays(kept, shapes), int(kept.attrs["epoch"]), float(kept.attrs["accuracy"]))
         self.table = {name: [float(value) for value in state.groups["table"].arrays[name]] for name in COLUMNS}
         self.done = int(state.attrs["done"])
@@ -198,4 +197,8 @@ def _group(arrays: Weights) -> Group:
 
 
 def _arrays(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    return {name: np.array(group.arrays[name]).reshape(shape) for name, shape in shapes.items()}
+    return {name: _array(group, name, shape) for name, shape in shapes.items()}
+
+
+def _array(group: Group, name: str, shape: tuple[int, ...]) -> Array:
+    return np.array(group.arrays[name]).reshape(shape)

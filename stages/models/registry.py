@@ -88,7 +88,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "resnet18": Architecture(ResNet18, image_input(3, 224, 224), "ResNet-18; channels, size"),
     "vit-tiny": Architecture(
-        VitTiny, image_input(3, 224, 224), "vision transformer of 192 channels, 16 x 16 patches; depth, channels, size"
+        VitTiny,
+        image_input(3, 224, 224),
+        "vision transformer; patch (16), width (192), heads (3), depth (12), channels, size",
     ),
     "squeezenet": Architecture(SqueezeNet, image_input(3, 128, 128), "SqueezeNet 1.1; channels, size"),
     "cnn4": Architecture(Cnn4, image_input(1, 28, 28), "ProtoNet's Conv-4; -wX or width (64), channels, size"),

@@ -1,4 +1,5 @@
-"""The tiny vision transformer (DeiT-Ti, arXiv:2012.12877): 16 x 16 patches, 12 blocks of 192 channels, 3 heads.
+"""The tiny vision transformer (DeiT-Ti, arXiv:2012.12877): 16 x 16 patches, 12 blocks of 192 channels, 3 heads; and
+smaller ones by arguments.
 
 Its tensors have timm's names, so that state dicts of `vit_tiny_patch16_*` load by name.
 """
@@ -57,9 +58,9 @@ class _Block(nn.Module):
 
 
 class _Patches(nn.Module):
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, PATCH, PATCH)
+        self.proj = nn.Conv2d(channels, width, patch, patch)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.proj(x).flatten(2).transpose(1, 2)
@@ -67,19 +68,30 @@ class _Patches(nn.Module):
 
 
 class VitTiny(nn.Module):
-    """(N, channels, size, size) -> (N, 192): the class token behind the last norm."""
+    """(N, channels, size, size) -> (N, width): the class token behind the last norm."""
 
-    def __init__(self, *, channels: int = 3, size: int | list[int] = 224, depth: int = DEPTH) -> None:
+    def __init__(
+        self,
+        *,
+        channels: int = 3,
+        size: int | list[int] = 224,
+        patch: int = PATCH,
+        width: int = WIDTH,
+        heads: int = HEADS,
+        depth: int = DEPTH,
+    ) -> None:
         super().__init__()
-        height, width = (size, size) if isinstance(size, int) else size
-        if height % PATCH or width % PATCH:
-            raise UsageError("vit-tiny", f"size {height} x {width}", f"multiples of {PATCH}")
-        tokens = (height // PATCH) * (width // PATCH) + 1
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, WIDTH))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, WIDTH))
-        self.patch_embed = _Patches(channels, WIDTH)
-        self.blocks = nn.Sequential(*(_Block(WIDTH, HEADS) for _ in range(depth)))
-        self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
+        rows, columns = (size, size) if isinstance(size, int) else size
+        if rows % patch or columns % patch:
+            raise UsageError("vit-tiny", f"size {rows} x {columns}", f"multiples of {patch}, the side of a patch")
+        if width % heads:
+            raise UsageError("vit-tiny", f"width {width} in {heads} heads", "a multiple of the heads")
+        tokens = (rows // patch) * (columns // patch) + 1
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+        self.patch_embed = _Patches(channels, width, patch)
+        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.patch_embed(x)

@@ -29,12 +29,19 @@ class Pretraining:
     repeat: bool = setting(
         True, "Repeat (augmented) samples of classes that have too few.", flag="--repeat/--no-repeat"
     )
-    lr: float | None = setting(None, "Highest learning rate; default 5e-5 with --init, else 0.1.", least=0)
+    lr: float | None = setting(None, "Highest learning rate; default 5e-5 with --init, else 0.1, adamw 0.001.", least=0)
     warmup_epochs: int | None = setting(None, "Default 5 with --init, else none.", least=0)
     warmup_lr: float = setting(1e-6, "Rate at the start of the warm-up.", least=0)
     least_lr: float = setting(1e-6, "Rate at the end.", least=0)
+    optimizer: str = setting(
+        "sgd", "adamw: what transformers are trained with.", metavar="sgd|adamw", choices=("sgd", "adamw")
+    )
     momentum: float = setting(0.9, "Of SGD.", least=0)
-    weight_decay: float = setting(0.0, "Of SGD.", least=0)
+    weight_decay: float = setting(0.0, "Of weights; AdamW's spares biases and norms.", least=0)
+    layer_decay: float = setting(
+        1.0, "AdamW: a block's rate as a share of that of the block behind it; 0.75 for pretrained transformers.",
+        least=0.01, most=1,
+    )  # fmt: skip
     scale: float = setting(10.0, "First value of the learnable cosine scale, where the run has none.")
     batchnorm: str | None = setting(
         None,
@@ -53,7 +60,7 @@ class Pretraining:
     )  # fmt: skip
     supervised_epochs: int = setting(0, "First train a classifier over all classes.", least=0)
     supervised_batch: int = setting(128, "Its batch size.", least=2)
-    supervised_lr: float = setting(0.05, "Its highest learning rate.")
+    supervised_lr: float | None = setting(None, "Its highest learning rate; default 0.05, adamw 0.001.")
     validation_share: float = setting(0.1, "Share of the classes held out where there is no --validation.")
     validation_tasks: int = setting(100, "0: no validation, the last weights are written.", least=0)
     validation_ways: int = setting(5, "Classes of a validation task.", least=2)
@@ -73,7 +80,10 @@ class Pretraining:
         check(self)
         require(0 <= self.momentum < 1, "--momentum", f"{self.momentum}", "0 to below 1")
         require(self.scale > 0, "--scale", f"{self.scale}", "more than 0")
-        require(self.supervised_lr > 0, "--supervised-lr", f"{self.supervised_lr}", "more than 0")
+        require(self.supervised_rate > 0, "--supervised-lr", f"{self.supervised_lr}", "more than 0")
+        adamw = self.optimizer == "adamw"
+        require(self.slice == 1 or not adamw, "--slice", "with --optimizer adamw", "sgd")
+        require(self.layer_decay == 1 or adamw, "--layer-decay", "with --optimizer sgd", "adamw")
         require(0 < self.validation_share < 1, "--validation-share", f"{self.validation_share}", "between 0 and 1")
         require((self.warmup_epochs or 0) <= self.epochs, "--warmup-epochs", f"{self.warmup_epochs}",
                 f"0 to {self.epochs}")  # fmt: skip
@@ -86,11 +96,22 @@ class Pretraining:
         warmup = (0 if self.scratch else min(5, self.epochs)) if self.warmup_epochs is None else self.warmup_epochs
         return WarmCosine(
             epochs=self.epochs,
-            rate=(0.1 if self.scratch else 5e-5) if self.lr is None else self.lr,
+            rate=(self._scratch_rate if self.scratch else 5e-5) if self.lr is None else self.lr,
             warmup_epochs=warmup,
             warmup_rate=self.warmup_lr,
             least_rate=self.least_lr,
         )
+
+    @property
+    def _scratch_rate(self) -> float:
+        return 0.001 if self.optimizer == "adamw" else 0.1
+
+    @property
+    def supervised_rate(self) -> float:
+        """The highest learning rate of the supervised phase."""
+        if self.supervised_lr is not None:
+            return self.supervised_lr
+        return 0.001 if self.optimizer == "adamw" else 0.05
 
     @property
     def batchnorm_trains(self) -> bool:
