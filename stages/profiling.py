@@ -26,15 +26,12 @@ from stages.engines.choice import layer_times, make_net, threads_of
 from stages.engines.parameter import Floats
 from stages.engines.timing import LayerTimes, median_and_spread, repeat
 from stages.graphs.graph import Graph
-from stages.measurement.energy import Meter, find_meter
+from stages.measurement.energy import find_meter, joules_per_run
 from stages.measurement.process import process_memory
 from stages.methods.scheduling import Point, frontier, scheduling
 from stages.models.deploy import Backbone, deploy, store
 from stages.planning.baselines import named_plan
 from stages.settings.profiling import Profiling as Profiling
-
-ENERGY_PASSES = 50
-"""Passes that an energy figure is the mean of: sensors are slower than one pass."""
 
 
 def profile_run(
@@ -149,13 +146,3 @@ def _training_step(backbone: Backbone, x: Floats) -> Callable[[], None]:
         net.backward(kept, gradient)
 
     return step
-
-
-def joules_per_run(meter: Meter, run: Callable[[], object], passes: int = ENERGY_PASSES) -> float:
-    """Mean energy of one run over many."""
-    meter.poll()
-    before = meter.joules
-    for _ in range(passes):
-        run()
-        meter.poll()
-    return (meter.joules - before) / passes

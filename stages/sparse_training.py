@@ -105,6 +105,8 @@ class SupportTraining:
     """A schedule of memory as text (`planning.schedules.Schedule.text`), to be replayed."""
     page_dir: str | None = None
     """A folder where values may be paged to."""
+    ram_least: str = "time"
+    """What a schedule takes the least of: `time` or `energy`."""
     auto_cache: bool = False
     """Decide by measured times and free memory whether the frozen layers' outputs are kept, instead of
     `adapting.cache_prefix`."""
@@ -150,6 +152,8 @@ class StreamTraining:
     """A schedule of memory as text (`planning.schedules.Schedule.text`), to be replayed."""
     page_dir: str | None = None
     """A folder where values may be paged to."""
+    ram_least: str = "time"
+    """What a schedule takes the least of: `time` or `energy`."""
 
     def __post_init__(self) -> None:
         require((self.micro_batch or 0) >= 0, "micro-batch", f"{self.micro_batch}", "at least 0")
@@ -421,7 +425,7 @@ def _scheduled(
     if config.schedule is not None:
         schedule = read_schedule(config.schedule, mark, "--memory-schedule")
     else:
-        made = scheduling(backbone, updates, profile=run.profile, page_dir=config.page_dir)
+        made = scheduling(backbone, updates, profile=run.profile, page_dir=config.page_dir, least=config.ram_least)
         schedule = schedule_within(made, config.ram_bytes or 0)
         again, paged = (list(schedule.how.values()).count(way) for way in (RECOMPUTE, PAGE))
         step = sum(made.costs.links)

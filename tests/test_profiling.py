@@ -13,9 +13,10 @@ from stages.cost.latency import COLUMNS, durations
 from stages.cost.model import cost_table
 from stages.engines.choice import Engine, threads_of
 from stages.errors import PartMissing, UsageError
+from stages.measurement.energy import joules_per_run
 from stages.models.deploy import deploy
 from stages.models.registry import build, input_spec
-from stages.profiling import Profiling, joules_per_run, profile_run
+from stages.profiling import Profiling, profile_run
 from tests.cost.nets import backbone
 from tests.rounding import check_features
 

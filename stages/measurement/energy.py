@@ -23,6 +23,9 @@ UNAVAILABLE = "unavailable"
 WHOLE_BOARD = frozenset({"VDD_IN", "POM_5V_IN", "VIN", "VIN_SYS_5V0_IN"})
 """Rails that feed the board itself: the others are behind them."""
 
+ENERGY_PASSES = 50
+"""Passes that an energy figure is the mean of: sensors are slower than one pass."""
+
 
 class Meter(Protocol):
     """Counts joules between calls of `poll`, which must come often enough: several times a second."""
@@ -182,3 +185,13 @@ def _label(path: Path, otherwise: str) -> str:
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="ascii", errors="replace").strip()
+
+
+def joules_per_run(meter: Meter, run: Callable[[], object], passes: int = ENERGY_PASSES) -> float:
+    """Mean energy of one run over many."""
+    meter.poll()
+    before = meter.joules
+    for _ in range(passes):
+        run()
+        meter.poll()
+    return (meter.joules - before) / passes

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from tempfile import TemporaryFile
 from zlib import crc32
 
@@ -16,8 +17,9 @@ from stages.artifacts.records import LayerUpdate, Profile
 from stages.artifacts.updates import updates_text
 from stages.engines.choice import layer_times
 from stages.engines.native.memory import memory_of
-from stages.errors import BudgetError, OutputError
+from stages.errors import BudgetError, OutputError, PartMissing
 from stages.graphs.graph import Graph
+from stages.measurement.energy import ENERGY_PASSES, find_meter, joules_per_run
 from stages.models.deploy import Backbone
 from stages.planning.budget import format_bytes
 from stages.planning.links import Chain, chain_of
@@ -66,6 +68,22 @@ def costs_here(backbone: Backbone, chain: Chain, profile: Profile | None, page_d
     return Costs(links, 0.0 if page_dir is None else page_seconds(page_dir))
 
 
+def joules_here(backbone: Backbone, costs: Costs, page_dir: str | None, machine: Path = Path("/")) -> Costs:
+    """What the same takes in joules, where this machine counts them: links at the power that a forward pass draws.
+
+    Raises `PartMissing` where it does not, `OutputError` for a folder that cannot be written.
+    """
+    meter, source = find_meter(machine)
+    if meter is None:
+        raise PartMissing("--ram-least energy", f"energy {source}", "a RAPL or INA3221 sensor", "use time")
+    x = np.zeros((1, *backbone.graph.input_shape), np.float32)
+    began = time.perf_counter()
+    joules = joules_per_run(meter, lambda: backbone.features(x))
+    watts = joules * ENERGY_PASSES / (time.perf_counter() - began)
+    page = 0.0 if page_dir is None else joules_per_run(meter, lambda: page_seconds(page_dir), REPEATS) / PROBE_BYTES
+    return Costs([watts * seconds for seconds in costs.links], page)
+
+
 def page_seconds(folder: str) -> float:
     """Seconds of a byte that is written to a folder, through to the device, and read back."""
     data, began = bytes(PROBE_BYTES), time.perf_counter()
@@ -89,6 +107,9 @@ class Scheduling:
     updates: tuple[LayerUpdate, ...]
     chain: Chain
     costs: Costs
+    """In seconds."""
+    aim: Costs
+    """What is to be least."""
     ways: tuple[str, ...]
     known: Stretches
 
@@ -100,14 +121,16 @@ class Scheduling:
         return peak_bytes(self.chain, how)
 
     def within(self, budget_bytes: int) -> Schedule | None:
-        """The schedule of least time whose values fit into so many bytes as they are allocated."""
+        """The schedule of least cost whose values fit into so many bytes as they are allocated."""
         budget = budget_bytes
         for _ in range(ROUNDS):
-            found = best_schedule(self.chain, self.costs, budget, self.ways, self.known)
+            found = best_schedule(self.chain, self.aim, budget, self.ways, self.known)
             if found is None:
                 break
             if (beyond := self.allocated(found.how) - budget_bytes) <= 0:
-                return replace(found, budget_bytes=budget_bytes, peak_bytes=self.allocated(found.how))
+                seconds = price(self.chain, self.costs, found.how)
+                taken = self.allocated(found.how)
+                return replace(found, seconds=seconds, budget_bytes=budget_bytes, peak_bytes=taken)
             budget = min(budget, found.peak_bytes) - beyond
         least, _ = self.smallest
         taken = self.allocated(least.how)
@@ -130,16 +153,24 @@ class Scheduling:
 
 
 def scheduling(
-    backbone: Backbone, updates: Sequence[LayerUpdate], *, profile: Profile | None = None, page_dir: str | None = None
+    backbone: Backbone,
+    updates: Sequence[LayerUpdate],
+    *,
+    profile: Profile | None = None,
+    page_dir: str | None = None,
+    least: str = "time",
 ) -> Scheduling:
-    """What schedules of a plan are made from; values are paged only where a folder for it is named."""
+    """What schedules of a plan are made from; values are paged only where a folder for it is named.
+
+    `least`: `time`, or `energy`, which raises `PartMissing` where this machine does not count it.
+    """
     chain = chain_of(backbone.graph, updates, backbone.engine.keep_bits)
     if backbone.engine.name == "native":
         chain = replace(chain, floor_bytes=0)  # the frozen layers run row by row: what they take is in the arena
     ways = (KEEP, RECOMPUTE) if page_dir is None else (KEEP, RECOMPUTE, PAGE)
-    return Scheduling(
-        backbone, tuple(updates), chain, costs_here(backbone, chain, profile, page_dir), ways, Stretches()
-    )
+    costs = costs_here(backbone, chain, profile, page_dir)
+    aim = costs if least == "time" else joules_here(backbone, costs, page_dir)
+    return Scheduling(backbone, tuple(updates), chain, costs, aim, ways, Stretches())
 
 
 def schedule_within(made: Scheduling, budget_bytes: int) -> Schedule:

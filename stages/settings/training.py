@@ -72,6 +72,12 @@ class Training:
         metavar="SIZE",
     )
     page_dir: str | None = setting(None, "With --ram: a folder where values may be paged to.", metavar="DIR")
+    ram_least: str = setting(
+        "time",
+        "What --ram takes the least of; energy where the machine has a sensor (RAPL, INA3221).",
+        metavar="time|energy",
+        choices=("time", "energy"),
+    )
     policy: str = setting(
         "static",
         "How the plan is revised while training: static, velocity, rotate, rescore; settings behind a colon: "
@@ -142,6 +148,7 @@ class Training:
             ram_bytes=self.ram_bytes,
             schedule=schedule,
             page_dir=self.page_dir,
+            ram_least=self.ram_least,
         )
 
     def on_support(self, scale: float, schedule: str | None = None) -> SupportTraining:
@@ -178,6 +185,7 @@ class Training:
             ram_bytes=self.ram_bytes,
             schedule=schedule,
             page_dir=self.page_dir,
+            ram_least=self.ram_least,
         )
 
     def _optimizing(self, optimizer: str, rate: float, clip: float, updates: int) -> Optimizing:

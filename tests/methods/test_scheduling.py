@@ -13,11 +13,11 @@ from stages.artifacts.hdf5 import encode
 from stages.artifacts.records import Block, Model, Plan, Profile, Run
 from stages.engines.choice import Engine
 from stages.engines.native.memory import memory_of
-from stages.errors import BudgetError, DataError, OutputError, UsageError
-from stages.methods.scheduling import costs_here, frontier, page_seconds, schedule_within, scheduling
+from stages.errors import BudgetError, DataError, OutputError, PartMissing, UsageError
+from stages.methods.scheduling import costs_here, frontier, joules_here, page_seconds, schedule_within, scheduling
 from stages.models.deploy import deploy
 from stages.planning.baselines import named_plan
-from stages.planning.schedules import best_schedule, peak_bytes
+from stages.planning.schedules import Costs, best_schedule, peak_bytes, price
 from stages.profiling import frontier_of
 from stages.settings.profiling import Profiling
 from stages.settings.training import Training
@@ -173,3 +173,39 @@ def test_the_schedule_is_a_fact_of_the_plan_that_trained() -> None:
     assert result.plan is not None
     assert "schedule" in result.plan.facts
     assert encode(result)
+
+
+class Joules:
+    """A sensor that counts two joules a poll."""
+
+    source, joules = "none", 0.0
+
+    def poll(self) -> None:
+        self.joules += 2.0
+
+
+def test_what_is_least_may_be_energy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a byte paged costs next to nothing and layers much, everything is paged; the price stays in seconds."""
+    backbone = deploy(new_run().model, engine="native")
+    made = scheduling(backbone, named_plan("full", backbone.graph), page_dir=str(tmp_path))
+    slow = replace(made.costs, page=1.0)
+    by_time, by_energy = (
+        replace(made, costs=slow, aim=aim)
+        for aim in (slow, Costs([1.0] * len(made.chain.links), page=1e-12))
+    )  # fmt: skip
+    budget = (made.allocated({}) + made.least()[0]) // 2
+    found = schedule_within(by_time, budget), schedule_within(by_energy, budget)
+    assert [set(each.how.values()) & {"recompute", "page"} for each in found] == [{"recompute"}, {"page"}]
+    assert found[1].seconds == price(made.chain, slow, found[1].how) > found[0].seconds
+
+    monkeypatch.setattr("stages.methods.scheduling.find_meter", lambda root: (Joules(), "a sensor"))
+    links = Costs([0.5, 0.25], page=1.0)
+    measured = joules_here(backbone, links, str(tmp_path))
+    assert measured.links[0] == 2 * measured.links[1] > 0
+    assert measured.page * (4 << 20) == pytest.approx(2.0)  # two joules for each probe that was written and read
+
+
+def test_energy_needs_a_sensor(tmp_path: Path) -> None:
+    backbone = deploy(new_run().model, engine="native")
+    with pytest.raises(PartMissing, match="RAPL"):
+        joules_here(backbone, Costs([1.0]), None, machine=tmp_path)
