@@ -12,7 +12,7 @@ from torch import nn
 from stages.artifacts.records import Array, Group
 from stages.errors import DataError
 from stages.fsl.episodes import Episode
-from stages.fsl.meta_training import DataSet, Epoch, Learner, Measured, Units, train_epoch, validate
+from stages.fsl.meta_training import DataSet, Epoch, Learner, Means, Measured, Units, train_epoch, validate
 from stages.fsl.schedule import WarmCosine
 from stages.fsl.slicing import SlicedSGD, Slicing
 from stages.fsl.team import Team
@@ -21,6 +21,8 @@ Weights = Mapping[str, Array]
 """The module's floating-point state by name."""
 
 COLUMNS = ("epoch", "learning_rate", "loss", "scale", "validation_accuracy", "validation_half_width")
+BIT_MAC_SHARE = "bit_mac_share"
+"""One more where few bits are simulated: bit-weighted MACs as a share of float32's."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Trainer:
         self.done = 0
         self.progress = Progress()
         self.kept = Kept(weights(learner), -1, float("nan"))
-        self.table: dict[str, list[float]] = {name: [] for name in COLUMNS}
+        self.columns = COLUMNS if learner.simulation is None else (*COLUMNS, BIT_MAC_SHARE)
+        self.table: dict[str, list[float]] = {name: [] for name in self.columns}
         self.optimizer = self._optimizer()
 
     @property
@@ -105,6 +108,8 @@ class Trainer:
         phase, number = self._position()
         if number == 0:
             self.optimizer = self._optimizer()
+            if self.learner.simulation is not None:
+                self.learner.simulation.forget()
         steps = self.rhythm.steps
         slicing = phase.slicing if number < phase.epochs - phase.whole_epochs else None
         epoch = Epoch(number, steps, self.rhythm.per_step, phase.schedule, phase.batchnorm_trains, slicing)
@@ -113,9 +118,11 @@ class Trainer:
         def count(done: int) -> None:
             on_step(replace(self.progress, steps=before + done))
 
-        loss = train_epoch(self.learner, phase.units, self.optimizer, epoch, self.team, count)
+        means = train_epoch(self.learner, phase.units, self.optimizer, epoch, self.team, count)
+        if self.learner.simulation is not None:
+            self.learner.simulation.see(means.loss)
         measured = validate(self.learner, self.tasks, self.team) if self.tasks else Measured(*[float("nan")] * 2)
-        self._record(phase.schedule.at(number + (steps - 1) / steps), loss, measured)
+        self._record(phase.schedule.at(number + (steps - 1) / steps), means, measured)
         on_step(self.progress)
 
     def _position(self) -> tuple[Phase, int]:
@@ -131,16 +138,16 @@ class Trainer:
         how = self.rhythm
         return SlicedSGD(list(self.learner.parameters()), momentum=how.momentum, weight_decay=how.weight_decay)
 
-    def _record(self, rate: float, loss: float, measured: Measured) -> None:
+    def _record(self, rate: float, means: Means, measured: Measured) -> None:
         scale = self.learner.scale.item()
-        row = (float(self.done), rate, loss, scale, measured.mean, measured.half_width)
-        for name, value in zip(COLUMNS, row, strict=True):
+        row = (float(self.done), rate, means.loss, scale, measured.mean, measured.half_width, means.bit_mac_share)
+        for name, value in zip(self.columns, row[: len(self.columns)], strict=True):
             self.table[name].append(value)
         # NaN compares as false: without validation, and for the first epoch, the new weights are kept
         if not measured.mean <= self.kept.accuracy:
             self.kept = Kept(weights(self.learner), self.done, measured.mean)
         self.done += 1
-        self.progress = Progress(self.done * self.rhythm.steps, loss, measured.mean)
+        self.progress = Progress(self.done * self.rhythm.steps, means.loss, measured.mean)
 
     # -- over a restart
 
@@ -158,6 +165,8 @@ class Trainer:
             "momentum": _group(momentum),
             "table": Group(arrays={name: np.array(values) for name, values in self.table.items()}),
         }
+        if self.learner.simulation is not None:
+            groups["simulation"] = _group(self.learner.simulation.state())
         return Group({"done": self.done}, groups=groups)
 
     def load(self, state: Group) -> None:
@@ -178,7 +187,9 @@ class Trainer:
                 array = _arrays(state.groups["momentum"], {name: shapes[name]})[name]
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.from_numpy(array).to(parameter.device)
         self.kept = Kept(_arrays(kept, shapes), int(kept.attrs["epoch"]), float(kept.attrs["accuracy"]))
-        self.table = {name: [float(value) for value in state.groups["table"].arrays[name]] for name in COLUMNS}
+        self.table = {name: [float(value) for value in state.groups["table"].arrays[name]] for name in self.columns}
+        if self.learner.simulation is not None:
+            self.learner.simulation.load(state.groups["simulation"].arrays)
         self.done = int(state.attrs["done"])
         self.progress = Progress(self.done * self.rhythm.steps, self.table["loss"][-1], self.kept.accuracy)
 
