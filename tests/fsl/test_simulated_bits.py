@@ -308,8 +308,8 @@ def test_the_cost_goes_to_the_target_from_both_sides(above: bool) -> None:
     net = net_of("mlp")
     x = inputs(net, 32)
     assert simulation.gate is not None
-    dict(simulation.gate.named_parameters())["scores.bias"].data = torch.tensor([0.0, 1.0 if above else -1.0])
-    rule = torch.optim.SGD(simulation.gate.parameters(), lr=1.0)
+    dict(simulation.gate.named_parameters())["scores.bias"].data = torch.tensor([0.0, 0.5 if above else -0.5])
+    rule = torch.optim.SGD(simulation.gate.parameters(), lr=3.0)
     shares = []
     for number in range(150):
         unit = simulation.unit(number)
