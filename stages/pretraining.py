@@ -24,10 +24,12 @@ from stages.artifacts.history import model_hash
 from stages.artifacts.records import Array, Block, Group, Head, Run
 from stages.errors import DataError, PartMissing, UsageError, require
 from stages.fsl.augment import HANDWRITING, PSEUDO_QUERY, Augmentation, augment
+from stages.fsl.bit_widths import parse_simulation
 from stages.fsl.episode_list import data_hash
 from stages.fsl.episodes import Episode, Pool, check_pool, draw_episodes, pool_of
 from stages.fsl.meta_training import BatchUnits, DataSet, EpisodeUnits, Inputs, Learner
 from stages.fsl.schedule import WarmCosine
+from stages.fsl.simulated_bits import Simulation, simulation_of
 from stages.fsl.slicing import Slicing
 from stages.fsl.team import ALONE, Team
 from stages.fsl.trainer import Phase, Progress, Rhythm, Trainer
@@ -122,7 +124,8 @@ def _trainer(
     classes = sum(len(each.pool.classes) for each in sets) if config.supervised_epochs else 0
     rows = torch.randn(classes, backbone.graph.feature_dim, generator=torch_generator(seed, "pretrain-rows"))
     head = run.model.head
-    learner = Learner(module, head.scale if head is not None else config.scale, rows).to(device)
+    scale = head.scale if head is not None else config.scale
+    learner = Learner(module, scale, rows, _simulation(config, module, seed)).to(device)
 
     def distort(x: Floats, rng: np.random.Generator) -> Floats:
         return augment(x, backbone.input, rng, AUGMENTATIONS[config.augment])
@@ -153,6 +156,13 @@ def _slicing(config: Pretraining, module: Net, seed: int, device: torch.device) 
     found = "a net in which no layer's channels are read by one other layer alone"
     require(bool(slicing.widths), "--slice", found, "hidden widths, as of cnn4, mlp, ds-cnn, MobileNets, ViTs")
     return slicing
+
+
+def _simulation(config: Pretraining, module: Net, seed: int) -> Simulation | None:
+    """What computes in few bits while training, if anything does. Raises `UsageError` for a target out of reach."""
+    if config.simulate_bits is None:
+        return None
+    return simulation_of(parse_simulation(config.simulate_bits), module.graph, seed)
 
 
 # ----------------------------------------------------------------------------------------------------------- the data

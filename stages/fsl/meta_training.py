@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from stages.fsl.intervals import half_width
 from stages.fsl.optimizing import Optimizer, set_rate
 from stages.fsl.protonet import accuracy, cosine_logits, episode_loss, prototypes
 from stages.fsl.schedule import WarmCosine
+from stages.fsl.simulated_bits import Pass, Simulation
 from stages.fsl.slicing import Cut, Part, Slicing
 from stages.fsl.team import Team
 from stages.losses import Floats
@@ -57,11 +58,13 @@ class Units(Protocol):
 class Learner(nn.Module):
     """What trains: the backbone, the cosine scale and, for a supervised phase, one row per class (C, D).
 
-    Without a supervised phase `rows` has no rows.
+    Without a supervised phase `rows` has no rows. A simulation's gate trains beside them.
     """
 
-    def __init__(self, backbone: nn.Module, scale: float, rows: Tensor) -> None:
+    def __init__(self, backbone: nn.Module, scale: float, rows: Tensor, simulation: Simulation | None = None) -> None:
         super().__init__()
+        self.simulation = simulation
+        self.gate = None if simulation is None else simulation.gate
         self.backbone = backbone
         self.scale = nn.Parameter(torch.tensor(scale))
         self.rows = nn.Parameter(rows)
@@ -82,6 +85,19 @@ class Learner(nn.Module):
             return {}
         values: dict[str, Tensor] = self.backbone.values()  # type: ignore[operator]
         return {id(values[name]): part for name, part in cut.parts.items()}
+
+    def simulate(self, number: int) -> Pass | None:
+        """Compute, until told otherwise, as the simulation has it for this unit, if there is one."""
+        if self.simulation is None:
+            return None
+        unit = self.simulation.unit(number)
+        self.backbone.rules = unit.rules  # type: ignore[assignment]
+        return unit
+
+    def compute_plainly(self) -> None:
+        """Compute in float32 again."""
+        if self.simulation is not None:
+            self.backbone.rules = {}  # type: ignore[assignment]
 
 
 class _ProtoNetLoss(torch.autograd.Function):
@@ -170,6 +186,15 @@ class Epoch:
     """What leaves out channels in each step; None where all train."""
 
 
+class Means(NamedTuple):
+    """Over units of work."""
+
+    loss: float
+    """Without what a simulation adds to it."""
+    bit_mac_share: float
+    """Bit-weighted multiply-accumulates as a share of float32's; 1 without a simulation."""
+
+
 def train_epoch(
     learner: Learner,
     units: Units,
@@ -177,47 +202,51 @@ def train_epoch(
     epoch: Epoch,
     team: Team,
     on_step: Callable[[int], None],
-) -> float:
-    """One epoch of steps; the mean loss. `on_step` gets the number of steps done, from the first epoch's start.
+) -> Means:
+    """One epoch of steps, and its means. `on_step` gets the number of steps done, from the first epoch's start.
 
     Raises `DataError` for a loss that is not finite.
     """
     learner.train(epoch.batchnorm_trains)
-    total = 0.0
+    losses, counts = 0.0, 0.0
     for step in range(epoch.number * epoch.steps, (epoch.number + 1) * epoch.steps):
         set_rate(optimizer, epoch.schedule.at(step / epoch.steps))
         optimizer.kept = learner.keep(None if epoch.slicing is None else epoch.slicing.cut(step))
         numbers = range(step * epoch.per_step, (step + 1) * epoch.per_step)
-        loss = _gradients(learner, units, numbers, team)
+        loss, bit_mac_share = _gradients(learner, units, numbers, team)
         if not isfinite(loss):
             raise DataError(f"step {step}", f"a loss of {loss}", "a finite loss", "lower the learning rate")
         optimizer.step()
-        total += loss
+        losses, counts = losses + loss, counts + bit_mac_share
         on_step(step + 1)
     optimizer.kept = learner.keep(None)
-    return total / epoch.steps
+    return Means(losses / epoch.steps, counts / epoch.steps)
 
 
-def _gradients(learner: Learner, units: Units, numbers: range, team: Team) -> float:
-    """Mean loss over the step's units; gradients and running statistics are left where they belong."""
+def _gradients(learner: Learner, units: Units, numbers: range, team: Team) -> Means:
+    """Means over the step's units; gradients and running statistics are left where they belong."""
     statistics = [buffer for buffer in learner.buffers() if buffer.is_floating_point()]
     before = [buffer.clone() for buffer in statistics]
     after = [torch.zeros_like(buffer) for buffer in statistics]
     parameters = list(learner.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    total = torch.zeros((), device=learner.device)
+    loss_sum, bit_mac_share = torch.zeros((), device=learner.device), torch.zeros((), device=learner.device)
     for number in team.share(numbers):
         _copy(before, statistics)
+        simulated = learner.simulate(number)
         loss = units.loss(number) / len(numbers)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
+        whole = loss if simulated is None else loss + simulated.penalty / len(numbers)
+        whole.backward()  # type: ignore[no-untyped-call]
+        loss_sum += loss.detach()
+        bit_mac_share += (1.0 if simulated is None else simulated.bit_mac_share) / len(numbers)
         for mean, buffer in zip(after, statistics, strict=True):
             mean += buffer / len(numbers)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    team.sum([*gradients, *after, total])
+    learner.compute_plainly()
+    team.sum([*gradients, *after, loss_sum, bit_mac_share])
     _copy(after, statistics)
-    return float(total)
+    return Means(float(loss_sum), float(bit_mac_share))
 
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

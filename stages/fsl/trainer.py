@@ -12,7 +12,7 @@ from torch import nn
 from stages.artifacts.records import Array, Group
 from stages.errors import DataError
 from stages.fsl.episodes import Episode
-from stages.fsl.meta_training import DataSet, Epoch, Learner, Measured, Units, train_epoch, validate
+from stages.fsl.meta_training import DataSet, Epoch, Learner, Means, Measured, Units, train_epoch, validate
 from stages.fsl.optimizing import Optimizer, load_optimizer, make_optimizer, optimizer_state
 from stages.fsl.schedule import WarmCosine
 from stages.fsl.slicing import Slicing
@@ -22,6 +22,8 @@ Weights = Mapping[str, Array]
 """The module's floating-point state by name."""
 
 COLUMNS = ("epoch", "learning_rate", "loss", "scale", "validation_accuracy", "validation_half_width")
+BIT_MAC_SHARE = "bit_mac_share"
+"""One more where few bits are simulated: bit-weighted MACs as a share of float32's."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Trainer:
         self.done = 0
         self.progress = Progress()
         self.kept = Kept(weights(learner), -1, float("nan"))
-        self.table: dict[str, list[float]] = {name: [] for name in COLUMNS}
+        self.columns = COLUMNS if learner.simulation is None else (*COLUMNS, BIT_MAC_SHARE)
+        self.table: dict[str, list[float]] = {name: [] for name in self.columns}
         self.optimizer = self._optimizer()
 
     @property
@@ -109,6 +112,8 @@ class Trainer:
         phase, number = self._position()
         if number == 0:
             self.optimizer = self._optimizer()
+            if self.learner.simulation is not None:
+                self.learner.simulation.forget()
         steps = self.rhythm.steps
         slicing = phase.slicing if number < phase.epochs - phase.whole_epochs else None
         epoch = Epoch(number, steps, self.rhythm.per_step, phase.schedule, phase.batchnorm_trains, slicing)
@@ -117,9 +122,11 @@ class Trainer:
         def count(done: int) -> None:
             on_step(replace(self.progress, steps=before + done))
 
-        loss = train_epoch(self.learner, phase.units, self.optimizer, epoch, self.team, count)
+        means = train_epoch(self.learner, phase.units, self.optimizer, epoch, self.team, count)
+        if self.learner.simulation is not None:
+            self.learner.simulation.see(means.loss)
         measured = validate(self.learner, self.tasks, self.team) if self.tasks else Measured(*[float("nan")] * 2)
-        self._record(phase.schedule.at(number + (steps - 1) / steps), loss, measured)
+        self._record(phase.schedule.at(number + (steps - 1) / steps), means, measured)
         on_step(self.progress)
 
     def _position(self) -> tuple[Phase, int]:
@@ -138,16 +145,16 @@ class Trainer:
             momentum=how.momentum, weight_decay=how.weight_decay, layer_decay=how.layer_decay,
         )  # fmt: skip
 
-    def _record(self, rate: float, loss: float, measured: Measured) -> None:
+    def _record(self, rate: float, means: Means, measured: Measured) -> None:
         scale = self.learner.scale.item()
-        row = (float(self.done), rate, loss, scale, measured.mean, measured.half_width)
-        for name, value in zip(COLUMNS, row, strict=True):
+        row = (float(self.done), rate, means.loss, scale, measured.mean, measured.half_width, means.bit_mac_share)
+        for name, value in zip(self.columns, row[: len(self.columns)], strict=True):
             self.table[name].append(value)
         # NaN compares as false: without validation, and for the first epoch, the new weights are kept
         if not measured.mean <= self.kept.accuracy:
             self.kept = Kept(weights(self.learner), self.done, measured.mean)
         self.done += 1
-        self.progress = Progress(self.done * self.rhythm.steps, loss, measured.mean)
+        self.progress = Progress(self.done * self.rhythm.steps, means.loss, measured.mean)
 
     # -- over a restart
 
@@ -160,6 +167,8 @@ class Trainer:
             "optimizer": optimizer_state(self.optimizer, self.learner),
             "table": Group(arrays={name: np.array(values) for name, values in self.table.items()}),
         }
+        if self.learner.simulation is not None:
+            groups["simulation"] = _group(self.learner.simulation.state())
         return Group({"done": self.done}, groups=groups)
 
     def load(self, state: Group) -> None:
@@ -177,7 +186,9 @@ class Trainer:
         self.learner.load_state_dict(tensors, strict=False)  # all but BatchNorm's counters, which nothing reads
         load_optimizer(self.optimizer, self.learner, state.groups["optimizer"], _array)
         self.kept = Kept(_arrays(kept, shapes), int(kept.attrs["epoch"]), float(kept.attrs["accuracy"]))
-        self.table = {name: [float(value) for value in state.groups["table"].arrays[name]] for name in COLUMNS}
+        self.table = {name: [float(value) for value in state.groups["table"].arrays[name]] for name in self.columns}
+        if self.learner.simulation is not None:
+            self.learner.simulation.load(state.groups["simulation"].arrays)
         self.done = int(state.attrs["done"])
         self.progress = Progress(self.done * self.rhythm.steps, self.table["loss"][-1], self.kept.accuracy)
 

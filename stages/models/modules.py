@@ -26,6 +26,7 @@ from stages.models import registry
 from stages.models.deploy import open_graph, with_graph
 from stages.models.state import arrays_of, from_state, state_rows, trained_keys
 from stages.operators import Shape
+from stages.operators.op import Forward
 
 WRONG_CODE = "are --arch and --arg those of the weights?"
 
@@ -44,6 +45,8 @@ class Net(nn.Module):
 
     cut: Cut | None = None
     """Set for a step that trains some of the channels alone."""
+    rules: Mapping[str, Forward] = reference.NO_RULES
+    """Set for a pass in which operators of these names compute otherwise."""
 
     def __init__(self, graph: Graph, tensors: Mapping[str, Array], trained: frozenset[str]) -> None:
         super().__init__()
@@ -61,7 +64,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         values = self.values()
         if self.cut is None:
-            return reference.run(self.graph, values, x, training=self.training)
+            return reference.run(self.graph, values, x, training=self.training, rules=self.rules)
         parts = self.cut.tensors(values)
         features = reference.run(self.cut.graph, parts, x, training=self.training)
         if self.training:

@@ -9,8 +9,9 @@ blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,17 @@ LOSSES, FIRST, DECAYS = 5, 10, 2
 BLOCKS = 20
 """Blocks of a stream whose mean is one loss."""
 Memory = Mapping[str, Array]
+
+
+class Schedule(Protocol):
+    """Widths of any kind in their order, and when to move on."""
+
+    @property
+    def bits(self) -> Sequence[object]: ...
+    @property
+    def turn(self) -> float: ...
+    @property
+    def decay(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,13 @@ class PrecisionSchedule:
         where, found = "--precision-schedule", ",".join(map(str, self.bits))
         rising = len(self.bits) > 1 and list(self.bits) == sorted(set(self.bits))
         require(rising and set(self.bits) <= set(KEEP_BITS), where, repr(found), "rising widths of 8, 16, 32")
-        require(self.turn > 0, where, f"turn={self.turn}", "above 0")
-        require(0 < self.decay <= 1, where, f"decay={self.decay}", "above 0, at most 1")
+        check_turning(where, self.turn, self.decay)
+
+
+def check_turning(where: str, turn: float, decay: float) -> None:
+    """Raise `UsageError` for an eps or alpha with which no schedule moves on as the indicator has it."""
+    require(turn > 0, where, f"turn={turn}", "above 0")
+    require(0 < decay <= 1, where, f"decay={decay}", "above 0, at most 1")
 
 
 def parse_schedule(text: str) -> PrecisionSchedule:
@@ -55,20 +72,33 @@ def parse_schedule(text: str) -> PrecisionSchedule:
     expected = "8,16,32 or 8,32:turn=0.05,decay=0.3"
     try:
         bits = tuple(int(part) for part in widths.split(","))
-        given = {key: float(value) for key, value in (pair.split("=") for pair in filter(None, rest.split(",")))}
     except ValueError:
         raise UsageError("--precision-schedule", repr(text), expected) from None
-    if given.keys() - {"turn", "decay"}:
-        raise UsageError("--precision-schedule", repr(text), expected)
-    return PrecisionSchedule(bits, **given)
+    return PrecisionSchedule(bits, **settings_of(rest, {"turn", "decay"}, "--precision-schedule", expected))
 
 
-def begin(schedule: PrecisionSchedule) -> dict[str, Array]:
+def settings_of(text: str, known: Set[str], where: str, expected: str) -> dict[str, float]:
+    """Numbers by name, of those that are known.
+
+    >>> settings_of("turn=0.1,decay=1", {"turn", "decay"}, "--schedule", "turn=0.1")
+    {'turn': 0.1, 'decay': 1.0}
+
+    Raises `UsageError` for anything else.
+    """
+    try:
+        given = {key: float(value) for key, value in (pair.split("=") for pair in filter(None, text.split(",")))}
+    except ValueError:
+        raise UsageError(where, repr(text), expected) from None
+    require(given.keys() <= known, where, repr(text), expected)
+    return given
+
+
+def begin(schedule: Schedule) -> dict[str, Array]:
     """What is remembered before the first loss."""
     return {"stage": np.array(0), "eps": np.array(schedule.turn), "recent": np.zeros(0), "first": np.zeros(0)}
 
 
-def advance(schedule: PrecisionSchedule, memory: Memory, loss: float) -> dict[str, Array]:
+def advance(schedule: Schedule, memory: Memory, loss: float) -> dict[str, Array]:
     """What is remembered after another loss; `stage` numbers the width."""
     first = np.append(memory["first"], loss)[:FIRST]
     recent = np.append(memory["recent"], loss)[-LOSSES:]

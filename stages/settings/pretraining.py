@@ -58,6 +58,11 @@ class Pretraining:
         "wrap", "Which: a run that may wrap, the paper's run, or any.", metavar="wrap|contiguous|random",
         choices=("wrap", "contiguous", "random"),
     )  # fmt: skip
+    simulate_bits: str | None = setting(
+        None, "For studies, slower than float32: layers compute as if in so many bits forward/backward, 3/6; the next "
+        "ones when the loss stalls, 3/6,8/8:turn=0.05,decay=0.3; or a gate chooses, "
+        "dfq:3/6,4/8,6/12:target=0.03,weights=4. What is validated and written is float32.", metavar="F/G,...",
+    )  # fmt: skip
     supervised_epochs: int = setting(0, "First train a classifier over all classes.", least=0)
     supervised_batch: int = setting(128, "Its batch size.", least=2)
     supervised_lr: float | None = setting(None, "Its highest learning rate; default 0.05, adamw 0.001.")
@@ -87,6 +92,11 @@ class Pretraining:
         require(0 < self.validation_share < 1, "--validation-share", f"{self.validation_share}", "between 0 and 1")
         require((self.warmup_epochs or 0) <= self.epochs, "--warmup-epochs", f"{self.warmup_epochs}",
                 f"0 to {self.epochs}")  # fmt: skip
+        if self.simulate_bits is not None:
+            from stages.fsl.bit_widths import parse_simulation
+
+            require(self.slice == 1, "--simulate-bits", "together with --slice", "one of the two")
+            parse_simulation(self.simulate_bits)
 
     @property
     def schedule(self) -> WarmCosine:

@@ -11,18 +11,31 @@ from torch import Tensor
 
 from stages.graphs.graph import Graph, last_readers
 from stages.operators import Op
+from stages.operators.op import Forward
+
+NO_RULES: Mapping[str, Forward] = {}
+"""No operator has a rule of its own: all have their kind's."""
 
 
-def run(graph: Graph, tensors: Mapping[str, Tensor], x: Tensor, *, training: bool = False) -> Tensor:
+def run(
+    graph: Graph,
+    tensors: Mapping[str, Tensor],
+    x: Tensor,
+    *,
+    training: bool = False,
+    rules: Mapping[str, Forward] = NO_RULES,
+) -> Tensor:
     """Output of the last operator for x (N, *graph.input_shape).
 
     Outputs are dropped after their last use. `training` takes the rules of meta-training (BatchNorm by the batch's own
-    statistics, which it collects in place). Raises `DataError` for an input of another shape.
+    statistics, which it collects in place), `rules` those of single operators by name in place of their kind's. Raises
+    `DataError` for an input of another shape.
     """
     graph.check_input(x.shape)
     values = {graph.ops[0].name: x}
     for op, dropped in zip(graph.ops[1:], last_readers(graph.ops[1:], {graph.output}), strict=True):
-        values[op.name] = apply(op, [values[name] for name in op.inputs], tensors, training=training)
+        inputs, own = [values[name] for name in op.inputs], rules.get(op.name)
+        values[op.name] = own(op, inputs, tensors) if own else apply(op, inputs, tensors, training=training)
         for name in dropped:
             del values[name]
     return values[graph.output]
