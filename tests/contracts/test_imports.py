@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "fsl",
         "graphs",
         "importance",
+        "measurement.energy",
         "models",
         "operators",
         "planning",
@@ -92,7 +93,10 @@ TORCH = [
     *(STAGES / "engines" / "torch").glob("*.py"),
     *(STAGES / "graphs" / f"{name}.py" for name in ("calls", "capture", "onnx_reader", "onnx_patterns", "opaque")),
     *(STAGES / "models" / f"{name}.py" for name in (*ARCHITECTURES, "registry", "modules", "matching", "calibration")),
-    *(STAGES / "fsl" / f"{name}.py" for name in ("meta_training", "simulated_bits", "slicing", "trainer", "team")),
+    *(
+        STAGES / "fsl" / f"{name}.py"
+        for name in ("meta_training", "optimizing", "simulated_bits", "slicing", "trainer", "team")
+    ),
     STAGES / "methods" / "lite_residual_net.py",
     STAGES / "pretraining.py",
     STAGES / "importing.py",
