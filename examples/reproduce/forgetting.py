@@ -82,6 +82,7 @@ WAYS = {
     "forgetting": Way(forgetting()),
     "forgetting, unweighted (as published)": Way(forgetting(weighted=False)),
     "a fixed random 80 %": Way(fixed=True),
+    "a random 80 % of each block": Way(Selection(strategy="random", batch=round(KEPT * BATCH))),
     "stratified, 80 % of each block": Way(Selection(strategy="stratified", batch=round(KEPT * BATCH))),
 }
 
@@ -272,7 +273,7 @@ def verdict(ours: Sequence[Outcome], found: Mapping[str, Sequence[Outcome]]) -> 
         mean = float(np.mean(points))
         kind = "no different from" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
         said.append(f"{kind} {name} ({mean:+.2f})")
-    return f"So forgetting is {'; '.join(said)}."
+    return "Forgetting is " + ";\n".join(said) + "."
 
 
 if __name__ == "__main__":

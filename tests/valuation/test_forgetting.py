@@ -182,7 +182,7 @@ def test_a_pass_leaves_out_its_share_and_each_exchange_moves_so_many_each_way():
 
 
 def test_an_exchange_begins_counting_anew():
-    """Right before, wrong after: no event, for the answers before are forgotten; of one pass without exchange it is one."""
+    """Right before, wrong after: no event where there was an exchange in between, else one."""
     for period, events in ((1, 0), (100, 1)):
         memory = Forgetting(settings(period=period))
         weights = gone_through(memory, 20, 2, 5, lambda index, number: np.full(len(index), number == 0))
