@@ -23,7 +23,8 @@ from stages.valuation import fine
 from stages.valuation.costs import Clock, Meter
 from stages.valuation.designs import draw
 from stages.valuation.efficiency import Decision, Option, Tuner
-from stages.valuation.fine import Chosen, GradientView, selection_named
+from stages.valuation.fine import Chosen, GradientView, answers_of, selection_named
+from stages.valuation.forgetting import Memory
 from stages.valuation.forward import Forward
 from stages.valuation.scoring import Weights as Weights  # what callers hand in
 from stages.valuation.scoring import flat_inputs, masses, scored
@@ -81,10 +82,16 @@ def select_stream(
         "make one with `edgetrain score-layers`",
     )
     require(
-        ready is None or (config.needs_model and config.importance == "last-layer" and config.strategy != AUTO),
+        ready is None
+        or (
+            config.needs_model
+            and config.importance == "last-layer"
+            and config.strategy != AUTO
+            and not config.remembers
+        ),
         "--until-ready",
         f"--strategy {config.strategy} with --importance {config.importance}",
-        "a scored strategy (not auto) by last-layer importance",
+        "a scored strategy (not auto, not forgetting) by last-layer importance",
     )
     require(
         backbone is not None or not config.send_features,
@@ -96,7 +103,7 @@ def select_stream(
     forward = None
     if backbone is not None and (config.needs_model or config.send_features):
         forward = Forward(backbone, updates, send=config.send_features)
-    done, told, tuner = 0, "", None
+    done, told, tuner, memory = 0, "", None, _memory_of(config)
     for block in blocks:
         number = (done if block.round is None else block.round) + (0 if replayed else passed)
         block, rng = replace(block, round=number), generator(seed, "select", number)
@@ -113,9 +120,11 @@ def select_stream(
         else:
             known = weights(number) if weights is not None and config.needs_model else None
             wanted = None if ready is None else partial(ready, number)
-            yield select_block(block, config, known, updates, rng, forward=forward, ready=wanted)
+            yield select_block(block, config, known, updates, rng, forward=forward, ready=wanted, memory=memory)
         done += 1
         on_step(done)
+    if memory is not None and (advice := memory.advice()):
+        on_note(advice)
     yield End(done)
 
 
@@ -128,6 +137,7 @@ def select_block(
     *,
     forward: Forward | None = None,
     ready: Callable[[], bool] | None = None,
+    memory: Memory | None = None,
 ) -> Block:
     """The batch chosen from one block of candidates.
 
@@ -135,12 +145,25 @@ def select_block(
     facts `strategy`, `design`, `strata` and, where scored, `variance`, `variance_is`, `variance_random` in closed form
     for this pool, and `squared_bias` for strategies without chance; `candidates` is how many there were, `scored` how
     many of them were looked at before `ready` said stop. Samples without mass are no candidates. An empty block stays
-    one. `forward` computes the features; None does it the plain way.
+    one. `forward` computes the features; None does it the plain way. `memory` is that of a strategy that has one, which
+    goes from block to block; None begins anew.
     """
     if not len(block):
-        return replace(block, columns={**block.columns, "weight": np.zeros(0, np.float32)},
-                       facts={**block.facts, "strategy": config.strategy})  # fmt: skip
-    return _from_pool(*_with_mass(block), config, weights, updates, rng, forward=forward, ready=ready)
+        return _nothing(block, config)
+    memory = _memory_of(config) if memory is None else memory
+    return _from_pool(*_with_mass(block), config, weights, updates, rng, forward=forward, ready=ready, memory=memory)
+
+
+def _memory_of(config: Selection) -> Memory | None:
+    """A fresh memory, where the strategy has one."""
+    begin = selection_named(config.strategy).memory if config.remembers else None
+    return None if begin is None else begin(config)
+
+
+def _nothing(block: Block, config: Selection) -> Block:
+    """The batch of an empty block."""
+    columns = {**block.columns, "weight": np.zeros(0, np.float32)}
+    return replace(block, columns=columns, facts={**block.facts, "strategy": config.strategy})
 
 
 def _from_pool(
@@ -153,14 +176,22 @@ def _from_pool(
     *,
     forward: Forward | None = None,
     ready: Callable[[], bool] | None = None,
+    memory: Memory | None = None,
 ) -> Block:
     """The batch chosen from candidates of known positive masses."""
     pool, features = replace(pool, facts={**pool.facts, "candidates": len(pool)}), None
+    if memory is not None:
+        pool, mass = memory.offer(pool, mass, rng)
+        if not len(pool):
+            return _nothing(replace(pool, facts={**pool.facts, "scored": 0}), config)
+    offered = pool
     if forward is not None and weights is not None:
         looked = forward.look(pool, mass, weights, ready=ready, rng=rng)
         pool, mass, features = looked.pool, looked.mass, looked.features
         pool = replace(pool, facts={**pool.facts, "scored": len(pool)})
     view = view_of(pool, mass, config, weights, updates, features)
+    if memory is not None:
+        memory.note(offered, answers_of(view))
     chosen = selection_named(config.strategy).choose(view, config.batch, config.epsilon, rng)
     batch = _emit(pool, view, chosen, config)
     return batch if forward is None or weights is not None else forward.attach(batch)
@@ -272,6 +303,8 @@ def view_of(
         return GradientView(block.y, mass, inputs=flat_inputs(block))
     if needs == "labels" or weights is None:
         return GradientView(block.y, mass)
+    if needs == "answers":
+        return replace(scored(block, mass, weights, "last-layer", updates, features), gradients=None)
     return scored(block, mass, weights, config.importance, updates, features)
 
 

@@ -113,6 +113,15 @@ def test_costs_to_an_accuracy_are_those_of_the_first_smoothed_point_there():
     assert titan_page.quickest({"random": [slow, fast], "all": [reference] * 2}, [0.6] * 2, "rounds") == "all"
 
 
+def test_forgettings_comparison_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGETRAIN_DATA", str(tmp_path / "nothing"))
+    page = run([sys.executable, str(EXAMPLES / "reproduce" / "forgetting.py"), "--quick"], tmp_path)
+    rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in page.splitlines() if line.count("|") == 7}
+    assert rows["everything"][3:5] == ["1.00", "1.00"]
+    assert [rows[name][3] for name in ("forgetting", "a fixed random 80 %")] == ["0.80", "0.80"]
+    assert "samples of glyphs" in page
+
+
 def test_tinytrains_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
     from stages.artifacts.files import atomic_write
     from stages.artifacts.hdf5 import encode

@@ -20,6 +20,7 @@ from stages.selection import Selection, Weights, _tuner, select_block, select_st
 from stages.valuation.costs import Costs, Line
 from stages.valuation.efficiency import Decision, Option, Tuner, recorded
 from stages.valuation.fine import SELECTIONS
+from stages.valuation.forgetting import forgetting_counts
 from stages.valuation.scoring import IMPORTANCES, masses, scored
 from tests.rounding import as_tensors, no_worse
 
@@ -86,7 +87,7 @@ def test_contract(strategy):
     scores = SELECTIONS[strategy].needs == "gradients"
     assert ("score" in found.columns) == scores
     assert ({"variance", "variance_is", "variance_random"} <= found.facts.keys()) == scores
-    assert found.per_class["allocation"].sum() == {"all": 12}.get(strategy, 5)
+    assert found.per_class["allocation"].sum() == {"all": 12, "forgetting": len(found)}.get(strategy, 5)
 
 
 @ENGINES
@@ -212,7 +213,7 @@ def test_an_empty_block_stays_one():
 @pytest.mark.parametrize("strategy", SELECTIONS)
 @pytest.mark.parametrize("n", [1, 3])
 def test_pools_smaller_than_the_batch(strategy, n):
-    found = choose(candidates(n), strategy=strategy, batch=10)
+    found = choose(candidates(n, columns={"index": np.arange(n)}), strategy=strategy, batch=10)
     assert len(found) == n or SELECTIONS[strategy].unbiased
     if strategy in ("titan", "stratified", "random", "all"):  # all of them, so there is nothing left to estimate
         np.testing.assert_allclose(found.columns["weight"], 1 / n, rtol=1e-6)
@@ -444,6 +445,101 @@ def test_a_replayed_run_is_bit_equal_whatever_the_clock():
     *again, _ = select_stream(blocks, config, weights=lambda number: WEIGHTS, clock=iter(ticks[::-1]).__next__,
                               replay=recorded(rows, "metrics"))  # fmt: skip
     assert [encode(block) for block in first] == [encode(block) for block in again]
+
+
+# ---------------------------------------------------------------------------------------------------------- forgetting
+
+
+def passes(count, size=30, length=10):
+    data = candidates(size, columns={"index": np.arange(size)})
+    return [data.take(slice(start, start + length)) for _ in range(count) for start in range(0, size, length)]
+
+
+def moved(seed):
+    return Weights(backbone(), head(seed=seed))
+
+
+def test_forgetting_looks_only_at_what_it_does_not_leave_out():
+    config = Selection(strategy="forgetting", remove=0.2, period=2)
+    *found, end = select_stream(passes(6), config, weights=lambda number: moved(number // 3), backbone=backbone())
+    assert end == End(18)
+    shown = [np.concatenate([block.columns["index"] for block in found[at : at + 3]]) for at in range(0, 18, 3)]
+    assert {len(rows) for rows in shown} <= {23, 24, 25}
+    assert {*shown[0]} == {*shown[1]} != {*shown[2]}
+    assert all(block.facts["scored"] == len(block) for block in found)
+    assert all(block.facts["candidates"] == 10 for block in found)
+    np.testing.assert_allclose(np.concatenate([block.columns["weight"] for block in found[:6]]), 0.1 / 0.8, rtol=1e-6)
+    third = np.concatenate([block.columns["weight"] for block in found[6:9]])
+    assert len(np.unique(third)) == 3  # those that returned, the easiest, the rest
+
+
+def test_forgetting_counts_the_models_own_answers():
+    """Heads that change from pass to pass: what is forgotten is what their predictions say."""
+    config = Selection(strategy="forgetting", remove=0.0, period=100)
+    memory = config_memory(config)
+    right = []
+    for number in range(6):
+        for block in passes(1):
+            select_block(block, config, moved(number), None, np.random.default_rng(0), memory=memory)
+        view = scored(candidates(30), np.full(30, 1 / 30), moved(number), "last-layer", None)
+        right.append(view.probabilities.argmax(1) == view.targets)
+    right = np.array(right)
+    events = (right[:-1] & ~right[1:]).sum(0)
+    expected = np.where(right.any(0), events, 6)
+    assert 0 < (expected > 0).sum() < 30
+    np.testing.assert_array_equal(forgetting_counts(memory._state[:30]), expected)
+
+
+def config_memory(config):
+    return SELECTIONS[config.strategy].memory(config)
+
+
+def test_forgetting_of_everything_is_what_all_chooses():
+    config = Selection(strategy="forgetting", remove=0.0)
+    left, whole = (
+        list(select_stream(passes(2), how, weights=lambda number: WEIGHTS))
+        for how in (config, Selection(strategy="all"))
+    )
+    for ours, plain in zip(left[:-1], whole[:-1], strict=True):
+        np.testing.assert_array_equal(ours.x, plain.x)
+        np.testing.assert_array_equal(ours.columns["weight"], plain.columns["weight"])
+
+
+def test_forgetting_may_leave_nothing_of_a_block():
+    config = Selection(strategy="forgetting", remove=0.5, epsilon=0.5, exchange=0.5)
+    *found, _ = select_stream(passes(1, length=1), config, weights=lambda number: WEIGHTS)
+    assert {len(block) for block in found} == {0, 1}
+    assert [block.round for block in found] == list(range(30))
+    assert all(block.columns["weight"].dtype == np.float32 for block in found)
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, 1), (2, 0)])
+def test_forgetting_says_so_where_nothing_comes_twice(count, said):
+    notes = []
+    list(
+        select_stream(passes(count), Selection(strategy="forgetting"), weights=lambda n: WEIGHTS, on_note=notes.append)
+    )
+    assert len([note for note in notes if "no sample came twice" in note]) == said
+
+
+def test_forgetting_is_not_cut_short():
+    with pytest.raises(UsageError, match=r"--until-ready.*forgetting"):
+        next(select_stream(passes(1), Selection(strategy="forgetting"), weights=lambda number: WEIGHTS,
+                           ready=lambda number: True))  # fmt: skip
+
+
+def test_a_stream_is_rehearsed_from_a_buffer():
+    """filter | select with --buffer: batches grow by what is held, which are earlier samples."""
+    config = Selection(strategy="forgetting", buffer=6)
+    rounds = list(filter_stream([candidates(100)], Filtering(window=20, keep=8)))[:-1]
+    *found, _ = select_stream(rounds, config, weights=moved)
+    assert len(found[0]) == 8
+    assert all(8 < len(block) <= 14 for block in found[1:])
+    for number, block in enumerate(found):
+        assert block.columns["weight"].sum() == pytest.approx(1.0, abs=1e-6)
+        assert (block.columns["index"][8:] < 20 * number).all()
+        np.testing.assert_array_equal(block.columns["index"][:8], rounds[number].columns["index"])
+        np.testing.assert_array_equal(block.x[:, 0], candidates(100).x[block.columns["index"], 0])
 
 
 @pytest.mark.parametrize("y", [[0, -1, 2], [0, 7, 2]], ids=["unlabelled", "unlisted"])

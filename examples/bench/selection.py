@@ -79,7 +79,8 @@ def samples(setting: Setting, n: int) -> Block:
     """Random images of ten classes."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (n, *setting.size), dtype=np.uint8)
-    return Block(x, np.arange(n) % CLASSES, "NHW" if len(setting.size) == 2 else "NHWC", labels=np.arange(CLASSES))
+    return Block(x, np.arange(n) % CLASSES, "NHW" if len(setting.size) == 2 else "NHWC",
+                 columns={"index": np.arange(n)}, labels=np.arange(CLASSES))  # fmt: skip
 
 
 def random_head(backbone: Backbone) -> Head:

@@ -17,9 +17,11 @@ import numpy as np
 from stages.artifacts.records import Array
 from stages.errors import UsageError, require
 from stages.owncode import own
+from stages.settings.selection import Selection
 from stages.valuation import baselines
 from stages.valuation.coreset import coreset
 from stages.valuation.designs import Design, Strata, divide, draw, equal_design, importance_design, random_variance
+from stages.valuation.forgetting import Memory, remembering
 from stages.valuation.gradients import Gradients
 from stages.valuation.strata import merge_chain
 
@@ -75,9 +77,11 @@ class Strategy:
 
     choose: Choose
     needs: str
-    """`labels`, `inputs` (raw samples) or `gradients` (a forward pass and the head)."""
+    """`labels`, `inputs` (raw samples), `answers` (a forward pass and the head) or `gradients` (of the same)."""
     unbiased: bool
     doc: str
+    memory: Callable[[Selection], Memory] | None = None
+    """What it remembers from block to block: it is offered each block first and chooses from what that leaves."""
 
 
 # ------------------------------------------------------------------------------------------------- sampling strategies
@@ -196,6 +200,12 @@ def _everything(view: GradientView, places: int, epsilon: float, rng: np.random.
     return _fixed(np.arange(len(view.labels)), view.mass.copy(), view)
 
 
+def _presented(view: GradientView, places: int, epsilon: float, rng: np.random.Generator) -> Chosen:
+    """All that the memory offered: what was left out was so before the forward pass."""
+    rows = np.arange(len(answers_of(view)))
+    return Chosen(rows, np.ones(len(rows), np.int64), view.mass.copy(), "equal")
+
+
 def _camel(view: GradientView, places: int, epsilon: float, rng: np.random.Generator) -> Chosen:
     rows, masses = coreset(_required(view.inputs, "inputs"), view.mass, places)
     return _fixed(rows, masses, view)
@@ -211,6 +221,12 @@ def _entropies(view: GradientView) -> Array:
 
 def _ocs(view: GradientView) -> Array:
     return baselines.ocs_scores(gradients_of(view).inner_products())
+
+
+def answers_of(view: GradientView) -> Array:
+    """Whether each candidate's own class is the likeliest: bool (n,)."""
+    likeliest = _required(view.probabilities, "probabilities").argmax(axis=1)
+    return np.asarray(likeliest == _required(view.targets, "targets"))
 
 
 def _required(value: Array | None, name: str) -> Array:
@@ -235,6 +251,8 @@ SELECTIONS: Mapping[str, Strategy] = MappingProxyType({
     "is": Strategy(_sampling(flat_importance), "gradients", True, "importance sampling by gradient norm alone"),
     "random": Strategy(_sampling(at_random), "labels", True, "every candidate alike, without replacement"),
     "all": Strategy(_everything, "labels", True, "every candidate; --batch is ignored"),
+    "forgetting": Strategy(_presented, "answers", True,
+                           "repeated data without a share of what is never forgotten; --batch is ignored", remembering),
     "high-loss": Strategy(_ranking(_losses), "gradients", False, "the highest losses"),
     "low-loss": Strategy(_ranking(lambda view: -_losses(view)), "gradients", False, "the lowest losses"),
     "entropy": Strategy(_ranking(_entropies), "gradients", False, "the least certain predictions"),

@@ -193,3 +193,36 @@ def test_hostile_files_are_refused_as_processes_too(shell):
     result = shell("edgetrain filter evil.h5 > out.h5")
     assert result.returncode == 65
     assert b"external link" in result.stderr
+
+
+def test_data_that_comes_several_times_is_thinned_by_what_is_forgotten(shell):
+    """cat run.h5 b.h5 b.h5 ...: three blocks a pass; a fifth of the samples is left out of each, and some return."""
+    choose = "edgetrain select --strategy forgetting --period 1 --metrics rounds.jsonl"
+    train = "edgetrain train-sparse --full -o out.h5"
+    result = shell(f"cat run.h5 stream.h5 stream.h5 stream.h5 stream.h5 | edgetrain run '{choose} | {train}'")
+    assert result.returncode == 0, result.stderr.decode()
+    import json
+
+    rows = [json.loads(line) for line in (shell.directory / "rounds.jsonl").read_text().splitlines()]
+    assert [row["candidates"] for row in rows] == [100, 100, 60] * 4
+    presented = np.array([row["scored"] for row in rows]).reshape(4, 3)
+    assert (abs(presented.sum(1) - 0.8 * 260) <= 1).all()
+    assert len(np.unique(presented, axis=0)) > 1
+    assert read(shell, "out.h5").model.version == 12
+    result = shell(f"cat run.h5 stream.h5 | {choose.replace(' --metrics rounds.jsonl', '')} | {train}")
+    assert result.returncode == 0
+    assert b"no sample came twice" in result.stderr
+    result = shell(
+        f"cat run.h5 stream.h5 | edgetrain run 'filter | select --strategy forgetting --buffer 20 | {train}'"
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert read(shell, "out.h5").model.version == 3
+    result = shell("edgetrain select --strategy forgetting --remove 0.9 < stream.h5 > out.h5")
+    assert result.returncode == 2
+    assert b"--remove: 0.9, expected at most 0.8" in result.stderr
+
+
+def read(shell, name: str) -> Run:
+    record = next(open_records(shell.directory / name))
+    assert isinstance(record, Run)
+    return record
