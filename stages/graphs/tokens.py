@@ -34,7 +34,7 @@ class Drops:
     blocks: tuple[int, ...]
     """Numbers from 0, in the order of the attentions."""
     keep: float
-    """Share of the tokens that each of them lets pass, in (0, 1]: ceil(keep * (N - 1)) of N - 1, as decimals have it."""
+    """Share of the tokens that each of them lets pass, in (0, 1]: ceil(keep * (N - 1)) of N - 1, in decimals."""
     fuse: bool = False
     """The others go on as one more token."""
 
@@ -62,7 +62,9 @@ def drop_tokens(graph: Graph, drops: Drops) -> tuple[Graph, dict[str, Array]]:
     or the last one, and for an operator that needs the dropped tokens: a layer over tokens, a map made of them, a
     position that may be gone, a mask, a value from before the drop.
     """
-    require(all(op.kind != "drop_tokens" for op in graph.ops), WHERE, "a model that drops tokens already", "one without")
+    require(
+        all(op.kind != "drop_tokens" for op in graph.ops), WHERE, "a model that drops tokens already", "one without"
+    )
     start, attentions = _sequence(graph)
     last = len(attentions) - 1
     beyond = [number for number in drops.blocks if not 0 <= number < last]
@@ -159,7 +161,7 @@ class _Rewriting:
         if op.kind not in RULES:
             _refuse(op, "reads tokens in their places")
         args, found = RULES[op.kind](_Step(op, axes, shapes, self.tokens))
-        new = replace(op, inputs=inputs, in_shapes=shapes, args=tuple((dict(op.args) | args).items()))
+        new = replace(op, inputs=inputs, in_shapes=shapes, args=tuple({**dict(op.args), **args}.items()))
         try:
             new = replace(new, shape=new.operator.shape(new))
         except ValueError as error:
@@ -212,7 +214,7 @@ def _refuse(op: Op, reason: str) -> NoReturn:
     raise UsageError(WHERE, f"{op.name} ({op.kind}) {reason}", "operators that any number of tokens passes")
 
 
-# ------------------------------------------------------------------------------------------------ operators, fewer tokens
+# ------------------------------------------------------------------------------------------------------ fewer tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ def _shape(op: Op) -> Shape:
 def _macs(op: Op) -> int:
     """Fused: every value of a dropped token times the token's score; otherwise a copy."""
     tokens, width = op.in_shape
-    return (tokens - 1 - op["keep"]) * width * op["fuse"]
+    return (tokens - 1 - int(op["keep"])) * width if op["fuse"] else 0
 
 
 def _keeps(op: Op, wanted: Set[int]) -> Keep:
@@ -73,7 +73,7 @@ def _pull(op: Op, tensors: Tensors) -> Pull:
 def _onnx(op: Op, w: Any) -> None:
     """All tokens behind the class token in their order by score, cut in two."""
     x, scores = w.inputs(op)
-    (tokens, width), keep = op.in_shape, op["keep"]
+    tokens, keep = op.in_shape[0], op["keep"]
     name = {what: w.inner(op, what) for what in ("class", "rest", "others", "sorted", "order", "indices", "ordered")}
 
     def cut(value: str, start: int, stop: int, output: str) -> None:

@@ -71,7 +71,9 @@ class Tokens:
         metavar="3,6,9",
     )
     keep_tokens: float | None = setting(
-        None, "Share of the tokens that each drop lets pass, of those the class token attends to most; 0.5.", metavar="R"
+        None,
+        "Share of the tokens that each drop lets pass, of those the class token attends to most; 0.5.",
+        metavar="R",
     )
     fuse: bool = setting(False, "What is dropped goes on as one token: the sum, each times its score.")
 

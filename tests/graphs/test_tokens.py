@@ -33,7 +33,7 @@ from tests.zoo import ZOO
 
 PATCHES, WIDTH, HEADS, DEPTH = 16, 8, 2, 4
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-"""float64: some hundred sums of at most 32 products in a row err by 100 * 32 * 2^-53 = 4e-13 of the values' size (Higham
+"""float64: a hundred sums of at most 32 products in a row err by 100 * 32 * 2^-53 = 4e-13 of the values' size (Higham
 3.1); the rest is room for cancellation. Heads of 4 channels make the scale 0.5, which float32 holds exactly."""
 
 
@@ -59,7 +59,8 @@ class Layer(nn.Module):
         x = x + self.mix(mixed.transpose(1, 2).flatten(2))
         if keep < 1:
             scores = shares[:, :, 0].mean(1)
-            x = torch.stack([dropped(*one, keep, fuse) for one in zip(x, scores.detach() if detach else scores)])
+            scores = scores.detach() if detach else scores
+            x = torch.stack([dropped(*one, keep, fuse) for one in zip(x, scores, strict=True)])
         return x + self.narrow(F.gelu(self.wide(self.after(x))))
 
 
@@ -194,7 +195,9 @@ def vit_tiny() -> Graph:
     return capture(VitTiny().requires_grad_(False), (3, 224, 224)).graph
 
 
-@pytest.mark.parametrize("name", ["vit", "vit-fused", "vit-torchvision", "vit-hf", "encoder-pre-norm", "encoder-post-norm"])
+@pytest.mark.parametrize(
+    "name", ["vit", "vit-fused", "vit-torchvision", "vit-hf", "encoder-pre-norm", "encoder-post-norm"]
+)
 def test_transformers_of_other_libraries_are_rewritten(name: str) -> None:
     """Three heads of 32 patches and a class token; one drop, whatever the graph's own blocks are."""
     specimen = ZOO[name]
@@ -247,11 +250,11 @@ class Habit(nn.Module):
 
 
 HABITS: Mapping[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], str]] = {
-    "a layer over tokens": (lambda net, h, start: h + net.over(h.transpose(1, 2)).transpose(1, 2), "weights for each token"),
+    "a layer over tokens": (lambda net, h, start: net.over(h.transpose(1, 2)).transpose(1, 2), "weights for each token"),
     "positions again": (lambda net, h, start: h + net.whole.where, "does not fit"),
     "a value from before": (lambda net, h, start: h + start, "does not fit"),
     "shifted": (lambda net, h, start: h.roll(1, 1), "reads tokens in their places"),
-    "a map": (lambda net, h, start: torch.cat([h[:, :1], h[:, 1:].reshape(len(h), 4, 4, WIDTH).tanh().flatten(1, 2)], 1),
+    "a map": (lambda net, h, start: h[:, :1] + h[:, 1:].reshape(len(h), 4, 4, WIDTH).mean((1, 2))[:, None],
               "a map or a vector of tokens in their places"),
     "in pairs": (lambda net, h, start: torch.cat([h, h], 1), "behind each other anew"),
     "normed": (lambda net, h, start: F.layer_norm(h, (PATCHES + 1, WIDTH)), "is over tokens"),
@@ -288,7 +291,10 @@ def test_masks_are_refused() -> None:
 
 def test_blocks_and_shares_are_checked() -> None:
     graph = capture(user(True), (1, 16, 16)).graph
-    for blocks, message in (((DEPTH - 1,), "only the class token leaves the last one"), ((9,), "block 9, expected 0 to 2")):
+    for blocks, message in (
+        ((DEPTH - 1,), "only the class token leaves the last one"),
+        ((9,), "block 9, expected 0 to 2"),
+    ):
         with pytest.raises(UsageError, match=message):
             drop_tokens(graph, Drops(blocks=blocks, keep=0.5))
     for keep in (0.0, -0.5, 1.01, float("nan")):
