@@ -62,6 +62,8 @@ def export(model: Model, format: str, *, head: bool = True, allow: str | None = 
     backbone = deploy(model)
     if format != "onnx":
         state, notes = state_dict(model)
+        if any(op.kind == "drop_tokens" for op in backbone.graph.ops):
+            notes += ("a state dict holds weights alone: the model it loads into drops no tokens; .onnx does",)
         data = _pth(state) if format == "pth" else safetensors.numpy.save(state, _metadata(model))
         return Exported(data, format, _compare_states(state, _read(data, format)), notes)
     x = _trial(backbone)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgetrain_cli.options import Out, Recorded, Seed
 from edgetrain_cli.settings import command
 from edgetrain_cli.streams import Stage
-from stages.settings.importing import NewModel, Weights
+from stages.settings.importing import NewModel, Tokens, Weights
+
+if TYPE_CHECKING:
+    from stages.graphs.tokens import Drops
 
 
 @command("import", history=True)
@@ -17,6 +20,7 @@ def import_weights(
     io: Stage,
     model: NewModel,
     settings: Weights,
+    tokens: Tokens,
     weights: Annotated[
         str | None,
         typer.Argument(metavar="WEIGHTS", help="An .onnx, .h5, .safetensors or .pth file; without it, random weights."),
@@ -62,7 +66,13 @@ def import_weights(
     Example: edgetrain import model.onnx -o base.h5
 
     Example: edgetrain import --trained live.bin adapted.h5 -o back.h5
+
+    Example: edgetrain import --drop-tokens 3,6,9 --keep-tokens 0.5 --fuse base.h5 -o short.h5
     """
+    drops = tokens.drops()
+    if drops is not None:
+        _dropped(io, weights, drops, arch, trained, out)
+        return
     if trained is not None:
         _trained(io, weights, trained, arch, out)
         return
@@ -87,6 +97,22 @@ def import_weights(
     found = imported.run.model
     io.note(f"{len(found.tensors)} tensors of {found.arch}, {found.form} form")
     io.write(imported.run, out)
+
+
+def _dropped(io: Stage, given: str | None, drops: Drops, arch: str | None, trained: str | None, out: str) -> None:
+    """The run with a model that drops tokens."""
+    from stages.dropping import with_drops
+    from stages.errors import require
+
+    for option, value in (("--arch", arch), ("--trained", trained)):
+        require(value is None, option, "with --drop-tokens, which reads a run", "the run alone", "import it first")
+    require(given is not None, "--drop-tokens", "without a run", "the run whose model is to drop tokens")
+    assert given is not None
+    run = io.read_run(given)
+    found = with_drops(run, drops)
+    if any(part is not None for part in (run.profile, run.scores, run.plan)):
+        io.note("profile, scores and plan were those of the model without drops: they are left out")
+    io.write(found, out)
 
 
 def _trained(io: Stage, exported: str | None, left: str, arch: str | None, out: str) -> None:

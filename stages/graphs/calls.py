@@ -245,7 +245,7 @@ class Call:
             for what, part in held.items():
                 self._hold(f"{name}.{what}", part)
         full = (BATCH, *op.shape) if self.full is None or self.per_sample(self.full) != op.shape else self.full
-        return Value(name, op.shape, full)
+        return Value(name, op.shape, full, values[0].dtype if values and operator.alias else "float32")
 
     def _trains(self, held: dict[str, Constant]) -> bool:
         """Whether any of an operator's tensors comes from a parameter."""

@@ -26,8 +26,8 @@ class Writer:
 
     def __init__(self, graph: Graph, tensors: Mapping[str, Array]) -> None:
         self.graph, self.tensors = graph, tensors
-        self.nodes: list[tuple[str, list[str], str, dict[str, Any]]] = []
-        """Operator, inputs, output, attributes."""
+        self.nodes: list[tuple[str, list[str], str | tuple[str, ...], dict[str, Any]]] = []
+        """Operator, inputs, output or outputs, attributes."""
         self.constants: dict[str, Array] = {}
         self._names = {graph.ops[0].name: "input", graph.output: "features"}
         for op in graph.ops[1:]:
@@ -35,7 +35,7 @@ class Writer:
                 raise UsageError(op.name, f"kind {op.kind!r} has no ONNX form in a deployed graph", "deploy form")
             op.operator.onnx(op, self)
 
-    def node(self, kind: str, inputs: Iterable[str], output: str, **attributes: Any) -> None:
+    def node(self, kind: str, inputs: Iterable[str], output: str | tuple[str, ...], **attributes: Any) -> None:
         """Append a node."""
         self.nodes.append((kind, list(inputs), output, attributes))
 
@@ -157,7 +157,10 @@ def onnx_model(graph: Graph, tensors: Mapping[str, Array], head: Head | None, me
         raise PartMissing("export", "the package onnx is not installed", "", "pip install 'edgetrain[onnx]'") from error
     writer = Writer(graph, tensors)
     head_nodes = _head_nodes(head)
-    nodes = [helper.make_node(kind, inputs, [out], **attributes) for kind, inputs, out, attributes in writer.nodes]
+    nodes = [
+        helper.make_node(kind, inputs, [out] if isinstance(out, str) else out, **attributes)
+        for kind, inputs, out, attributes in writer.nodes
+    ]
     nodes += [helper.make_node(kind, inputs, [out], **attributes) for kind, inputs, out, attributes in head_nodes]
     constants = writer.constants | _head_constants(head)
     used = {name for node in nodes for name in node.input}

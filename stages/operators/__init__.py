@@ -10,10 +10,11 @@ from stages.operators import (
     pooling,
     recurrent,
     shapes,
+    tokens,
 )
 from stages.operators.op import TABLE, Op, Operator, Shape
 
 __all__ = ["FAMILIES", "TABLE", "Op", "Operator", "Shape"]
 
-FAMILIES = (convolution, linear, recurrent, normalisation, activations, arithmetic, pooling, shapes, opaque)
+FAMILIES = (convolution, linear, recurrent, normalisation, activations, arithmetic, pooling, shapes, tokens, opaque)
 """The modules that fill the table."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stages.errors import UsageError, require
 from stages.settings.declared import check, setting
 
 if TYPE_CHECKING:
+    from stages.graphs.tokens import Drops
     from stages.importing import Importing
 
 CLASSIFIERS = ("keep", "drop", "features")
@@ -57,3 +59,39 @@ class Weights:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """Where a vision transformer drops tokens (BSR)."""
+
+    drop_tokens: str | None = setting(
+        None,
+        "WEIGHTS is a run: let its transformer drop tokens behind the attention of these blocks, counted from 0.",
+        metavar="3,6,9",
+    )
+    keep_tokens: float | None = setting(
+        None,
+        "Share of the tokens that each drop lets pass, of those the class token attends to most; 0.5.",
+        metavar="R",
+    )
+    fuse: bool = setting(False, "What is dropped goes on as one token: the sum, each times its score.")
+
+    def __post_init__(self) -> None:
+        for option, given in (("--keep-tokens", self.keep_tokens is not None), ("--fuse", self.fuse)):
+            require(self.drop_tokens is not None or not given, option, "no blocks", "--drop-tokens 3,6,9 with it")
+
+    def drops(self) -> Drops | None:
+        """What `stages.dropping.with_drops` takes; None where nothing is dropped.
+
+        Raises `UsageError` for text that cannot be read, and as `Drops`.
+        """
+        if self.drop_tokens is None:
+            return None
+        from stages.graphs.tokens import Drops
+
+        try:
+            blocks = tuple(int(number) for number in self.drop_tokens.split(","))
+        except ValueError:
+            raise UsageError("--drop-tokens", repr(self.drop_tokens), "numbers of blocks joined by commas") from None
+        return Drops(blocks=blocks, keep=0.5 if self.keep_tokens is None else self.keep_tokens, fuse=self.fuse)

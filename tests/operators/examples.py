@@ -173,6 +173,9 @@ EXAMPLES: tuple[Example, ...] = (
     make("gru", (1, 4), hidden=5, reverse=False, biased=True),
     make("embedding", VECTOR, out=(6, 3), entries=6, domain="entries"),
     make("embedding", (2, 3), out=(2, 3, 4), entries=5, domain="entries"),
+    # fewer tokens
+    *(make("drop_tokens", TOKENS, TOKENS[:1], keep=keep, fuse=fuse, domain="distinct")
+      for keep, fuse in ((2, True), (2, False), (1, True), (3, True))),
     # other functions of torch
     opaque("erf.default", MAP, out=MAP),
     opaque("cumsum.default", MAP, out=MAP, args=[value_of(0, MAP), -1]),

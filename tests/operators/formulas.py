@@ -240,7 +240,19 @@ def _opaque(op: Op, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> 
     return OPAQUE[op["function"]](*inputs)
 
 
+def _drop_tokens(op: Op, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Token by token, by their places in the sorted list of scores."""
+    x, scores = inputs
+    order = sorted(range(1, len(x)), key=lambda j: (-scores[j].item(), j))
+    rows = [x[0], *(x[j] for j in order[: op["keep"]])]
+    if op["fuse"]:
+        rest = order[op["keep"] :]
+        rows.append((torch.stack([scores[j] for j in rest])[None] @ torch.stack([x[j] for j in rest]))[0])
+    return torch.stack(rows)
+
+
 FORMULAS: Mapping[str, Formula] = {
+    "drop_tokens": _drop_tokens,
     "gru": _gru,
     "lstm": _lstm,
     "embedding": _embedding,

@@ -166,7 +166,9 @@ def _pull(op: Op, tensors: Tensors, inputs: list[Tensor], gradient: Tensor) -> t
     """Vector-Jacobian product of one operator without weights."""
     leaves = [value.detach().requires_grad_() for value in inputs]
     with torch.enable_grad():
-        return torch.autograd.grad(apply(op, leaves, tensors), leaves, gradient)
+        return torch.autograd.grad(
+            apply(op, leaves, tensors), leaves, gradient, allow_unused=True, materialize_grads=True
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- sums

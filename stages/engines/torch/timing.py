@@ -81,5 +81,9 @@ def _time_gradient(
 ) -> Seconds:
     with torch.enable_grad():
         output = apply(op, inputs, tensors)
+    if not output.requires_grad:  # a constant, or whole numbers
+        return np.zeros(repeats)
     upstream = torch.ones_like(output)
-    return repeat(lambda: torch.autograd.grad(output, wanted, upstream, retain_graph=True), repeats, clock)
+    return repeat(
+        lambda: torch.autograd.grad(output, wanted, upstream, retain_graph=True, allow_unused=True), repeats, clock
+    )
