@@ -338,8 +338,9 @@ def quantised() -> bytes:
     return model_of([node], initial={"s": np.float32(1), "z": np.uint8(0)})
 
 
-def largest() -> bytes:
-    return model_of([helper.make_node("TopK", ["x", "k"], ["y", "i"])], initial={"k": np.array([2])})
+def hardmax() -> bytes:
+    """An operator that no torch call becomes."""
+    return model_of([helper.make_node("Hardmax", ["x"], ["y"])])
 
 
 def of_two_inputs() -> bytes:
@@ -372,7 +373,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "quantised": (quantised, "a quantised model"),
     "random": (lambda: model_of([helper.make_node("RandomNormalLike", ["x"], ["y"])]), "random numbers"),
     "unknown operator": (lambda: model_of([helper.make_node("Nonsense", ["x"], ["y"])]), "not valid"),
-    "no kind for it": (largest, "operator TopK, expected one of docs/operators.md"),
+    "no kind for it": (hardmax, "operator Hardmax, expected one of docs/operators.md"),
     "two inputs": (of_two_inputs, r"2 inputs \(x, z\), expected a model of one input"),
     "open shape": (of_open_shape, r"an input of open shape, 3 x \? x \? per sample.*--input"),
     "no layer": (lambda: model_of(RELU), "no convolution or linear layer"),
