@@ -89,13 +89,13 @@ def test_stages_compute_with_the_drops(folder: Path) -> None:
     assert re.search(r"^all +8 ", (folder / "result.txt").read_text(), re.MULTILINE)
     predict(at["adapted.h5"], at["samples.h5"], str(folder / "found.csv"), quiet=True)
     with open(folder / "found.csv", newline="") as file:
-        given = np.array([[float(row["p:a"]), float(row["p:b"])] for row in csv.DictReader(file)])
+        given = np.array([[float(row["p(a)"]), float(row["p(b)"])] for row in csv.DictReader(file)])
     model = adapted.model
     assert model.head is not None
     block = decode((folder / "samples.h5").read_bytes())
     assert isinstance(block, Block)
     backbone = deploy(model)
-    expected = probabilities(backbone.features(adapt(block.x, block.layout, model.input)), model.head)
+    expected = probabilities(model.head, backbone.features(adapt(block.x, block.layout, model.input)))
     np.testing.assert_allclose(given, expected, rtol=0, atol=1e-4)
     with pytest.raises(UsageError, match="drops tokens already"):
         drop(folder, "twice.h5", source="adapted.h5")

@@ -250,7 +250,7 @@ class Habit(nn.Module):
 
 
 HABITS: Mapping[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], str]] = {
-    "a layer over tokens": (lambda net, h, start: net.over(h.transpose(1, 2)).transpose(1, 2), "weights for each token"),
+    "a layer over tokens": (lambda net, h, start: net.over(h.mT).mT, "weights for each token"),
     "positions again": (lambda net, h, start: h + net.whole.where, "does not fit"),
     "a value from before": (lambda net, h, start: h + start, "does not fit"),
     "shifted": (lambda net, h, start: h.roll(1, 1), "reads tokens in their places"),

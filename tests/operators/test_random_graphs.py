@@ -44,8 +44,9 @@ from tests.planning.problems import random_scores
 from tests.rounding import as_tensors
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
-NEVER = {"input", "batchnorm", "flatten", "global_pool", "expand", "max", "sign", "log_softmax"}
-"""Kinds that the generator does not draw: the last of them have twins that it does."""
+NEVER = {"drop_tokens", "input", "batchnorm", "flatten", "global_pool", "expand", "max", "sign", "log_softmax"}
+"""Kinds that the generator does not draw: a choice jumps where scores nearly tie, the last of them have twins that it
+does."""
 
 
 def weighted(features: Tensor) -> Tensor:
