@@ -17,11 +17,10 @@ import numpy as np
 from stages.artifacts.records import Array
 from stages.errors import UsageError, require
 from stages.owncode import own
-from stages.settings.selection import Selection
 from stages.valuation import baselines
 from stages.valuation.coreset import coreset
 from stages.valuation.designs import Design, Strata, divide, draw, equal_design, importance_design, random_variance
-from stages.valuation.forgetting import Memory, remembering
+from stages.valuation.forgetting import Memory, Settings, remembering
 from stages.valuation.gradients import Gradients
 from stages.valuation.strata import merge_chain
 
@@ -80,7 +79,7 @@ class Strategy:
     """`labels`, `inputs` (raw samples), `answers` (a forward pass and the head) or `gradients` (of the same)."""
     unbiased: bool
     doc: str
-    memory: Callable[[Selection], Memory] | None = None
+    memory: Callable[[Settings], Memory] | None = None
     """What it remembers from block to block: it is offered each block first and chooses from what that leaves."""
 
 

@@ -24,7 +24,6 @@ import numpy as np
 from stages.artifacts.records import Array, Block
 from stages.data.blocks import join_blocks
 from stages.errors import DataError
-from stages.settings.selection import Selection
 
 UNKNOWN = -1
 """The last answer of a sample that has not been presented."""
@@ -42,6 +41,34 @@ STATE = np.dtype(
 
 MOST = 1 << 22
 """Samples that can be told apart: bounds memory to 71 MB."""
+
+
+class Settings(Protocol):
+    """What a memory is told: `stages.settings.selection.Selection` has it."""
+
+    @property
+    def remove(self) -> float:
+        """Share that is left out."""
+
+    @property
+    def exchange(self) -> float:
+        """Share of that which returns at a time."""
+
+    @property
+    def period(self) -> int:
+        """Passes between exchanges."""
+
+    @property
+    def epsilon(self) -> float:
+        """No sample stands for more than 1 / epsilon."""
+
+    @property
+    def buffer(self) -> int | None:
+        """Samples held, for a stream."""
+
+    @property
+    def streak(self) -> int:
+        """Right answers in a row after which a held sample is dropped."""
 
 
 class Memory(Protocol):
@@ -131,7 +158,7 @@ class Forgetting:
     drawn by chance as samples appear. Bookkeeping is a few vectorised operations per block.
     """
 
-    def __init__(self, config: Selection) -> None:
+    def __init__(self, config: Settings) -> None:
         self._config = config
         self._state = np.zeros(0, STATE)
         self._known = 0
@@ -234,7 +261,7 @@ class Rehearsal:
     weighted loss stands for the mean loss of both together. Holds `buffer` samples.
     """
 
-    def __init__(self, config: Selection, room: int) -> None:
+    def __init__(self, config: Settings, room: int) -> None:
         self._room, self._streak = room, config.streak
         self._held: Block | None = None
         self._last = np.zeros(0, np.int8)
@@ -284,6 +311,6 @@ def _spread(per_class: Mapping[str, Array], labels: Array, wider: Array | None) 
     return spread
 
 
-def remembering(config: Selection) -> Memory:
+def remembering(config: Settings) -> Memory:
     """The memory of `--strategy forgetting`: of repeated data, or with `--buffer` of a stream."""
     return Forgetting(config) if config.buffer is None else Rehearsal(config, config.buffer)
