@@ -62,7 +62,14 @@ def test_what_pretraining_refuses(files):
         pretrain("a.h5", arch=None)
     with pytest.raises(DataError, match="class 0: 6 samples"):
         pretrain("a.h5", repeat=False, queries=9, validation_tasks=0)
+    with pytest.raises(UsageError, match="--simulate-bits: '3', expected 3/6"):
+        pretrain("a.h5", simulate_bits="3")
     assert not (files / "a.h5").exists()
+
+
+def test_simulated_bits_are_said_to_be_a_count(files, capsys):
+    pretrain("a.h5", simulate_bits="3/6", quiet=False)
+    assert "1.46% of float32's, a count" in capsys.readouterr().err
 
 
 @pytest.fixture

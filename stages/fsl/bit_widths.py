@@ -16,7 +16,7 @@ FLOAT = 32
 """The width that stands for float32 itself: nothing is rounded."""
 WIDTHS = (*range(2, 17), FLOAT)
 WHERE = "--simulate-bits"
-EXPECTED = "as 3/6, or 3/6,4/8,8/8:turn=0.05,decay=0.3, or dfq:3/6,4/8,6/12:target=0.03,weights=4"
+EXPECTED = "3/6, or 3/6,4/8,8/8:turn=0.05,decay=0.3, or dfq:3/6,4/8,6/12:target=0.03,weights=4"
 
 
 @dataclass(frozen=True)

@@ -256,6 +256,13 @@ def test_a_training_moves_on_and_counts_what_its_widths_cost() -> None:
     assert result.metrics[STAGE][BIT_MAC_SHARE] == pytest.approx(expected, rel=1e-5)
 
 
+def test_episodes_begin_with_no_losses_of_the_supervised_phase() -> None:
+    config = replace(SMALL, steps=1, epochs=6, supervised_epochs=2, supervised_batch=8, validation_tasks=0)
+    result = pretrain(random_run(), [squares()], replace(config, simulate_bits="3/6,8/8:turn=99"), seed=0)
+    expected = [45 / 3072] * (2 + 5) + [192 / 3072]
+    assert result.metrics[STAGE][BIT_MAC_SHARE] == pytest.approx(expected, rel=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------------------- gate
 
 
