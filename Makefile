@@ -7,7 +7,7 @@ LIBRARY := stages/engines/native/libedgetrain.so
 
 .PHONY: setup demo test test-all test-isa mutants check docs native native-test native-arm mcu bench bench-engine bench-device bench-native \
         bench-selection bench-pipeline bench-faults bench-mcu \
-        reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan reproduce-related reproduce-forgetting format clean help
+        reproduce-tinytrain-cost reproduce-tinytrain-accuracy reproduce-titan reproduce-related reproduce-forgetting reproduce-vit format clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: *.*##' Makefile | sed 's/:.*##/\t/'
@@ -94,6 +94,9 @@ reproduce-titan: $(READY)               ## Titan's Table 1 on the data at hand
 
 reproduce-related: $(READY)             ## what the systems beside TinyTrain claim, and what comes out
 	$(BIN)/python examples/reproduce/related.py
+
+reproduce-vit: $(READY)                 ## BSR, token dropping and plans by blocks on vision transformers
+	$(BIN)/python examples/reproduce/vit.py
 
 reproduce-forgetting: $(READY)          ## leaving out what is never forgotten, against everything and random parts
 	$(BIN)/python examples/reproduce/forgetting.py

@@ -122,6 +122,13 @@ def test_forgettings_comparison_runs(tmp_path, monkeypatch):
     assert "samples of glyphs" in page
 
 
+def test_transformers_comparison_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGETRAIN_DATA", str(tmp_path / "nothing"))
+    page = run([sys.executable, str(EXAMPLES / "reproduce" / "vit.py"), "--quick"], tmp_path)
+    assert "| everything | 1.00 |" in page
+    assert "paired tasks of glyphs" in page
+
+
 def test_tinytrains_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
     from stages.artifacts.files import atomic_write
     from stages.artifacts.hdf5 import encode
