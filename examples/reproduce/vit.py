@@ -319,7 +319,8 @@ def accuracy(size: Size) -> str:
             f"adamw` on glyphs, {size.epochs} epochs of {size.steps} tasks ({100 * float(np.nanmax(metrics)):.1f} % on "
             "validation tasks). "
             f"Adapted in {size.iterations} iterations; the rate is the best of three on {size.tuning} other tasks, by "
-            "method. Drops: half of the tokens at blocks 3, 6, 9, the others fused. Differences in points, with 95 % intervals.",
+            "method. Drops: half of the tokens at blocks 3, 6, 9, the others fused. Differences in points, with 95 % "
+            "intervals.",
             "",
             *rows,
         ]
