@@ -29,6 +29,7 @@ from stages.fsl.episode_list import data_hash
 from stages.fsl.episodes import Episode, Pool, check_pool, draw_episodes, pool_of
 from stages.fsl.meta_training import BatchUnits, DataSet, EpisodeUnits, Inputs, Learner
 from stages.fsl.schedule import WarmCosine
+from stages.fsl.settling import Settling, settling_of
 from stages.fsl.simulated_bits import Simulation, simulation_of
 from stages.fsl.slicing import Slicing
 from stages.fsl.team import ALONE, Team
@@ -145,7 +146,8 @@ def _trainer(
         config.steps, config.per_step, config.momentum, config.weight_decay, config.optimizer, config.layer_decay,
         config.patience,
     )  # fmt: skip
-    return Trainer(learner, phases, rhythm, _validation_tasks(others, config, seed), team)
+    settling = _settling(config, module, sets, seed)
+    return Trainer(learner, phases, rhythm, _validation_tasks(others, config, seed), team, settling)
 
 
 def _slicing(config: Pretraining, module: Net, seed: int, device: torch.device) -> Slicing | None:
@@ -156,6 +158,20 @@ def _slicing(config: Pretraining, module: Net, seed: int, device: torch.device) 
     found = "a net in which no layer's channels are read by one other layer alone"
     require(bool(slicing.widths), "--slice", found, "hidden widths, as of cnn4, mlp, ds-cnn, MobileNets, ViTs")
     return slicing
+
+
+PROBE = 16
+"""Samples that tell whether a layer has settled."""
+
+
+def _settling(config: Pretraining, module: Net, sets: Sequence[DataSet], seed: int) -> Settling | None:
+    """What freezes layers that have settled, if anything does; it looks at some samples of the first data set."""
+    how = settling_of(config.policy)
+    if how is None:
+        return None
+    rows = np.concatenate(sets[0].pool.members)
+    chosen = generator(seed, "pretrain-probe").choice(rows, min(PROBE, len(rows)), replace=False)
+    return Settling(how, module, sets[0].inputs(np.sort(chosen)))
 
 
 def _simulation(config: Pretraining, module: Net, seed: int) -> Simulation | None:

@@ -230,7 +230,7 @@ def _gradients(learner: Learner, units: Units, numbers: range, team: Team) -> Me
     after = [torch.zeros_like(buffer) for buffer in statistics]
     parameters = list(learner.parameters())
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     loss_sum, bit_mac_share = torch.zeros((), device=learner.device), torch.zeros((), device=learner.device)
     for number in team.share(numbers):
         _copy(before, statistics)

@@ -15,12 +15,14 @@ from stages.fsl.episodes import Episode
 from stages.fsl.meta_training import DataSet, Epoch, Learner, Means, Measured, Units, train_epoch, validate
 from stages.fsl.optimizing import Optimizer, load_optimizer, make_optimizer, optimizer_state
 from stages.fsl.schedule import WarmCosine
+from stages.fsl.settling import Settling
 from stages.fsl.slicing import Slicing
 from stages.fsl.team import Team
 
 Weights = Mapping[str, Array]
 """The module's floating-point state by name."""
 
+SETTLED = "settled_layers"
 COLUMNS = ("epoch", "learning_rate", "loss", "scale", "validation_accuracy", "validation_half_width")
 BIT_MAC_SHARE = "bit_mac_share"
 """One more where few bits are simulated: bit-weighted MACs as a share of float32's."""
@@ -89,23 +91,32 @@ class Trainer:
         rhythm: Rhythm,
         tasks: Sequence[tuple[DataSet, Episode]],
         team: Team,
+        settling: Settling | None = None,
     ) -> None:
-        self.learner, self.rhythm, self.tasks, self.team = learner, rhythm, tasks, team
+        self.learner, self.rhythm, self.tasks, self.team, self.settling = learner, rhythm, tasks, team, settling
         self.phases = [phase for phase in phases if phase.epochs]
         self.done = 0
         self.progress = Progress()
         self.kept = Kept(weights(learner), -1, float("nan"))
-        self.columns = COLUMNS if learner.simulation is None else (*COLUMNS, BIT_MAC_SHARE)
+        self.columns = (
+            *COLUMNS,
+            *([] if learner.simulation is None else [BIT_MAC_SHARE]),
+            *([] if settling is None else [SETTLED]),
+        )
         self.table: dict[str, list[float]] = {name: [] for name in self.columns}
         self.optimizer = self._optimizer()
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or patience is at an end."""
+        """Whether all epochs are done, nothing trains any more, or patience is at an end."""
         idle = sum(phase.epochs for phase in self.phases if not phase.competes)
         waited = self.done - max(self.kept.epoch + 1, idle)
         out_of_patience = 0 < self.rhythm.patience <= waited and bool(self.tasks)
-        return self.done >= sum(phase.epochs for phase in self.phases) or out_of_patience
+        settled = self.settling is not None and self.settling.ended and self._is_last_phase()
+        return self.done >= sum(phase.epochs for phase in self.phases) or out_of_patience or settled
+
+    def _is_last_phase(self) -> bool:
+        return self.done >= sum(phase.epochs for phase in self.phases[:-1])
 
     def epoch(self, on_step: Callable[[Progress], None]) -> None:
         """Train one epoch, then validate."""
@@ -114,6 +125,8 @@ class Trainer:
             self.optimizer = self._optimizer()
             if self.learner.simulation is not None:
                 self.learner.simulation.forget()
+            if self.settling is not None:
+                self.settling.wake()
         steps = self.rhythm.steps
         slicing = phase.slicing if number < phase.epochs - phase.whole_epochs else None
         epoch = Epoch(number, steps, self.rhythm.per_step, phase.schedule, phase.batchnorm_trains, slicing)
@@ -125,6 +138,8 @@ class Trainer:
         means = train_epoch(self.learner, phase.units, self.optimizer, epoch, self.team, count)
         if self.learner.simulation is not None:
             self.learner.simulation.see(means.loss)
+        if self.settling is not None:
+            self.settling.look()
         measured = validate(self.learner, self.tasks, self.team) if self.tasks else Measured(*[float("nan")] * 2)
         self._record(phase.schedule.at(number + (steps - 1) / steps), means, measured)
         on_step(self.progress)
@@ -147,9 +162,13 @@ class Trainer:
 
     def _record(self, rate: float, means: Means, measured: Measured) -> None:
         scale = self.learner.scale.item()
-        row = (float(self.done), rate, means.loss, scale, measured.mean, measured.half_width, means.bit_mac_share)
-        for name, value in zip(self.columns, row[: len(self.columns)], strict=True):
-            self.table[name].append(value)
+        row = {
+            **dict(zip(COLUMNS, (self.done, rate, means.loss, scale, measured.mean, measured.half_width), strict=True)),
+            BIT_MAC_SHARE: means.bit_mac_share,
+            SETTLED: 0 if self.settling is None else self.settling.left,
+        }
+        for name in self.columns:
+            self.table[name].append(float(row[name]))
         # NaN compares as false: without validation, and for the first epoch, the new weights are kept
         if not measured.mean <= self.kept.accuracy:
             self.kept = Kept(weights(self.learner), self.done, measured.mean)
@@ -169,6 +188,8 @@ class Trainer:
         }
         if self.learner.simulation is not None:
             groups["simulation"] = _group(self.learner.simulation.state())
+        if self.settling is not None:
+            groups["settling"] = self.settling.state()
         return Group({"done": self.done}, groups=groups)
 
     def load(self, state: Group) -> None:
@@ -189,6 +210,8 @@ class Trainer:
         self.table = {name: [float(value) for value in state.groups["table"].arrays[name]] for name in self.columns}
         if self.learner.simulation is not None:
             self.learner.simulation.load(state.groups["simulation"].arrays)
+        if self.settling is not None:
+            self.settling.load(state.groups["settling"])
         self.done = int(state.attrs["done"])
         self.progress = Progress(self.done * self.rhythm.steps, self.table["loss"][-1], self.kept.accuracy)
 

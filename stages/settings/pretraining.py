@@ -63,6 +63,11 @@ class Pretraining:
         "ones when the loss stalls, 3/6,8/8:turn=0.05,decay=0.3; or a gate chooses, "
         "dfq:3/6,4/8,6/12:target=0.03,weights=4. What is validated and written is float32.", metavar="F/G,...",
     )  # fmt: skip
+    policy: str = setting(
+        "static",
+        "velocity: layers whose outputs have settled train no more, from the first on (NEq); a look after each epoch.",
+        metavar="static|velocity[:threshold=1e-3,share=1,mu=0.5]",
+    )
     supervised_epochs: int = setting(0, "First train a classifier over all classes.", least=0)
     supervised_batch: int = setting(128, "Its batch size.", least=2)
     supervised_lr: float | None = setting(None, "Its highest learning rate; default 0.05, adamw 0.001.")
@@ -92,6 +97,10 @@ class Pretraining:
         require(0 < self.validation_share < 1, "--validation-share", f"{self.validation_share}", "between 0 and 1")
         require((self.warmup_epochs or 0) <= self.epochs, "--warmup-epochs", f"{self.warmup_epochs}",
                 f"0 to {self.epochs}")  # fmt: skip
+        if self.policy != "static":
+            from stages.fsl.settling import settling_of
+
+            settling_of(self.policy)
         if self.simulate_bits is not None:
             from stages.fsl.bit_widths import parse_simulation
 

@@ -30,10 +30,12 @@ MAY_IMPORT = {
         "errors",
         "artifacts",
         "data",
+        "engines.torch.reference",
         "graphs",
         "losses",
         "models",
         "operators",
+        "planning.policies",
         "planning.precision",
         "randomness",
     },
@@ -95,7 +97,7 @@ TORCH = [
     *(STAGES / "models" / f"{name}.py" for name in (*ARCHITECTURES, "registry", "modules", "matching", "calibration")),
     *(
         STAGES / "fsl" / f"{name}.py"
-        for name in ("meta_training", "optimizing", "simulated_bits", "slicing", "trainer", "team")
+        for name in ("meta_training", "optimizing", "settling", "simulated_bits", "slicing", "trainer", "team")
     ),
     STAGES / "methods" / "lite_residual_net.py",
     STAGES / "pretraining.py",
