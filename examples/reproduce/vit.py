@@ -41,11 +41,13 @@ from stages.fsl.protonet import cosine_logits
 from stages.graphs.tokens import Drops
 from stages.importing import Importing, import_model
 from stages.methods.plans import TinyTrain
+from stages.methods.scheduling import schedule_within, scheduling
 from stages.methods.task import Task
 from stages.models.deploy import Backbone, deploy
 from stages.models.inputs import adapt_block
 from stages.models.modules import Net, trainable
 from stages.planning.baselines import named_plan
+from stages.planning.schedules import kept_bytes
 from stages.planning.shortcuts import residual_entries, with_detached
 from stages.pretraining import STAGE, Pretraining, pretrain
 from stages.training.adaptation import Adapting, adapt
@@ -80,15 +82,16 @@ FULL, QUICK = Size(224, 8, 7, 12, 100, 24, 6), Size(32, 1, 1, 1, 2, 2, 1, 2)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small net, few tasks and repeats")
+    parser.add_argument("--only", choices=SECTIONS, help="one section alone, to the terminal")
     parser.add_argument("-o", "--out", type=Path, default=ROOT / "docs" / "results" / "vit.md")
     options = parser.parse_args()
     keep_freed_memory()  # as commands do
     size = QUICK if options.quick else FULL
     began = time.perf_counter()
-    parts = [costs(size), accuracy(size)]
+    parts = [section(size) for name, section in SECTIONS.items() if options.only in (None, name)]
     minutes = (time.perf_counter() - began) / 60
     text = "\n\n".join([heading(size, minutes), *parts]) + "\n"
-    if options.quick:
+    if options.quick or options.only:
         print(text)
     else:
         atomic_write(options.out, text.encode())
@@ -112,6 +115,27 @@ class Contestant:
     updates: tuple[LayerUpdate, ...]
     module: Net
     """The same net in torch, in which what the plan names requires gradients."""
+    per_sample_bytes: int | None = None
+    """What a schedule of memory keeps; None where everything is kept."""
+
+    def kept_bytes(self, batch: int) -> int:
+        """Predicted."""
+        if self.per_sample_bytes is not None:
+            return batch * self.per_sample_bytes
+        return saved_activation_bytes(self.backbone.graph, self.updates, batch)
+
+
+SHARE = 0.65
+"""Of what keeping everything takes: the budget of the rows with `--ram`."""
+
+
+def within(one: Contestant) -> Contestant:
+    """The same step in less memory: what is too much is made again."""
+    made = scheduling(one.backbone, one.updates)
+    schedule = schedule_within(made, int(SHARE * made.allocated({})))
+    engine = replace(one.backbone.engine, how=tuple(sorted(schedule.how.items())))
+    kept = kept_bytes(made.chain, schedule.how)
+    return replace(one, backbone=replace(one.backbone, engine=engine), per_sample_bytes=kept)
 
 
 def costs(size: Size) -> str:
@@ -127,11 +151,12 @@ def costs(size: Size) -> str:
         "everything, 0.7 of the tokens": ("0.7 of the tokens", "full", "exact"),
     }
     who = {name: contestant(runs[model], plan, gradient) for name, (model, plan, gradient) in named.items()}
+    who |= {f"{name}, `--ram`": within(who[name]) for name in ("everything", "**BSR**: both")}
     x = np.random.default_rng(0).standard_normal((size.batch, 3, size.side, size.side)).astype(np.float32)
     bodies: dict[str, Callable[[], object]] = {}
     for name, one in who.items():
         bodies[f"{name}/engine"] = engine_step(one, x)
-        if "past" not in name:
+        if "past" not in name and "ram" not in name:
             bodies[f"{name}/stock"] = stock_step(one, x)
     seconds = in_turns(bodies, size.repeats, time.process_time)
     rows = [
@@ -141,14 +166,14 @@ def costs(size: Size) -> str:
     most = saved_activation_bytes(plain_graph(who), who["everything"].updates, size.batch)
     for name, one in who.items():
         graph = one.backbone.graph
-        predicted = saved_activation_bytes(graph, one.updates, size.batch)
+        predicted = one.kept_bytes(size.batch)
         measured = engine_bytes(one, x)
         if measured != predicted:
             raise AssertionError(f"{name}: {measured} bytes kept, {predicted} predicted")
-        beside = "-"
-        if f"{name}/stock" in bodies:
+        beside, plain_name = "-", name.removesuffix(", `--ram`")
+        if f"{plain_name}/stock" in bodies:
             share = predicted / stock_bytes(one, x)
-            beside = f"{ratio(seconds, f'{name}/engine', f'{name}/stock'):.2f}, {share:.2f}"
+            beside = f"{ratio(seconds, f'{name}/engine', f'{plain_name}/stock'):.2f}, {share:.2f}"
         rows.append(
             f"| {name} | {ratio(seconds, f'{name}/engine', 'everything/engine'):.2f} "
             f"| {predicted / 2**20:.1f} MiB, 1/{most / predicted:.1f} | {forward_macs(graph) / 1e9:.2f} G "
@@ -162,7 +187,8 @@ def costs(size: Size) -> str:
             "",
             "Processor time of prefix, forward and backward pass. Bytes kept between the forward and the backward pass "
             "are equal to the prediction, to the byte (the run ends otherwise); stock autograd's are all storages that "
-            "it saves, parameters aside. Stock: the same graph and live layers through torch's autograd.",
+            "it saves, parameters aside. Stock: the same graph and live layers through torch's autograd. `--ram`: at "
+            f"{SHARE} of what keeping everything takes; gradients are the same, bit for bit.",
             "",
             native_line(plain, who, size),
         ]
@@ -365,6 +391,9 @@ def one_task(
     result = adapt(backbone, updates, x, support.y, how, np.random.default_rng(1))
     predicted = cosine_logits(features_of(result.net, queries), result.prototypes, how.scale).argmax(1)
     return float((predicted == query.y).mean()), float(plan_backward_macs(backbone.graph, updates)) if updates else 0.0
+
+
+SECTIONS: Mapping[str, Callable[[Size], str]] = {"costs": costs, "accuracy": accuracy}
 
 
 if __name__ == "__main__":
